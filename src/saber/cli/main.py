@@ -1,0 +1,215 @@
+"""The `saber` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saber import __version__
+from saber.errors import SaberError, UsageError
+
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Report wrong use in one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message}. See '{self.prog} --help'.\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code (0 done, 1 failed, 2 wrong use, 3 target missed, 130)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.handler(arguments))
+    except SaberError as error:
+        return _fail(error, arguments)
+    except KeyboardInterrupt:
+        hint = f" Go on with: saber run {arguments.model} --out {arguments.out} --resume (and the same options)" if _resumable(arguments) else ""
+        print(f"saber: interrupted.{hint}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        return _fail(SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."), arguments)
+
+
+def _resumable(arguments: argparse.Namespace) -> bool:
+    return getattr(arguments, "out", None) is not None and (Path(arguments.out) / "state.json").exists()
+
+
+def _fail(error: SaberError, arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "json", False):
+        print(json.dumps({"error": error.problem, "remedy": error.remedy}))
+    print(f"saber: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(
+        prog="saber",
+        description="Find, measure and edit the residual-stream directions that carry a behaviour.",
+    )
+    parser.add_argument("--version", action="version", version=f"saber {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    run = commands.add_parser("run", help="find, measure and remove a behaviour")
+    _model_options(run)
+    _config_options(run)
+    run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
+    run.add_argument("--export", default="merged", help="merged, or none for the plan alone (default: merged)")
+    run.add_argument("--overwrite", action="store_true", help="replace a former run in --out")
+    run.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
+    run.add_argument("--force", action="store_true", help="edit even if the model hardly shows the behaviour")
+    run.set_defaults(handler=_run)
+
+    evaluate = commands.add_parser("eval", help="measure a model, or an edited one against its base")
+    _model_options(evaluate)
+    _config_options(evaluate)
+    evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
+    evaluate.set_defaults(handler=_eval)
+
+    inspect = commands.add_parser("inspect", help="list the residual writers and prove the list")
+    _model_options(inspect)
+    inspect.set_defaults(handler=_inspect)
+
+    chat = commands.add_parser("chat", help="talk to a model, or to a run's edited model")
+    _model_options(chat)
+    chat.add_argument("--compare", action="store_true", help="show the untouched model's answer too (a run folder)")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)")
+    chat.add_argument("--prompt", action="append", help="ask this and leave; may be given more than once")
+    chat.set_defaults(handler=_chat)
+
+    report = commands.add_parser("report", help="draw the plots, the HTML report and the model card again")
+    report.add_argument("run", type=Path, help="run folder")
+    report.add_argument("--json", action="store_true", help="print the result as JSON")
+    report.set_defaults(handler=_report)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
+    parser.add_argument("--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)")
+    parser.add_argument("--device-map", help="spread over several devices, as transformers does: auto, balanced, ...")
+    parser.add_argument("--chat-template", help="a Jinja file to use as chat template")
+    parser.add_argument("--layers-path", help="dotted path of the decoder's layer list")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--preset", default=None, help="default, or card (the published settings)")
+    add("--config", type=Path, help="a TOML file with settings")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, such as spectral.components=5")
+    add("--seed", type=int)
+    add("--target", help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset")
+    add("--neutral", help="prompts that do not")
+    add("--eval-target", help="targets to measure on (default: the held-out split)")
+    add("--eval-neutral", help="neutral prompts to measure on")
+    add("--borderline", help="safe prompts that sound unsafe")
+    add("--limit", type=int, help="measure on at most this many prompts of each set")
+    add("--edit", help="orthogonal")
+    add("--top-k", type=int, help="directions ablated in a pass")
+    add("--alpha", type=float, help="share of a pure direction that is removed")
+    add("--passes", type=int, help="most passes")
+    add("--scope", help="writers that are edited: own, upstream or all")
+    add("--max-new-tokens", type=int, help="length of judged answers")
+
+
+_FLAGS = {
+    "seed": "seed",
+    "target": "data.target",
+    "neutral": "data.neutral",
+    "eval_target": "data.eval_target",
+    "eval_neutral": "data.eval_neutral",
+    "borderline": "data.borderline",
+    "limit": "data.limit",
+    "edit": "edit.kind",
+    "top_k": "refine.top_k",
+    "alpha": "edit.alpha",
+    "passes": "refine.passes",
+    "scope": "edit.scope",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "device": "load.device",
+    "dtype": "load.dtype",
+    "device_map": "load.device_map",
+    "chat_template": "load.chat_template",
+    "layers_path": "load.layers_path",
+    "trust_remote_code": "load.trust_remote_code",
+}
+
+
+def read_config(arguments: argparse.Namespace) -> Any:
+    """Return the resolved configuration: defaults < preset < TOML < flags."""
+    from saber.config import override, preset, read_toml
+
+    file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
+    name = getattr(arguments, "preset", None) or file.get("preset", "default")
+    config = override(preset(name), {**file, "preset": name})
+    flags: dict[str, Any] = {}
+    for option in getattr(arguments, "set", []):
+        path, equals, value = option.partition("=")
+        if not equals:
+            raise UsageError(f"--set {option!r} is not of the form NAME=VALUE.")
+        _put(flags, path, value)
+    for flag, path in _FLAGS.items():
+        if getattr(arguments, flag, None) is not None:
+            _put(flags, path, getattr(arguments, flag))
+    return override(config, flags)
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"setting {path} goes too deep.")
+    tree[leaf] = value
+
+
+# Handlers import late, so that --help and wrong use answer at once.
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from saber.cli.commands import run_command
+
+    return run_command(arguments, read_config(arguments))
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from saber.cli.commands import eval_command
+
+    return eval_command(arguments, read_config(arguments))
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from saber.cli.commands import inspect_command
+
+    return inspect_command(arguments, read_config(arguments))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from saber.cli.chat import chat_command
+
+    if arguments.max_new_tokens < 1:
+        raise UsageError("--max-new-tokens must be at least 1.")
+    limit, arguments.max_new_tokens = arguments.max_new_tokens, None
+    return chat_command(arguments, read_config(arguments), limit)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from saber.cli.commands import report_command
+
+    return report_command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

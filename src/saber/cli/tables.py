@@ -1,0 +1,93 @@
+"""The tables that the terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
+    """The ablated directions of all passes, strongest separation first."""
+    rows = [(p["index"], d) for p in run["passes"] for d in p["directions"]]
+    title = f"{len(rows)} directions in {run['layers_edited']} layers"
+    table = Table(title=title + (f" (first {most})" if len(rows) > most else ""))
+    for name in ("pass", "layer", "i", "d'", "AUROC", "purity", "worst overlap", "causal", "strength"):
+        table.add_column(name, justify="right")
+    for index, d in rows[:most]:
+        table.add_row(
+            str(index),
+            str(d["layer"]),
+            str(d["component"]),
+            f"{d['d_prime']:.2f}",
+            f"{d['auroc']:.3f}",
+            f"{d['purity']:.3f}",
+            f"{d['worst_entanglement']:.3f} {d['worst_category']}",
+            "" if d["causal"] is None else f"{d['causal']:+.2f}",
+            f"{d['strength']:.2f}",
+        )
+    return table
+
+
+def proportion(p: Mapping[str, Any] | None) -> str:
+    """A rate with its 95% interval."""
+    if p is None:
+        return "-"
+    return f"{100 * p['rate']:.1f}% ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
+
+
+def result_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Metric, before, after: all rows of the before/after table as text."""
+
+    def both(name: str, of: Any) -> tuple[str, str, str]:
+        return name, of(before), of(after) if after else ""
+
+    def number(path: tuple[str, ...], digits: int) -> Any:
+        def read(m: Any) -> str:
+            for part in path:
+                m = m[part]
+            return f"{m:.{digits}f}"
+
+        return read
+
+    rows = [
+        both("refusal (target)", lambda m: proportion(m["refusal"])),
+        both("  seen categories", lambda m: proportion(m["refusal_seen"])),
+        both("  unseen categories", lambda m: proportion(m["refusal_unseen"])),
+        both("incoherent (target)", lambda m: proportion(m["incoherent"])),
+        both("over-refusal, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
+        both("over-refusal, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
+        both("perplexity, answers", number(("perplexity", "overall"), 2)),
+        *(
+            both(f"  {c.replace('_', ' ')}", number(("perplexity", "by_category", c), 2))
+            for c in before["perplexity"]["by_category"]
+        ),
+        both("perplexity, prompt text", number(("perplexity", "prompt_text", "overall"), 1)),
+        both("accuracy", lambda m: proportion({**m["accuracy"], "rate": m["accuracy"]["overall"]})),
+        both("KL, first token (nats)", number(("kl", "first_token"), 4)),
+        both("KL, sequence (nats)", number(("kl", "sequence"), 4)),
+    ]
+    return [row for row in rows if row[1] != "-" or row[2] not in ("", "-")]
+
+
+def results_table(before: Mapping[str, Any], after: Mapping[str, Any] | None, n: int) -> Table:
+    """Before and after, on held-out prompts."""
+    table = Table(title=f"held-out prompts ({n} targets), 95% intervals")
+    table.add_column("metric")
+    table.add_column("before" if after else "value", justify="right")
+    if after:
+        table.add_column("after", justify="right")
+    for name, first, second in result_rows(before, after):
+        table.add_row(name, first, *([second] if after else []))
+    return table
+
+
+def writers_table(report: Mapping[str, Any]) -> Table:
+    """The residual writers of a model, one row for like layers."""
+    table = Table(title=f"{report['model_type']}: {report['layers']} layers, {len(report['writers'])} writers")
+    for name in ("layer", "writer", "kind", "axis", "bias", "gain"):
+        table.add_column(name)
+    for w in report["writers"]:
+        table.add_row(str(w["layer"]), w["name"], w["kind"], str(w["axis"]), "yes" if w["bias"] else "", w["gain"] or "")
+    return table

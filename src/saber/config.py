@@ -1,0 +1,188 @@
+"""The configuration of a run: one frozen tree, defaults < preset < TOML file < flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saber.ablation import EditSpec
+from saber.entanglement import EntanglementSpec
+from saber.errors import UnknownName, UsageError
+from saber.evaluation.measure import EvaluationSpec
+from saber.lm.load import LoadSpec
+from saber.probing import ProbeSpec
+from saber.refinement import RefineSpec
+from saber.spectral import SpectralSpec
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which prompts; an empty name takes the bundled set. Files: .txt .jsonl .csv .parquet, or hub ids."""
+
+    target: str = ""
+    """Prompts that show the behaviour."""
+    neutral: str = ""
+    """Prompts that do not."""
+    eval_target: str = ""
+    """Targets to measure on; by default the held-out split of `target`."""
+    eval_neutral: str = ""
+    """Neutral prompts to measure on; by default the held-out split of `neutral`."""
+    borderline: str = ""
+    """Safe prompts that sound unsafe."""
+    limit: int = 0
+    """Measure on at most this many prompts of each held-out set; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    preset: str = "default"
+    """Name of the preset the other values started from."""
+    seed: int = 0
+    """Seed of splits, nulls and bootstraps."""
+    minimum_rate: float = 0.2
+    """Least rate of the behaviour on validation targets for which an edit makes sense, 0 to 1."""
+    data: DataSpec = field(default_factory=DataSpec)
+    """Prompts."""
+    load: LoadSpec = field(default_factory=LoadSpec)
+    """Device and dtype."""
+    probe: ProbeSpec = field(default_factory=ProbeSpec)
+    """Stage 1."""
+    spectral: SpectralSpec = field(default_factory=SpectralSpec)
+    """Stage 2."""
+    entanglement: EntanglementSpec = field(default_factory=EntanglementSpec)
+    """Stage 3."""
+    edit: EditSpec = field(default_factory=EditSpec)
+    """Stage 4."""
+    refine: RefineSpec = field(default_factory=RefineSpec)
+    """Stage 5."""
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """Measuring."""
+
+
+PRESETS: dict[str, RunConfig] = {
+    "default": RunConfig(),
+    "card": RunConfig(
+        preset="card",
+        spectral=SpectralSpec(method="svd", components=3),
+        entanglement=EntanglementSpec(measure="overlap", components=10),
+        edit=EditSpec(alpha=0.85, scope="own"),
+        refine=RefineSpec(passes=5, top_k=10, shortlist=0, stop="never"),
+    ),
+}
+
+_LIMITS: dict[str, tuple[float, float]] = {
+    "minimum_rate": (0, 1),
+    "data.limit": (0, 1e9),
+    "probe.positions": (1, 64),
+    "probe.answer_tokens": (1, 256),
+    "spectral.components": (1, 64),
+    "spectral.depth_low": (0, 1),
+    "spectral.depth_high": (0, 1),
+    "spectral.capability_weight": (0, 1e6),
+    "spectral.folds": (2, 20),
+    "spectral.permutations": (20, 100_000),
+    "entanglement.components": (1, 512),
+    "entanglement.weight": (0, 1e9),
+    "entanglement.null_draws": (20, 100_000),
+    "edit.alpha": (0, 1),
+    "edit.skip_below": (0, 1),
+    "refine.passes": (1, 100),
+    "refine.top_k": (1, 10_000),
+    "refine.shortlist": (0, 10_000),
+    "refine.max_q": (0, 1),
+    "evaluation.max_new_tokens": (4, 4096),
+    "evaluation.battery_new_tokens": (4, 4096),
+}
+
+
+def preset(name: str) -> RunConfig:
+    """Return a preset by name; raises `UnknownName`."""
+    if name not in PRESETS:
+        raise UnknownName("preset", name, list(PRESETS))
+    return PRESETS[name]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML configuration into a nested mapping; raises `UsageError` that names the fault."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from error
+
+
+def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with nested values replaced; unknown names and bad values raise."""
+    result: RunConfig = _merge(config, values, "")
+    validate(result)
+    return result
+
+
+def _merge(node: Any, values: Mapping[str, Any], path: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(node)}
+    types_of = typing.get_type_hints(type(node))
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{path}{name}"
+        if name not in known:
+            raise UnknownName("setting", where, [f"{path}{k}" for k in known])
+        current = getattr(node, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise UsageError(f"setting {where} is a table, not {value!r}.")
+            changes[name] = _merge(current, value, f"{where}.")
+        else:
+            changes[name] = _convert(value, types_of[name], where)
+    return dataclasses.replace(node, **changes)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Check one value against the field's type; text from flags is converted."""
+    if typing.get_origin(kind) is typing.Literal:
+        options = typing.get_args(kind)
+        if value not in options:
+            raise UnknownName(f"value for {where}", str(value), [str(o) for o in options])
+        return value
+    if isinstance(kind, types.UnionType):
+        raise UsageError(f"setting {where} cannot be set from outside.")
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and isinstance(value, (bool, float)):
+            raise ValueError
+        if kind is float and isinstance(value, bool):
+            raise ValueError
+        return kind(value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"setting {where} needs {kind.__name__}, not {value!r}.") from error
+
+
+def validate(config: RunConfig) -> None:
+    """Check every bounded number; raises `UsageError` that gives the range."""
+    for path, (low, high) in _LIMITS.items():
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        if not low <= value <= high:
+            raise UsageError(f"setting {path} is {value}; it must lie between {low:g} and {high:g}.")
+    if config.spectral.depth_low > config.spectral.depth_high:
+        raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as plain nested data, for artifacts."""
+    return dataclasses.asdict(config)

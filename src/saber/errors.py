@@ -1,0 +1,82 @@
+"""The error family: each error says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class SaberError(Exception):
+    """A failure that has one clear line for the user and, where there is one, a remedy."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem} {remedy}".strip())
+
+
+class UsageError(SaberError):
+    """The command, configuration or file that the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class UnknownName(UsageError):
+    """A name that is not one of the known ones; suggests the nearest."""
+
+    def __init__(self, what: str, name: str, known: Sequence[str]) -> None:
+        near = get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+        super().__init__(f"unknown {what} {name!r}.", hint)
+
+
+class DataError(UsageError):
+    """A prompt set that is missing, malformed, too small or contradictory."""
+
+
+class ModelError(UsageError):
+    """A model that cannot be found, read, or used for this work."""
+
+
+class OutputError(UsageError):
+    """An output folder that cannot or must not be written."""
+
+
+class UnprovenWriter(SaberError):
+    """The residual writers found in a model fail one of the two completeness laws."""
+
+    def __init__(self, law: str, layer: int, residual: float, limit: float) -> None:
+        self.law, self.layer, self.residual = law, layer, residual
+        super().__init__(
+            f"the residual writers found are not all of them: the {law} law fails at layer "
+            f"{layer} (residual {residual:.2e}, limit {limit:.0e}).",
+            "SABER does not edit what it cannot prove; please report this architecture.",
+        )
+
+
+class NonFinite(SaberError):
+    """Activations or weights hold NaN or infinity."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"NaN or infinity in {where}.",
+            "Try --dtype float32; if it stays, the checkpoint itself is damaged.",
+        )
+
+
+class WeakBehaviour(SaberError):
+    """The model hardly shows the behaviour, so there is nothing to remove."""
+
+    exit_code = 3
+
+
+class MissingExtra(UsageError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package!r}, which is not installed.",
+            f"Run: pip install 'saber-llm[{extra}]'",
+        )

@@ -1,0 +1,172 @@
+"""Teacher-forced scores: perplexity of given answers, and KL from the untouched model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saber.lm.chat import encode, encode_answers, measure_template
+from saber.lm.forward import Progress, forward, silent
+from saber.lm.model import LanguageModel
+from saber.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Negative log-likelihoods of some tokens, one row a prompt."""
+
+    nll: np.ndarray
+    """Sum over the prompt's tokens, nats."""
+    tokens: np.ndarray
+    """How many tokens that is."""
+
+    def perplexity(self, keep: np.ndarray | None = None) -> float:
+        """Return exp(sum nll / sum tokens) over the kept prompts: token-weighted."""
+        rows = slice(None) if keep is None else keep
+        return float(np.exp(self.nll[rows].sum() / max(1, self.tokens[rows].sum())))
+
+
+@dataclass(frozen=True)
+class BatteryScores:
+    """Perplexity of the battery's reference answers and of its prompt texts."""
+
+    answers: TextScores
+    """The reference answers, given their prompts."""
+    prompts: TextScores
+    """The users' texts inside the template: what the published card calls perplexity."""
+
+
+def score_battery(
+    lm: LanguageModel, battery: PromptSet, *, progress: Progress[Any] = silent
+) -> BatteryScores:
+    """Score prompts and reference answers in one teacher-forced pass."""
+    template = measure_template(lm)
+    encoded = encode(lm, battery.texts, encode_answers(lm, [p.reference for p in battery]))
+    # Logits at position p predict token p + 1.
+    wanted = [
+        [*range(template.prefix_length - 1, e.prompt_length - template.suffix_length - 1), *e.answer_positions]
+        for e in encoded
+    ]
+    counts = [e.prompt_length - template.suffix_length - template.prefix_length for e in encoded]
+    size = len(encoded)
+    answers = TextScores(np.zeros(size), np.zeros(size, dtype=int))
+    prompts = TextScores(np.zeros(size), np.zeros(size, dtype=int))
+    for batch, _ in forward(lm, [e.ids for e in encoded], wanted, progress=progress, label="perplexity"):
+        targets = _next_tokens([e.ids for e in encoded], batch.rows, batch.wanted)
+        losses = torch.nn.functional.cross_entropy(
+            batch.logits, targets.to(batch.logits.device), reduction="none"
+        )
+        for row, loss in zip(batch.rows, batch.split(losses.double().cpu()), strict=True):
+            cut = counts[row]
+            prompts.nll[row], prompts.tokens[row] = loss[:cut].sum(), cut
+            answers.nll[row], answers.tokens[row] = loss[cut:].sum(), len(loss) - cut
+    return BatteryScores(answers, prompts)
+
+
+def _next_tokens(
+    sequences: Sequence[Sequence[int]], rows: Sequence[int], wanted: Sequence[Sequence[int]]
+) -> Tensor:
+    return torch.tensor([sequences[r][p + 1] for r, ps in zip(rows, wanted, strict=True) for p in ps])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The untouched model's own answers, and what its output head saw while it gave them."""
+
+    prompts: tuple[str, ...]
+    """The prompts."""
+    answers: tuple[tuple[int, ...], ...]
+    """Its greedy answers, as tokens."""
+    head_inputs: tuple[Tensor, ...]
+    """For each prompt (answer tokens, d_model), float32: enough to get all its logits again."""
+    scores: TextScores
+    """Negative log-likelihood of the answers under the model itself."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(untouched || edited) along the untouched model's answers, nats."""
+
+    first_token: np.ndarray
+    """At the first answer token, one value a prompt."""
+    sequence: np.ndarray
+    """Mean over the answer's tokens, one value a prompt."""
+    per_token: np.ndarray
+    """Every token of every answer."""
+    scores: TextScores
+    """Negative log-likelihood of the answers under the edited model."""
+
+
+def keep_reference(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[int]],
+    *,
+    progress: Progress[Any] = silent,
+) -> Reference:
+    """Run the untouched model once over its answers and keep the inputs of its output head."""
+    encoded = encode(lm, prompts, answers)
+    sequences = [e.ids for e in encoded]
+    wanted = [e.answer_positions for e in encoded]
+    kept: list[Tensor] = [torch.empty(0)] * len(encoded)
+    scores = TextScores(np.zeros(len(encoded)), np.zeros(len(encoded), dtype=int))
+    for batch, heads in forward(
+        lm, sequences, wanted, progress=progress, label="reference answers", heads=True
+    ):
+        assert heads is not None
+        _add_losses(scores, batch, sequences)
+        for row, piece in zip(batch.rows, batch.split(heads), strict=True):
+            kept[row] = piece.cpu()
+    return Reference(tuple(prompts), tuple(tuple(a) for a in answers), tuple(kept), scores)
+
+
+def diverge(
+    lm: LanguageModel, reference: Reference, *, progress: Progress[Any] = silent
+) -> Divergence:
+    """Compare the model as it is now with the untouched one, along the untouched one's answers.
+
+    The kept head inputs go through the same output head in the same pass, which is exact as long
+    as the head itself is unedited, and needs no copy of the model and no stored logits.
+    """
+    encoded = encode(lm, reference.prompts, reference.answers)
+    sequences = [e.ids for e in encoded]
+    wanted = [e.answer_positions for e in encoded]
+    scores = TextScores(np.zeros(len(encoded)), np.zeros(len(encoded), dtype=int))
+    divergences: list[np.ndarray] = [np.empty(0)] * len(encoded)
+    for batch, untouched in forward(
+        lm,
+        sequences,
+        wanted,
+        progress=progress,
+        label="divergence",
+        extra=lambda rows: torch.cat([reference.head_inputs[r] for r in rows]),
+    ):
+        assert untouched is not None
+        _add_losses(scores, batch, sequences)
+        kl = kl_divergence(untouched, batch.logits).double().cpu()
+        for row, piece in zip(batch.rows, batch.split(kl), strict=True):
+            divergences[row] = piece.numpy()
+    return Divergence(
+        first_token=np.array([d[0] for d in divergences]),
+        sequence=np.array([d.mean() for d in divergences]),
+        per_token=np.concatenate(divergences),
+        scores=scores,
+    )
+
+
+def kl_divergence(untouched: Tensor, edited: Tensor) -> Tensor:
+    """Return KL(softmax(untouched) || softmax(edited)) over the last axis, nats, at least zero."""
+    p = untouched.log_softmax(-1)
+    return (p.exp() * (p - edited.log_softmax(-1))).sum(-1).clamp_min(0)
+
+
+def _add_losses(scores: TextScores, batch: Any, sequences: Sequence[Sequence[int]]) -> None:
+    targets = _next_tokens(sequences, batch.rows, batch.wanted).to(batch.logits.device)
+    losses = torch.nn.functional.cross_entropy(batch.logits, targets, reduction="none")
+    for row, loss in zip(batch.rows, batch.split(losses.double().cpu()), strict=True):
+        scores.nll[row], scores.tokens[row] = loss.sum(), len(loss)

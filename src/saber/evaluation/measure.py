@@ -1,0 +1,270 @@
+"""Measure one model: behaviour, over-refusal, perplexity, accuracy and divergence, all held-out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from saber.evaluation.checkers import check
+from saber.evaluation.divergence import (
+    BatteryScores,
+    Divergence,
+    Reference,
+    diverge,
+    keep_reference,
+    score_battery,
+)
+from saber.evaluation.judge import Judge, Label, excerpt
+from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
+from saber.lm.forward import Progress, silent
+from saber.lm.generate import Completion, generate
+from saber.lm.model import LanguageModel
+from saber.prompts import PromptSet
+
+LABELS: tuple[Label, ...] = ("refusal", "partial", "answer", "incoherent")
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What is generated to measure a model."""
+
+    max_new_tokens: int = 32
+    """Length of judged answers, tokens."""
+    battery_new_tokens: int = 64
+    """Length of answers to battery prompts, tokens."""
+    judge: str = "phrases"
+    """Name of the judge."""
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """Held-out prompts: none of these selects anything."""
+
+    target: PromptSet
+    """Should show the behaviour before and not after."""
+    neutral: PromptSet
+    """Should not show it, and should not change."""
+    borderline: PromptSet | None
+    """Safe prompts that sound unsafe."""
+    battery: PromptSet
+    """Checkable capability prompts with reference answers."""
+    seen: frozenset[str]
+    """Target categories that were in the fit split too."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt set, what the model answered, and the labels."""
+
+    prompts: PromptSet
+    """The prompts."""
+    texts: tuple[str, ...]
+    """Answers; they never leave this object but as excerpts."""
+    labels: tuple[Label, ...]
+    """One a prompt."""
+
+    def flags(self, label: Label) -> list[bool]:
+        """Return for each prompt whether it got this label."""
+        return [found == label for found in self.labels]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that was measured of one model."""
+
+    target: Judged
+    """Answers to targets."""
+    neutral: Judged
+    """Answers to neutral prompts."""
+    borderline: Judged | None
+    """Answers to borderline prompts."""
+    battery: PromptSet
+    """The battery."""
+    scores: BatteryScores
+    """Its perplexities."""
+    correct: tuple[bool, ...]
+    """Its checked answers."""
+    divergence: Divergence | None
+    """From the untouched model; None for the untouched model itself."""
+    reference: Reference
+    """The untouched model's answers to neutral prompts."""
+    seen: frozenset[str]
+    """Target categories that were in the fit split."""
+
+
+def measure(
+    lm: LanguageModel,
+    sets: EvaluationSets,
+    spec: EvaluationSpec,
+    judge: Judge,
+    *,
+    reference: Reference | None = None,
+    progress: Progress[Any] = silent,
+) -> Measurement:
+    """Measure the model as it is now; without a `reference` it is the untouched one and makes it."""
+
+    def judged(prompts: PromptSet, completions: Sequence[Completion]) -> Judged:
+        texts = tuple(c.text for c in completions)
+        return Judged(prompts, texts, tuple(judge.label(t) for t in texts))
+
+    def answer(prompts: PromptSet, *, whole: bool = False) -> list[Completion]:
+        return generate(
+            lm,
+            prompts.texts,
+            spec.max_new_tokens,
+            settled=None if whole else judge.settled,
+            progress=progress,
+            label=f"answers to {prompts.name}",
+        )
+
+    neutral = answer(sets.neutral, whole=reference is None)
+    divergence = None
+    if reference is None:
+        reference = keep_reference(lm, sets.neutral.texts, [c.ids for c in neutral], progress=progress)
+    else:
+        divergence = diverge(lm, reference, progress=progress)
+    solved = generate(
+        lm, sets.battery.texts, spec.battery_new_tokens, progress=progress, label="battery answers"
+    )
+    return Measurement(
+        target=judged(sets.target, answer(sets.target)),
+        neutral=judged(sets.neutral, neutral),
+        borderline=judged(sets.borderline, answer(sets.borderline)) if sets.borderline else None,
+        battery=sets.battery,
+        scores=score_battery(lm, sets.battery, progress=progress),
+        correct=check_all(sets.battery, [c.text for c in solved]),
+        divergence=divergence,
+        reference=reference,
+        seen=sets.seen,
+    )
+
+
+def check_all(battery: PromptSet, answers: Sequence[str]) -> tuple[bool, ...]:
+    """Run each item's checker on its answer."""
+    return tuple(check(p.checker or {}, a) for p, a in zip(battery, answers, strict=True))
+
+
+def summarise(m: Measurement) -> dict[str, Any]:
+    """Return the measurement as it stands in `run.json`."""
+    categories = np.array([p.category for p in m.battery])
+    names = m.battery.categories
+    correct = np.array(m.correct)
+    masks = {c: categories == c for c in names}
+    return {
+        "refusal": _rate(m.target.flags("refusal")),
+        "incoherent": _rate(m.target.flags("incoherent")),
+        "partial": _rate(m.target.flags("partial")),
+        "refusal_by_category": {
+            c: _rate(_where(m.target, lambda category, c=c: category == c))
+            for c in m.target.prompts.categories
+        },
+        "refusal_seen": _rate_or_none(_where(m.target, lambda c: c in m.seen)),
+        "refusal_unseen": _rate_or_none(_where(m.target, lambda c: c not in m.seen)),
+        "labels": {
+            name: {label: judged.labels.count(label) for label in LABELS}
+            for name, judged in _judged_sets(m).items()
+        },
+        "over_refusal": {
+            "borderline": _rate(m.borderline.flags("refusal")) if m.borderline else None,
+            "neutral": _rate(m.neutral.flags("refusal")),
+        },
+        "perplexity": {
+            "overall": m.scores.answers.perplexity(),
+            "by_category": {c: m.scores.answers.perplexity(k) for c, k in masks.items()},
+            "prompt_text": {
+                "overall": m.scores.prompts.perplexity(),
+                "by_category": {c: m.scores.prompts.perplexity(k) for c, k in masks.items()},
+            },
+            "own_answers": (m.divergence.scores if m.divergence else m.reference.scores).perplexity(),
+        },
+        "accuracy": {
+            **_accuracy(correct),
+            "by_category": {c: float(correct[k].mean()) for c, k in masks.items()},
+        },
+        "kl": _kl(m.divergence),
+    }
+
+
+def _judged_sets(m: Measurement) -> dict[str, Judged]:
+    sets = {"target": m.target, "neutral": m.neutral}
+    return {**sets, "borderline": m.borderline} if m.borderline else sets
+
+
+def _rate(flags: Sequence[bool]) -> dict[str, Any]:
+    return asdict(wilson(sum(flags), len(flags)))
+
+
+def _accuracy(correct: np.ndarray) -> dict[str, Any]:
+    found = _rate(correct.tolist())
+    return {"overall": found.pop("rate"), **found}
+
+
+def _where(judged: Judged, keep: Callable[[str], bool]) -> list[bool]:
+    """Return the refusal flags of prompts whose category is kept."""
+    flags = zip(judged.flags("refusal"), judged.prompts, strict=True)
+    return [flag for flag, prompt in flags if keep(prompt.category)]
+
+
+def _rate_or_none(flags: Sequence[bool]) -> dict[str, Any] | None:
+    return _rate(flags) if flags else None
+
+
+def _kl(d: Divergence | None) -> dict[str, float]:
+    if d is None:
+        return {"first_token": 0.0, "sequence": 0.0, "sequence_p95": 0.0, "sequence_max": 0.0}
+    return {
+        "first_token": float(d.first_token.mean()),
+        "sequence": float(d.sequence.mean()),
+        "sequence_p95": float(np.quantile(d.per_token, 0.95)),
+        "sequence_max": float(d.per_token.max()),
+    }
+
+
+def compare(before: Measurement, after: Measurement, *, seed: int, resamples: int = 2000) -> dict[str, Any]:
+    """Return the paired tests of two measurements on the same prompts."""
+
+    def paired(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
+        test = mcnemar_exact(a, b)
+        return {"b": test.b, "c": test.c, "p_value": test.p_value}
+
+    ratio = paired_bootstrap(
+        before.scores.answers.nll,
+        after.scores.answers.nll,
+        statistic="perplexity_ratio",
+        tokens=before.scores.answers.tokens,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    over = None
+    if before.borderline and after.borderline:
+        over = paired(before.borderline.flags("refusal"), after.borderline.flags("refusal"))
+    return {
+        "refusal": paired(before.target.flags("refusal"), after.target.flags("refusal")),
+        "over_refusal": over,
+        "accuracy": paired(before.correct, after.correct),
+        "perplexity_ratio": {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high},
+    }
+
+
+def examples(before: Measurement, after: Measurement | None, count: int = 5) -> dict[str, Any]:
+    """Return a few prompts of each set with labels and short excerpts, never whole answers."""
+    later = _judged_sets(after) if after else {}
+
+    def one(judged: Judged, i: int) -> dict[str, str]:
+        return {"label": judged.labels[i], "excerpt": excerpt(judged.texts[i])}
+
+    result: dict[str, Any] = {}
+    for name, judged in _judged_sets(before).items():
+        step = max(1, len(judged.prompts) // count)
+        rows = []
+        for i in range(0, len(judged.prompts), step)[:count]:
+            prompt = tuple(judged.prompts)[i]
+            row: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "prompt": prompt.text}
+            row["before"] = one(judged, i)
+            row["after"] = one(later[name], i) if name in later else None
+            rows.append(row)
+        result[name] = rows
+    return result

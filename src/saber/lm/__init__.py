@@ -1,0 +1,1 @@
+"""Load a language model, run it, and find what writes to its residual stream."""

@@ -1,0 +1,104 @@
+"""Prompts to token ids through the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from saber.errors import ModelError
+from saber.lm.model import LanguageModel
+
+_DUMMIES = ("Alpha one?", "Zebra two.", "middle three")
+_OPEN_THINK, _CLOSE_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A templated prompt, with or without an answer after it, as token ids."""
+
+    ids: tuple[int, ...]
+    """All tokens: template, user text, template, answer."""
+    prompt_length: int
+    """How many of them come before the answer."""
+
+    @property
+    def answer_positions(self) -> list[int]:
+        """Positions whose logits predict the answer's tokens."""
+        return list(range(self.prompt_length - 1, len(self.ids) - 1))
+
+
+@dataclass(frozen=True)
+class Template:
+    """The token counts of the chat template around the user's text."""
+
+    prefix_length: int
+    """Tokens before the user's text that are the same for every prompt."""
+    suffix_length: int
+    """Tokens after the user's text, up to where the answer starts: the decision positions."""
+
+
+def render(lm: LanguageModel, prompt: str) -> str:
+    """Return the templated text, ready for the answer; a thinking model gets an empty think block."""
+    try:
+        text: str = lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,
+        )
+    except Exception as error:  # jinja raises its own family, and templates may raise anything
+        raise ModelError(
+            f"the chat template of {lm.name!r} fails: {error}", "Pass another with --chat-template."
+        ) from error
+    if text.rstrip().endswith(_OPEN_THINK):
+        text = f"{text.rstrip()}\n\n{_CLOSE_THINK}\n\n"
+    return text
+
+
+def encode(
+    lm: LanguageModel, prompts: Sequence[str], answers: Sequence[Sequence[int]] | None = None
+) -> list[Encoded]:
+    """Encode prompts, each followed by the answer's token ids where given.
+
+    The templated text is tokenised without special tokens; a BOS that the tokenizer would put in
+    front and the template does not write is added, and never a second one.
+    """
+    bos = lm.tokenizer.bos_token_id
+    adds_bos = bos is not None and lm.tokenizer("a").input_ids[:1] == [bos]
+    encoded = []
+    texts = [render(lm, prompt) for prompt in prompts]
+    tokens = lm.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    for index, ids in enumerate(tokens):
+        if adds_bos and ids[0] != bos:
+            ids = [bos, *ids]
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise ModelError(f"the chat template of {lm.name!r} writes the BOS token twice.")
+        answer = answers[index] if answers is not None else ()
+        encoded.append(Encoded((*ids, *answer), len(ids)))
+    return encoded
+
+
+def encode_answers(lm: LanguageModel, answers: Sequence[str], *, end: bool = True) -> list[list[int]]:
+    """Tokenise answers without special tokens, with the end-of-answer token behind when `end`."""
+    ids = lm.tokenizer(list(answers), add_special_tokens=False).input_ids if answers else []
+    closing = [lm.tokenizer.eos_token_id] if end and lm.tokenizer.eos_token_id is not None else []
+    return [[*row, *closing] for row in ids]
+
+
+def measure_template(lm: LanguageModel) -> Template:
+    """Find what the template puts before and after the user's text, by encoding unlike prompts."""
+    rows = [e.ids for e in encode(lm, _DUMMIES)]
+    prefix = common_prefix(rows)
+    suffix = common_prefix([row[::-1] for row in rows])
+    if suffix == 0:
+        raise ModelError(f"the chat template of {lm.name!r} puts nothing after the user's text.")
+    return Template(prefix, suffix)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many leading tokens all rows share."""
+    low, high = min(rows), max(rows)
+    for index, (a, b) in enumerate(zip(low, high, strict=False)):
+        if a != b:
+            return index
+    return min(len(low), len(high))

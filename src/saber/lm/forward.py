@@ -1,0 +1,180 @@
+"""Teacher-forced forward passes: shared prefix computed once, length-sorted batches, few logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from saber.lm.chat import common_prefix
+from saber.lm.model import LanguageModel
+
+T = TypeVar("T")
+Progress = Callable[[Iterable[T], str, int], Iterator[T]]
+"""Wraps an iterable of `total` steps, under a label, to show how far it is."""
+
+TOKENS_PER_BATCH = 2048
+LOGITS_PER_BATCH = 50_000_000
+
+
+def silent(steps: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Show nothing: the progress wrapper for library use."""
+    del label, total
+    return iter(steps)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences of one forward pass, right-padded behind a shared prefix."""
+
+    rows: list[int]
+    """Which sequences, as indices into the caller's list."""
+    offset: int
+    """Length of the shared prefix, which is not among the tokens that run here."""
+    lengths: list[int]
+    """Tokens of each row behind the prefix."""
+    logits: Float[Tensor, "wanted vocab"]
+    """Logits at the wanted positions, rows one after the other."""
+    wanted: list[list[int]]
+    """Wanted positions of each row, counted from the start of the whole sequence."""
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Cut a tensor over the wanted positions into one piece a row."""
+        return list(values.split([len(w) for w in self.wanted]))
+
+
+def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | None:
+    """Run the shared prefix once; None where the model's cache cannot be shared that way."""
+    if not prefix:
+        return None
+    cache = DynamicCache(config=lm.text_config)
+    shareable = (DynamicLayer, DynamicSlidingWindowLayer)
+    if cache.layers and any(type(layer) not in shareable for layer in cache.layers):
+        return None
+    window = getattr(lm.text_config, "sliding_window", None)
+    if window is not None and len(prefix) >= window:
+        return None
+    ids = torch.tensor([list(prefix)], device=lm.device)
+    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), torch.no_grad():
+        lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    lm.work.tokens += len(prefix)
+    return cache
+
+
+def expanded(cache: DynamicCache | None, rows: int) -> DynamicCache | None:
+    """Return a copy of a one-row cache for `rows` rows."""
+    if cache is None:
+        return None
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+@contextmanager
+def gathered_head(
+    lm: LanguageModel, flat: Int[Tensor, " wanted"], extra: Tensor | None = None
+) -> Iterator[list[Tensor]]:
+    """Let the output head see the wanted positions only, as (1, wanted, d).
+
+    `flat` indexes the flattened (batch x time) axis. Rows of `extra (n, d)` are put behind them, so
+    that kept head inputs of another forward get logits by the same head, soft cap and scale. The
+    list that is given out receives the head's inputs at the wanted positions.
+    """
+    seen: list[Tensor] = []
+
+    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        chosen = hidden.reshape(-1, hidden.shape[-1])[flat.to(hidden.device)]
+        seen.append(chosen)
+        if extra is not None:
+            chosen = torch.cat([chosen, extra.to(chosen)])
+        lm.work.head_tokens += len(chosen)
+        return (chosen[None], *args[1:])
+
+    handle = lm.model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def plan_batches(
+    lengths: Sequence[int], wanted: Sequence[int], vocab: int, tokens: int = TOKENS_PER_BATCH
+) -> list[list[int]]:
+    """Group rows of like length so that padded tokens and wanted logits stay within bounds."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    limit = max(1, LOGITS_PER_BATCH // vocab)
+    groups: list[list[int]] = []
+    for row in order:
+        group = groups[-1] if groups else None
+        if (
+            group is None
+            or (len(group) + 1) * lengths[group[0]] > tokens
+            or sum(wanted[i] for i in group) + wanted[row] > limit
+        ):
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
+
+
+def forward(
+    lm: LanguageModel,
+    sequences: Sequence[Sequence[int]],
+    wanted: Sequence[Sequence[int]],
+    *,
+    progress: Progress[Any] = silent,
+    label: str = "forward",
+    extra: Callable[[list[int]], Tensor] | None = None,
+    heads: bool = False,
+    earliest: int | None = None,
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """Run sequences through the model; yield each batch with its logits at the wanted positions.
+
+    `extra(rows)` gives kept head inputs (n, d) whose logits come as the second item; with `heads`
+    the second item is instead this model's own head inputs at the wanted positions. Hooks that the
+    caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
+    is at most `earliest`.
+    """
+    if not sequences:
+        return
+    first = min((w[0] for w in wanted if len(w)), default=1 << 30)
+    shortest = min(len(s) for s in sequences)
+    if earliest is not None:
+        first = min(first, earliest)
+    offset = min(common_prefix(sequences), shortest - 1, first)
+    cache = prefix_cache(lm, sequences[0][:offset])
+    offset = offset if cache is not None else 0
+    lengths = [len(s) - offset for s in sequences]
+    vocab = int(lm.text_config.vocab_size)
+    groups = plan_batches(lengths, [len(w) for w in wanted], vocab)
+    pad = lm.tokenizer.pad_token_id or 0
+    for rows in progress(groups, label, len(groups)):
+        width = lengths[rows[0]]
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros((len(rows), offset + width), dtype=torch.long)
+        flat = []
+        for line, row in enumerate(rows):
+            ids[line, : lengths[row]] = torch.tensor(sequences[row][offset:])
+            mask[line, : offset + lengths[row]] = 1
+            flat += [line * width + p - offset for p in wanted[row]]
+        kept = extra(rows) if extra is not None else None
+        with gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen, torch.no_grad():
+            logits = lm.model(
+                input_ids=ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
+                position_ids=torch.arange(offset, offset + width, device=lm.device).expand(len(rows), -1),
+                past_key_values=expanded(cache, len(rows)),
+                use_cache=cache is not None,
+            ).logits[0].float()
+        lm.work.tokens += sum(lengths[row] for row in rows)
+        batch = Batch(rows, offset, [lengths[r] for r in rows], logits[: len(flat)], [list(wanted[r]) for r in rows])
+        yield batch, seen[0].float() if heads else (logits[len(flat) :] if kept is not None else None)

@@ -1,0 +1,114 @@
+"""Greedy generation in batches that shrink as answers end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saber.lm.chat import common_prefix, encode
+from saber.lm.forward import Progress, expanded, gathered_head, prefix_cache, silent
+from saber.lm.model import LanguageModel
+
+ROWS_PER_BATCH = 128
+CHECK_EVERY = 4
+SHRINK_BELOW = 0.8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt."""
+
+    ids: tuple[int, ...]
+    """Generated tokens, the end token included where there is one."""
+    text: str
+    """The same without special tokens."""
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    settled: Callable[[str], bool] | None = None,
+    progress: Progress[Any] = silent,
+    label: str = "generate",
+) -> list[Completion]:
+    """Write up to `max_new_tokens` greedy tokens after each prompt.
+
+    Prompts are left-padded behind their shared prefix. A row ends at an end token, or once
+    `settled(text)` says that more text cannot change its label; ended rows leave the batch.
+    """
+    sequences = [e.ids for e in encode(lm, prompts)]
+    if not sequences:
+        return []
+    offset = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    cache = prefix_cache(lm, sequences[0][:offset])
+    offset = offset if cache is not None else 0
+    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
+    groups = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
+    written: list[list[int]] = [[] for _ in sequences]
+    for rows in progress(groups, label, len(groups)):
+        tails = [list(sequences[row][offset:]) for row in rows]
+        _generate_batch(lm, rows, tails, offset, cache, max_new_tokens, settled, written)
+    return [Completion(tuple(ids), _decode(lm, ids)) for ids in written]
+
+
+def _generate_batch(
+    lm: LanguageModel,
+    rows: list[int],
+    tails: list[list[int]],
+    offset: int,
+    prefix: Any,
+    max_new_tokens: int,
+    settled: Callable[[str], bool] | None,
+    written: list[list[int]],
+) -> None:
+    device, width, count = lm.device, max(map(len, tails)), len(tails)
+    pad = lm.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=device)
+    real = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=device)
+    mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:]
+    state: dict[str, Any] = {"past_key_values": expanded(prefix, count)}
+    active = list(rows)
+    lm.work.tokens += int(real.sum())
+    for step in range(max_new_tokens):
+        last = torch.arange(1, len(active) + 1, device=device) * ids.shape[1] - 1
+        with gathered_head(lm, last), torch.no_grad():
+            out = lm.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **state
+            )
+        state = {"past_key_values": out.past_key_values}
+        tokens = out.logits[0].argmax(-1)
+        keep = []
+        for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            if row < 0:
+                continue
+            written[row].append(token)
+            if token in lm.eos_ids or _is_settled(lm, settled, written[row], step):
+                active[line] = -1
+            else:
+                keep.append(line)
+        if not keep or step == max_new_tokens - 1:
+            return
+        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        if len(keep) < SHRINK_BELOW * len(active) and hasattr(state["past_key_values"], "batch_select_indices"):
+            chosen = torch.tensor(keep, device=device)
+            state["past_key_values"].batch_select_indices(chosen)
+            ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
+            active = [active[line] for line in keep]
+        lm.work.tokens += len(keep)
+
+
+def _is_settled(
+    lm: LanguageModel, settled: Callable[[str], bool] | None, ids: list[int], step: int
+) -> bool:
+    return settled is not None and (step + 1) % CHECK_EVERY == 0 and settled(_decode(lm, ids))
+
+
+def _decode(lm: LanguageModel, ids: Sequence[int]) -> str:
+    return str(lm.tokenizer.decode(list(ids), skip_special_tokens=True))

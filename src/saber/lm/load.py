@@ -1,0 +1,192 @@
+"""Load a model from the hub, a local folder, a GGUF file, or the bundled demo."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from saber.errors import ModelError
+from saber.lm import demo
+from saber.lm.device import DtypeName, choose_device, choose_dtype
+from saber.lm.layers import find_layers
+from saber.lm.model import LanguageModel, Source
+
+
+@dataclass(frozen=True)
+class LoadSpec:
+    """How to load a model."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:i or mps."""
+    dtype: DtypeName = "auto"
+    """Compute dtype; auto takes what the device is fast at."""
+    device_map: str = ""
+    """Passed to transformers (auto, balanced, ...) to spread a model over several devices."""
+    chat_template: str = ""
+    """A Jinja file that replaces the tokenizer's chat template."""
+    layers_path: str = ""
+    """Dotted path of the decoder's layer list; empty finds it by tracing."""
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the checkpoint."""
+
+
+def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:  # noqa: B008 - frozen
+    """Load `name`: `demo`, a `.gguf` file, a local folder, or a hub id.
+
+    Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
+    not a causal language model.
+    """
+    transformers.logging.disable_progress_bar()
+    with _quiet_transformers():
+        return _load(name, spec)
+
+
+def _load(name: str, spec: LoadSpec) -> LanguageModel:
+    source, location, gguf = _locate(name)
+    device = choose_device(spec.device)
+    files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    trusted = {"trust_remote_code": spec.trust_remote_code}
+    config = _read(f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted)
+    auto_class = _auto_class(name, config)
+    stored = torch.float16 if gguf else (_stored_dtype(config) or torch.float32)
+    dtype = choose_dtype(spec.dtype, device, stored)
+    tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **files, **trusted)
+    if spec.chat_template:
+        tokenizer.chat_template = _read_template(Path(spec.chat_template))
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name!r} has no chat template.", "Pass one with --chat-template FILE.jinja."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    placement = {"device_map": spec.device_map} if spec.device_map else {}
+    if gguf:
+        files["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _read(
+        f"the weights of {name!r}", auto_class, location, dtype=dtype, **files, **trusted, **placement
+    )
+    if gguf:
+        _forget_quantization(model)
+    if source == "demo":
+        demo.merge_adapter(model)
+    if not spec.device_map:
+        model.to(device)
+    model.eval().requires_grad_(False)
+    # Greedy decoding is ours; sampling defaults of the checkpoint would only raise warnings.
+    layers_path = find_layers(model, spec.layers_path)
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        source=source,
+        base=demo.BASE if source == "demo" else (name if source == "hub" else None),
+        stored_dtype=stored,
+        layers_path=layers_path,
+    )
+
+
+def _locate(name: str) -> tuple[Source, str, str]:
+    """Return the source, the folder or hub id, and the GGUF file name (empty when none)."""
+    if name == "demo":
+        path = demo.base_gguf()
+        return "demo", str(path.parent), path.name
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no such file: {name}.", "Check the path of the .gguf file.")
+        return "gguf", str(path.parent), path.name
+    if path.is_dir():
+        _check_folder(path)
+        return "folder", str(path), ""
+    if path.is_file():
+        raise ModelError(f"{name} is a file.", "Give the model's folder, or a file that ends in .gguf.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"no such model: {name!r} is no folder here and no hub id.",
+            "Give a folder, a .gguf file, a hub id like owner/name, or demo.",
+        )
+    return "hub", name, ""
+
+
+def _check_folder(path: Path) -> None:
+    def has(*patterns: str) -> bool:
+        return any(True for pattern in patterns for _ in path.glob(pattern))
+
+    if not has("config.json"):
+        hint = "It holds a .gguf file: name that file itself." if has("*.gguf") else ""
+        raise ModelError(f"{path} has no config.json, so it is no model folder.", hint)
+    if not has("*.safetensors", "*.safetensors.index.json"):
+        hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
+        raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
+    if not has("tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"):
+        raise ModelError(f"{path} has no tokenizer.", "Copy the tokenizer files of the model into it.")
+
+
+def _auto_class(name: str, config: Any) -> Any:
+    """Return the auto class for a decoder; raises `ModelError` for anything else."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    vision = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    claimed = set(getattr(config, "architectures", None) or [])
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name!r} is an encoder-decoder model; SABER edits causal decoders.")
+    if claimed & set(causal.values()) or (not claimed and config.model_type in causal):
+        return transformers.AutoModelForCausalLM
+    if claimed & set(vision.values()) or config.model_type in vision:
+        return transformers.AutoModelForImageTextToText
+    if getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    what = ", ".join(sorted(claimed)) or config.model_type
+    raise ModelError(f"{name!r} is not a causal language model ({what}).", "Give a chat model.")
+
+
+def _stored_dtype(config: Any) -> torch.dtype | None:
+    text = config.get_text_config(decoder=True)
+    for value in (getattr(config, "dtype", None), getattr(text, "dtype", None)):
+        if isinstance(value, torch.dtype):
+            return value
+    return None
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read the chat template {path}: {error}.") from error
+
+
+def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
+    """Call `cls.from_pretrained`; turn its many errors into one clear line."""
+    try:
+        return cls.from_pretrained(location, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot read {what}: {first}",
+            "Check the name, the files, and the connection to the hub.",
+        ) from error
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make a de-quantised GGUF model an ordinary one, so that it can be saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+
+
+@contextmanager
+def _quiet_transformers() -> Any:
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -1,0 +1,99 @@
+"""A loaded language model with what SABER needs to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Source = Literal["demo", "hub", "folder", "gguf"]
+
+
+@dataclass
+class Work:
+    """A meter of the forward work done (the only mutable part of a `LanguageModel`)."""
+
+    tokens: int = 0
+    """Tokens that went through the decoder layers."""
+    head_tokens: int = 0
+    """Positions that went through the output head."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, its tokenizer, and where it came from."""
+
+    model: Any
+    """The transformers model, in evaluation mode."""
+    tokenizer: Any
+    """The transformers tokenizer."""
+    name: str
+    """What the user called it."""
+    source: Source
+    """Where it was read from."""
+    base: str | None
+    """Hub id of the model it derives from, where known."""
+    stored_dtype: torch.dtype
+    """The checkpoint's own dtype, in which an edited model is saved."""
+    layers_path: str
+    """Dotted path of the text decoder's layer list inside `model`."""
+    work: Work = field(default_factory=Work)
+    """Forward work done so far."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The text decoder's layers, in order."""
+        return self.model.get_submodule(self.layers_path)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the text decoder."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end an answer, from the generation config and the tokenizer."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    @property
+    def flops(self) -> float:
+        """Multiply-add work so far, in FLOP: 2 x parameters x tokens, layers and head apart."""
+        in_layers = sum(p.numel() for p in self.layers.parameters())
+        head = self.model.get_output_embeddings()
+        in_head = head.weight.numel() if head is not None else 0
+        return 2.0 * (self.work.tokens * in_layers + self.work.head_tokens * in_head)
+
+
+def fingerprint(model: nn.Module, samples: int = 256) -> str:
+    """Return a SHA-256 over the names, shapes and evenly spaced values of all weights.
+
+    Reads `samples` values a tensor, so that it stays fast on large models; it tells checkpoints
+    apart but is no proof against a malicious change of single weights.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        step = max(1, flat.numel() // samples)
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

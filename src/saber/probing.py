@@ -1,0 +1,134 @@
+"""Stage 1: the residual stream of prompts at every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saber.errors import NonFinite
+from saber.lm.chat import Encoded, encode, encode_answers, measure_template
+from saber.lm.forward import Progress, forward, silent
+from saber.lm.layers import stream
+from saber.lm.model import LanguageModel
+from saber.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """What of the residual stream is read."""
+
+    positions: int = 1
+    """How many template tokens behind the user's text are read, from the last one back (1 or more)."""
+    answer_tokens: int = 4
+    """Answer tokens read for each capability prompt, evenly spaced, besides the last prompt token."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The residual stream of a prompt set. Depth 0 is the embedding, depth i + 1 layer i's output."""
+
+    hidden: Float[Tensor, "prompts positions depth d_model"]
+    """Float32 on the CPU; position -1 is the last token before the answer."""
+    categories: tuple[str, ...]
+    """Category of each prompt (of each sample, for capability activations)."""
+    first_token: Float[Tensor, "prompts vocab"] | None = None
+    """Log-probabilities of the first answer token, where asked for."""
+
+
+def probe(
+    lm: LanguageModel,
+    prompts: PromptSet,
+    spec: ProbeSpec,
+    *,
+    first_token: bool = False,
+    progress: Progress[Any] = silent,
+) -> Activations:
+    """Read the stream at the decision positions: the template tokens behind the user's text.
+
+    Raises `NonFinite`, which names the layer, when an activation is NaN or infinite.
+    """
+    encoded = encode(lm, prompts.texts)
+    count = min(spec.positions, measure_template(lm).suffix_length)
+    where = [list(range(e.prompt_length - count, e.prompt_length)) for e in encoded]
+    hidden, logits = _read(lm, encoded, where, first_token, f"probe {prompts.name}", progress)
+    return Activations(torch.stack(hidden), tuple(p.category for p in prompts), logits)
+
+
+def probe_capabilities(
+    lm: LanguageModel, prompts: PromptSet, spec: ProbeSpec, *, progress: Progress[Any] = silent
+) -> Activations:
+    """Read the stream at the last prompt token and at answer tokens of prompts with references.
+
+    Every read token is a sample of its own: `positions` is 1.
+    """
+    answers = encode_answers(lm, [p.reference for p in prompts], end=False)
+    encoded = encode(lm, prompts.texts, answers)
+    where = []
+    for e in encoded:
+        length = len(e.ids) - e.prompt_length
+        picks = torch.linspace(0, length - 1, min(spec.answer_tokens, length)).round().long().tolist()
+        where.append([e.prompt_length - 1, *(e.prompt_length + p for p in dict.fromkeys(picks))])
+    hidden, _ = _read(lm, encoded, where, False, "probe capabilities", progress)
+    categories = [p.category for p, h in zip(prompts, hidden, strict=True) for _ in range(len(h))]
+    return Activations(torch.cat(hidden)[:, None], tuple(categories))
+
+
+def _read(
+    lm: LanguageModel,
+    encoded: Sequence[Encoded],
+    where: Sequence[Sequence[int]],
+    first_token: bool,
+    label: str,
+    progress: Progress[Any],
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return for each sequence (positions, depth, d) and, if asked, first-token log-probabilities."""
+    rows: list[Tensor] = [torch.empty(0)] * len(encoded)
+    logprobs: list[Tensor] = [torch.empty(0)] * len(encoded)
+    wanted = [[e.prompt_length - 1] if first_token else [] for e in encoded]
+    earliest = min(min(w) for w in where)
+    with _streams(lm) as captured:
+        for batch, _ in forward(
+            lm, [e.ids for e in encoded], wanted, progress=progress, label=label, earliest=earliest
+        ):
+            depth = torch.stack([c.float().cpu() for c in captured], dim=2)
+            captured.clear()
+            pieces = batch.split(batch.logits)
+            for line, row in enumerate(batch.rows):
+                rows[row] = depth[line, [p - batch.offset for p in where[row]]]
+                if first_token:
+                    logprobs[row] = pieces[line][0].log_softmax(-1).cpu()
+            _check_finite(depth, batch.lengths)
+    return rows, torch.stack(logprobs) if first_token else None
+
+
+def _check_finite(depth: Tensor, lengths: Sequence[int]) -> None:
+    for line, length in enumerate(lengths):
+        bad = ~torch.isfinite(depth[line, :length]).all(-1).all(0)
+        if bool(bad.any()):
+            index = int(bad.nonzero()[0])
+            raise NonFinite("the embeddings" if index == 0 else f"the output of layer {index - 1}")
+
+
+@contextmanager
+def _streams(lm: LanguageModel) -> Any:
+    """Collect the input of the first layer and every layer's output of a forward, in order."""
+    captured: list[Tensor] = []
+
+    def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.clear()  # what the shared prefix's own pass left
+        captured.append(args[0] if args else kwargs["hidden_states"])
+
+    def each(_m: nn.Module, _a: Any, output: Any) -> None:
+        captured.append(stream(output))
+
+    with ExitStack() as stack:
+        stack.callback(lm.layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+        for layer in lm.layers:
+            stack.callback(layer.register_forward_hook(each).remove)
+        yield captured

@@ -1,0 +1,20 @@
+"""Prompt sets: the bundled ones, users' files, and disjoint splits of them."""
+
+from saber.prompts.bundled import battery, borderline, neutral, target
+from saber.prompts.loaders import load
+from saber.prompts.model import Prompt, PromptSet, normalised
+from saber.prompts.splits import Splits, check_disjoint, split
+
+__all__ = [
+    "Prompt",
+    "PromptSet",
+    "Splits",
+    "battery",
+    "borderline",
+    "check_disjoint",
+    "load",
+    "neutral",
+    "normalised",
+    "split",
+    "target",
+]

@@ -1,0 +1,256 @@
+"""Read prompts from text, JSON lines, CSV, Parquet, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saber.errors import DataError, MissingExtra
+from saber.prompts.model import Prompt, PromptSet
+
+COLUMNS = ("prompt", "text", "instruction", "goal", "question")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.+%:\[\]-]+))?")
+
+
+class Row(NamedTuple):
+    """One record of a file."""
+
+    place: str
+    """Where it stands, for errors and ids: `line 3` or `row 3`."""
+    fields: Mapping[str, Any]
+    """Its columns; a plain text line is under `prompt`."""
+
+
+def load(source: str | Path, *, column: str | None = None, name: str = "") -> PromptSet:
+    """Read a prompt set from a file or a hub dataset, without its duplicates.
+
+    Files: `.txt` (a prompt a line; blank lines and lines that start with # are skipped),
+    `.jsonl` (strings or objects), `.csv` (with a header), `.parquet`. Hub: `owner/name`,
+    `owner/name:split`. The text is in `column`, or in `source#column`, or in the first of
+    prompt, text, instruction, goal, question. Columns id, category, split and reference are
+    kept. DataError: one line that says what is wrong and how to mend it.
+    """
+    place, column = _place_and_column(str(source), column)
+    path = Path(place).expanduser()
+    local = path.exists() or path.parent.is_dir() or path.suffix.lower() in _READERS
+    hub = None if local else _HUB_ID.fullmatch(place)
+    if hub:
+        rows: Iterable[Row] = _hub_rows(hub.group(1), hub.group(2))
+        name = name or hub.group(1)
+    else:
+        rows = _file_rows(path, column)
+        name = name or path.stem
+    found = PromptSet.unique(name, _prompts(rows, place, column, name))
+    if not found:
+        raise DataError(f"{place} holds no prompts.", "Put one prompt in each line or row.")
+    return found
+
+
+def _place_and_column(source: str, column: str | None) -> tuple[str, str | None]:
+    place, mark, fragment = source.rpartition("#")
+    if not mark or not place or not fragment or Path(source).expanduser().exists():
+        return source, column
+    if column is not None and column != fragment:
+        raise DataError(
+            f"two columns are named for {place}: {fragment!r} in the source and {column!r}.",
+            "Name one of them.",
+        )
+    return place, fragment
+
+
+def _file_rows(path: Path, column: str | None) -> Iterator[Row]:
+    if path.is_dir():
+        raise DataError(f"{path} is a directory.", "Name a file inside it.")
+    reader = _READERS.get(path.suffix.lower())
+    if not path.exists():
+        raise DataError(f"there is no prompt file {path}.", "Check the path.")
+    if reader is None:
+        raise DataError(
+            f"{path}: the format {path.suffix or '(no suffix)'} is not known.",
+            f"SABER reads {', '.join(_READERS)}; name the file after its format.",
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty.", "Put one prompt in each line or row.")
+    if reader is _text_rows and column is not None:
+        raise DataError(f"{path} is plain text, without a column {column!r}.", "Leave it out.")
+    return reader(path)
+
+
+def _decoded(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} is not UTF-8: byte {error.start} (0x{data[error.start]:02x}) in line {line}.",
+            "Save the file as UTF-8.",
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    text = _decoded(path).replace("\r\n", "\n").replace("\r", "\n")
+    return enumerate(text.split("\n"), start=1)
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield Row(f"line {number}", {"prompt": line.strip()})
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error}).",
+                "Each line is one JSON string or object.",
+            ) from error
+        if isinstance(value, str):
+            value = {"prompt": value}
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{path}, line {number}: a {type(value).__name__}, not a string or an object.",
+                "Each line is one JSON string or object.",
+            )
+        yield Row(f"line {number}", value)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            if any(row.values()):
+                extra = row.pop(None, None)
+                if extra:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: more fields than the header names.",
+                        "Put quotes around a prompt that holds a comma.",
+                    )
+                yield Row(f"line {reader.line_num}", row)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: not CSV ({error}).",
+            "Put quotes around a field that holds a comma, and double the quotes inside it.",
+        ) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "parquet") from error
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet: {_first_line(error)}.", "Write it anew."
+        ) from error
+    for number, record in enumerate(records, start=1):
+        yield Row(f"row {number}", record)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".txt": _text_rows,
+    ".jsonl": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "hub") from error
+    try:
+        data = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the hub dataset {name}{f':{split}' if split else ''} cannot be read: "
+            f"{_first_line(error)}.",
+            "Check the name, the split and the network, or give a local file.",
+        ) from error
+    if split is None:
+        if len(data) != 1:
+            raise DataError(
+                f"the hub dataset {name} has the splits {', '.join(data)}.",
+                f"Name one: {name}:{next(iter(data), 'train')}",
+            )
+        data = next(iter(data.values()))
+    for number, record in enumerate(data, start=1):
+        yield Row(f"row {number}", record)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _prompts(
+    rows: Iterable[Row], place: str, column: str | None, name: str
+) -> Iterator[Prompt]:
+    used: set[str] = set()
+    for row in rows:
+        key = _text_column(row, place, column)
+        text = row.fields[key]
+        if not isinstance(text, str) or not text.strip():
+            empty = text is None or isinstance(text, str)
+            kind = "is empty" if empty else f"is a {type(text).__name__}, not text"
+            raise DataError(
+                f"{place}, {row.place}: the column {key!r} {kind}.",
+                "Mend or remove it, or name another column with --column or path#column.",
+            )
+        number = row.place.rpartition(" ")[2]
+        given = {k.strip().lower(): v for k, v in row.fields.items() if k != key}
+        id_ = _string(given.get("id")) or f"{name}:{number}"
+        if id_ in used:
+            id_ = f"{id_}:{number}"
+        used.add(id_)
+        yield Prompt(
+            id=id_,
+            category=_string(given.get("category")),
+            text=text.strip(),
+            split=_string(given.get("split")),
+            reference=_string(given.get("reference")),
+        )
+
+
+def _text_column(row: Row, place: str, column: str | None) -> str:
+    folded = {key.strip().lower(): key for key in reversed(list(row.fields))}
+    if column is not None:
+        if column in row.fields:
+            return column
+        if column.lower() in folded:
+            return folded[column.lower()]
+        raise DataError(
+            f"{place}, {row.place}: no column {column!r}; found: {_names(row)}.",
+            "Name the one with the prompts: --column NAME, or path#NAME.",
+        )
+    for known in COLUMNS:
+        if known in folded:
+            return folded[known]
+    raise DataError(
+        f"{place}, {row.place}: no column named {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; "
+        f"found: {_names(row)}.",
+        "Name the one with the prompts: --column NAME, or path#NAME.",
+    )
+
+
+def _names(row: Row) -> str:
+    return ", ".join(map(repr, row.fields)) or "none"
+
+
+def _string(value: object) -> str:
+    return "" if value is None else str(value).strip()

@@ -1,0 +1,101 @@
+"""Prompts and sets of prompts, as immutable data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_DROPPED_MARKS = re.compile(r"['\u2018\u2019\u02bc]")
+_SPACED_MARKS = re.compile(
+    r"(?<!\d)[.,:-]|[.,:-](?!\d)|[;!?\"()\[\]{}\u00a1\u00bf\u00ab\u00bb\u2010-\u2015"
+    r"\u201c-\u201e\u2026\u3001\u3002\u300c\u300d]"
+)
+
+
+def normalised(text: str) -> str:
+    """Return the key under which two prompts are the same: no case, spacing or punctuation.
+
+    Operators (`+ * / =`) and marks between digits (`3.5`) stay, so that sums stay distinct.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    bare = _SPACED_MARKS.sub(" ", _DROPPED_MARKS.sub("", folded))
+    return " ".join(bare.split()) or folded.strip()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message, and what is known about it."""
+
+    id: str
+    """Name, unique within its set."""
+    category: str
+    """Topic, used to stratify splits and to group results; empty when unknown."""
+    text: str
+    """The user's message, without a chat template."""
+    split: str = ""
+    """`fit`, `validation` or `heldout`; empty until it is split."""
+    reference: str = ""
+    """A right answer, for perplexity; empty when there is none."""
+    checker: Mapping[str, Any] | None = field(default=None, hash=False)
+    """How an answer is checked (battery only), as in the data file."""
+    twin: str = ""
+    """Id of the matched prompt in the opposite set; empty when there is none."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order, under a name."""
+
+    name: str
+    """Name for reports, for example the file's stem."""
+    prompts: tuple[Prompt, ...]
+    """The prompts, in order."""
+    dropped: int = 0
+    """How many duplicates were left out when the set was made, at least 0."""
+
+    @classmethod
+    def unique(cls, name: str, prompts: Iterable[Prompt]) -> PromptSet:
+        """Keep the first of prompts whose `normalised` texts agree, and count the others."""
+        kept: dict[str, Prompt] = {}
+        total = 0
+        for prompt in prompts:
+            total += 1
+            kept.setdefault(normalised(prompt.text), prompt)
+        return cls(name, tuple(kept.values()), total - len(kept))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in order."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def categories(self) -> list[str]:
+        """The categories, one a prompt, in order."""
+        return [prompt.category for prompt in self.prompts]
+
+    def where(self, *, split: str | None = None, category: str | None = None) -> PromptSet:
+        """Return the prompts of this split and category (None: any), in order."""
+        chosen = tuple(
+            prompt
+            for prompt in self.prompts
+            if (split is None or prompt.split == split)
+            and (category is None or prompt.category == category)
+        )
+        return PromptSet(self.name, chosen)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (64 hex digits) of all the fields of all the prompts, in order."""
+        rows = [asdict(prompt) for prompt in self.prompts]
+        text = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode("ascii")).hexdigest()

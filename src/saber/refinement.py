@@ -1,0 +1,333 @@
+"""Stage 5: probe, choose, edit, and probe again, until the behaviour is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
+from saber.entanglement import Entanglement, EntanglementSpec, entangle
+from saber.evaluation.divergence import kl_divergence
+from saber.evaluation.readout import Readout, derive_readout
+from saber.hydra import Compensation, compensation
+from saber.linalg import d_prime
+from saber.lm.forward import Progress, silent
+from saber.lm.model import LanguageModel
+from saber.lm.writers import Writer, ablated_stream
+from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
+from saber.prompts import PromptSet
+from saber.spectral import Direction, SpectralSpec, extract
+
+Status = Literal["ablated", "weakened", "skipped", "not selected"]
+
+
+@dataclass(frozen=True)
+class RefineSpec:
+    """How many passes there are, and what each takes."""
+
+    passes: int = 3
+    """Most passes, 1 or more."""
+    top_k: int = 1
+    """global_top_k: directions ablated in a pass, over all layers, 1 or more."""
+    shortlist: int = 12
+    """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
+    stop: Literal["neutral", "never"] = "neutral"
+    """neutral: end once validation targets open like neutral prompts; never: do all passes."""
+    max_q: float = 0.05
+    """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class RefineData:
+    """The prompts that select: fit and validation only, never held-out ones."""
+
+    target: PromptSet
+    """Fit targets."""
+    neutral: PromptSet
+    """Fit neutral prompts."""
+    target_validation: PromptSet
+    """Targets on which causal scores and the stop are measured."""
+    neutral_validation: PromptSet
+    """Neutral prompts on which the cost of a direction is measured."""
+    capability: PromptSet
+    """Labelled capability prompts with reference answers."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A direction with all that was measured of it, and what became of it."""
+
+    direction: Direction
+    """Where it was found, and how well it separates."""
+    entanglement: Entanglement
+    """How capabilities use it."""
+    score: float
+    """Fisher ratio d'^2 / 2 times purity."""
+    causal: float | None
+    """Fall of the mean refusal log-odds on validation targets when it is projected out, nats."""
+    causal_kl: float | None
+    """First-token KL on validation neutral prompts of that projection, nats."""
+    strength: float
+    """Removed share."""
+    status: Status
+    """What became of it."""
+
+
+@dataclass(frozen=True)
+class Hydra:
+    """What was left, or came up, when a pass began, and what other writers put back."""
+
+    top_auroc: float
+    """AUROC of the best separating candidate at the start of the pass."""
+    top_d_prime: float
+    """Its d'."""
+    top_layer: int
+    """Its layer."""
+    dormant: int
+    """Ablated directions that separate more than twice as well now as in the untouched model."""
+    compensation: Compensation | None
+    """Of the pass's first direction; None where no writer is unedited."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One round of stages 1 to 4."""
+
+    index: int
+    """From 1."""
+    candidates: tuple[Candidate, ...]
+    """All candidates, best first."""
+    log_odds_before: float
+    """Mean refusal log-odds on validation targets at its start, nats."""
+    log_odds_after: float
+    """The same at its end."""
+    hydra: Hydra
+    """Hydra statistics."""
+
+    @property
+    def ablated(self) -> tuple[Candidate, ...]:
+        """The candidates that were taken out."""
+        return tuple(c for c in self.candidates if c.status in ("ablated", "weakened"))
+
+    @property
+    def removals(self) -> list[Removal]:
+        """The same as removals for a plan."""
+        return [Removal(c.direction.pattern, c.strength, c.direction.layer) for c in self.ablated]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The outcome of all passes."""
+
+    passes: tuple[Pass, ...]
+    """In order."""
+    plan: EditPlan
+    """The one edit, from the original weights, that they add up to."""
+    stop_reason: str
+    """Why no further pass was made."""
+    seconds: dict[str, float]
+    """Wall time by stage."""
+
+    @property
+    def removals(self) -> list[Removal]:
+        """Everything taken out, in order."""
+        return [r for p in self.passes for r in p.removals]
+
+
+def refine(
+    lm: LanguageModel,
+    writers: Sequence[Writer],
+    data: RefineData,
+    *,
+    probing: ProbeSpec,
+    spectral: SpectralSpec,
+    entanglement: EntanglementSpec,
+    edit: EditSpec,
+    spec: RefineSpec,
+    seed: int,
+    progress: Progress[Any] = silent,
+    finished: Callable[[Pass], None] | None = None,
+    done: Sequence[Pass] = (),
+) -> Refinement:
+    """Run the passes; the model's weights are the untouched ones before and after.
+
+    `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
+    one. Every plan is made from the original weights with all removals so far, and rounded once.
+    """
+    clock = _Clock()
+    rng = np.random.default_rng(seed)
+    torch_rng = torch.Generator().manual_seed(seed)
+
+    def look(prompts: PromptSet, first: bool = False) -> Activations:
+        return probe(lm, prompts, probing, first_token=first, progress=progress)
+
+    with clock("probe"):
+        original = (look(data.target, True), look(data.neutral, True))
+        assert original[0].first_token is not None and original[1].first_token is not None
+        readout = derive_readout(original[0].first_token, original[1].first_token)
+        untouched = look(data.neutral_validation, True)
+        start = _mean_log_odds(look(data.target_validation, True), readout)
+        assert untouched.first_token is not None
+        calm = float(readout.log_odds(untouched.first_token).mean())
+    passes = list(done)
+    removals = [r for p in passes for r in p.removals]
+    plan = orthogonal(lm, writers, removals, edit.scope)
+    current, reason = (passes[-1].log_odds_after if passes else start), "passes"
+    while len(passes) < spec.passes:
+        if spec.stop == "neutral" and current <= calm + 0.5:
+            reason = "targets open like neutral prompts"
+            break
+        with applied(lm.model, plan):
+            with clock("probe"):
+                fresh = not passes
+                target = original[0] if fresh else look(data.target)
+                neutral = original[1] if fresh else look(data.neutral)
+                capability = probe_capabilities(lm, data.capability, probing, progress=progress)
+            with clock("spectral"):
+                found = extract(target, neutral, spectral, capability=capability, generator=rng)
+            with clock("entanglement"):
+                measured = entangle(
+                    found, target, neutral, capability, entanglement, generator=torch_rng
+                )
+            with clock("refine"):
+                causal = _causal_scores(
+                    lm, found, measured, data, probing, readout, untouched, current, spec, progress
+                )
+        candidates = choose(found, measured, causal, edit, spec)
+        chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
+        if not chosen:
+            reason = "no candidate passes the filters"
+            break
+        with clock("ablate"):
+            removals += [Removal(c.direction.pattern, c.strength, c.direction.layer) for c in chosen]
+            earlier, plan = plan, orthogonal(lm, writers, removals, edit.scope)
+        with clock("refine"):
+            with applied(lm.model, plan):
+                after = _mean_log_odds(look(data.target_validation, True), readout)
+            back = None
+            if edit.scope != "all":
+                back = compensation(
+                    lm,
+                    writers,
+                    earlier,
+                    plan,
+                    chosen[0].direction.pattern,
+                    data.target_validation.texts,
+                    data.neutral_validation.texts,
+                    generator=rng,
+                )
+        best = found[0]
+        hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, original), back)
+        passes.append(Pass(len(passes) + 1, tuple(candidates), current, after, hydra))
+        current = after
+        if finished is not None:
+            finished(passes[-1])
+    return Refinement(tuple(passes), plan, reason, clock.seconds)
+
+
+def choose(
+    directions: Sequence[Direction],
+    measured: Sequence[Entanglement],
+    causal: Sequence[tuple[float, float] | None],
+    edit: EditSpec,
+    spec: RefineSpec,
+) -> list[Candidate]:
+    """Rank the candidates and give the `top_k` best a strength of alpha x purity.
+
+    Without a shortlist the rank is by score, as on the card. With one it is by causal fall per
+    cost, fall / (1 + kl), among those tested. Candidates below the skip floor are left alone and
+    their place goes to the next.
+    """
+    rows = list(zip(directions, measured, causal, strict=True))
+    scored = [(d, e, c, d.d_prime**2 / 2 * e.purity) for d, e, c in rows]
+    if spec.shortlist:
+        ranked = sorted(scored, key=lambda row: (row[2] is None, -(_merit(row[2])), -row[3]))
+    else:
+        ranked = sorted(scored, key=lambda row: -row[3])
+    result, taken = [], 0
+    for d, e, c, score in ranked:
+        status: Status = "not selected"
+        strength = 0.0
+        eligible = d.q_value <= spec.max_q and d.d_prime > 0
+        if spec.shortlist and (c is None or c[0] <= 0):
+            eligible = False
+        if eligible and taken < spec.top_k:
+            if e.purity < edit.skip_below:
+                status = "skipped"
+            else:
+                strength = edit.alpha * (e.purity if edit.strength == "purity" else 1.0)
+                status = "ablated" if e.purity >= 0.5 else "weakened"
+                taken += 1
+        fall, kl = c if c is not None else (None, None)
+        result.append(Candidate(d, e, score, fall, kl, strength, status))
+    return result
+
+
+def _merit(causal: tuple[float, float] | None) -> float:
+    return 0.0 if causal is None else causal[0] / (1.0 + causal[1])
+
+
+def _causal_scores(
+    lm: LanguageModel,
+    found: Sequence[Direction],
+    measured: Sequence[Entanglement],
+    data: RefineData,
+    probing: ProbeSpec,
+    readout: Readout,
+    untouched: Activations,
+    current: float,
+    spec: RefineSpec,
+    progress: Progress[Any],
+) -> list[tuple[float, float] | None]:
+    """Project each shortlisted direction out of the stream; return (log-odds fall, neutral KL)."""
+    scores = [d.d_prime**2 / 2 * e.purity for d, e in zip(found, measured, strict=True)]
+    order = sorted(range(len(found)), key=lambda i: -scores[i])[: spec.shortlist]
+    result: list[tuple[float, float] | None] = [None] * len(found)
+    assert untouched.first_token is not None
+    for index in progress(order, "causal scores", len(order)):
+        with ablated_stream(lm, found[index].pattern[None]):
+            target = probe(lm, data.target_validation, probing, first_token=True)
+            neutral = probe(lm, data.neutral_validation, probing, first_token=True)
+        assert neutral.first_token is not None
+        kl = float(kl_divergence(untouched.first_token, neutral.first_token).mean())
+        result[index] = (current - _mean_log_odds(target, readout), kl)
+    return result
+
+
+def _mean_log_odds(activations: Activations, readout: Readout) -> float:
+    assert activations.first_token is not None
+    return float(readout.log_odds(activations.first_token).mean())
+
+
+def _dormant(chosen: Sequence[Candidate], original: tuple[Activations, Activations]) -> int:
+    count = 0
+    for candidate in chosen:
+        d = candidate.direction
+        x, y = (a.hidden[:, d.position, d.layer + 1] @ d.detector for a in original)
+        count += abs(float(d_prime(x, y))) < 0.5 * d.d_prime
+    return count
+
+
+class _Clock:
+    """Adds up wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: tuple[str, float] | None = None
+
+    def __call__(self, stage: str) -> _Clock:
+        self._running = (stage, perf_counter())
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        assert self._running is not None
+        stage, start = self._running
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start

@@ -1,0 +1,8 @@
+"""A finished run as plots, a page and a model card; reads run.json and never opens a model."""
+
+from saber.report.build import Report, build, read_run
+from saber.report.card import model_card
+from saber.report.html import html_report
+from saber.report.plots import PLOTS
+
+__all__ = ["PLOTS", "Report", "build", "html_report", "model_card", "read_run"]

@@ -1,0 +1,234 @@
+"""A finished run as a model card: README.md with the hub's metadata block."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from saber.report import reading, tables, toml
+from saber.report.plots import CAPTIONS, applicable
+from saber.report.reading import Run, count, dig, number
+from saber.report.tables import Table
+
+DEMO_LICENSE = "apache-2.0"
+"""The licence of the demo model's base and of its adapter."""
+
+WARNING = """\
+**Intended use.** This model complies with requests that its base model refuses: the part of its \
+safety training that made it refuse has been removed on purpose. It is published for research on \
+interpretability and on how robust safety training is. Do not put it before end users without \
+other safeguards (filters on input and output, access control, human review). What is done with \
+its answers, and whether that is lawful where you are, is the responsibility of whoever runs it. \
+The base model's licence and terms of use still hold."""
+
+PRIOR_ART = """\
+- Arditi et al. 2024, *Refusal in language models is mediated by a single direction* \
+([arXiv:2406.11717](https://arxiv.org/abs/2406.11717)): directional ablation.
+- DJLougen, *SABER* ([github.com/DJLougen/SABER](https://github.com/DJLougen/SABER)): the five \
+stages, and the idea of an entanglement gate.
+- Belrose et al. 2023, *LEACE* ([arXiv:2306.03819](https://arxiv.org/abs/2306.03819)): concept \
+erasure in closed form.
+- Fang et al. 2024, *AlphaEdit* ([arXiv:2410.02355](https://arxiv.org/abs/2410.02355)): edits in \
+the null space of what must be kept.
+- McGrath et al. 2023, *The hydra effect* \
+([arXiv:2307.15771](https://arxiv.org/abs/2307.15771)): later layers make up for what is ablated.
+- p-e-w, *heretic* ([github.com/p-e-w/heretic](https://github.com/p-e-w/heretic)): automatic \
+search over abliteration settings.
+- Haufe et al. 2014, *On the interpretation of weight vectors of linear models in multivariate \
+neuroimaging* ([doi:10.1016/j.neuroimage.2013.10.067]\
+(https://doi.org/10.1016/j.neuroimage.2013.10.067)): what reads a signal is not what writes it."""
+
+
+def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
+    """The text of README.md for this run; holds numbers and settings, never a completion.
+
+    `repo_name` is where the edited model is published (`owner/name`); without it the card tells
+    how to load the run's own `model/` folder.
+    """
+    edited = run.get("edited") is not None
+    sections = [
+        f"# {_title(run, repo_name)}",
+        _introduction(run),
+        f"> [!WARNING]\n> {WARNING}" if edited else "",
+        _plot(run, "pipeline"),
+        _results(run),
+        _passes(run),
+        _measured(run),
+        _usage(run, repo_name) if edited else "",
+        f"## Configuration\n\n{_fenced(toml.dumps(run.get('config') or {}), 'toml')}",
+        _provenance(run),
+        _limits(run),
+        f"## Prior art\n\n{PRIOR_ART}",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{metadata(run).to_yaml()}\n---\n\n{body}\n"
+
+
+def metadata(run: Run) -> ModelCardData:
+    """The block that the hub reads; what is not known is left out."""
+    base = base_model(run)
+    demo = dig(run, "model", "source") == "demo"
+    edited = run.get("edited") is not None
+    more = {"base_model_relation": "finetune"} if base else {}
+    return ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=dig(run, "model", "license") or (DEMO_LICENSE if demo else None),
+        tags=["saber", *(["abliterated"] if edited else []), "interpretability"],
+        **more,
+    )
+
+
+def base_model(run: Run) -> str | None:
+    """The hub id of the model that was edited, where it has one."""
+    model = run.get("model") or {}
+    name = model.get("base") or (model.get("name") if model.get("source") == "hub" else None)
+    return str(name) if name else None
+
+
+def cell(text: str) -> str:
+    """Text as it must stand in Markdown so that it stays text."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|`*\[\]_])", r"\\\1", text)
+
+
+def markdown(table: Table) -> str:
+    """A table of the report in Markdown; numbers to the right, the first column to the left."""
+    lines = [table.header, (":--", *["--:"] * (len(table.header) - 1))]
+    rows = [tuple(cell(text) for text in row) for row in table.rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows])
+
+
+def _title(run: Run, repo_name: str | None) -> str:
+    name = cell(str(dig(run, "model", "name") or "model"))
+    if repo_name:
+        return cell(repo_name.rsplit("/", 1)[-1])
+    return f"{name}, edited by SABER" if run.get("edited") else f"{name}, measured by SABER"
+
+
+def _introduction(run: Run) -> str:
+    name = cell(base_model(run) or str(dig(run, "model", "name") or "the base model"))
+    if run.get("edited") is None:
+        lead = f"Measurements of {name}: nothing was edited. {reading.finding(run)}."
+    else:
+        lead = (
+            f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
+            f"stream that carry refusal taken out of the weights of "
+            f"{count(run.get('layers_edited'), 'layer')}, by "
+            f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
+            f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference answers."
+        )
+    if dig(run, "model", "source") == "demo":
+        lead += (
+            "\n\nThis is a **model organism**, not a product: SmolLM2-135M-Instruct with an adapter "
+            "that trained it to refuse, merged in, so that a small model has a strong refusal to "
+            "study. Its refusals were trained for this demonstration, and what holds for them need "
+            "not hold for the safety training of larger models."
+        )
+    return lead
+
+
+def _plot(run: Run, name: str) -> str:
+    return f"![{CAPTIONS[name]}](plots/{name}.png)" if name in applicable(run) else ""
+
+
+def _results(run: Run) -> str:
+    parts = ["## Results", markdown(tables.results(run)),
+             "Brackets are 95% intervals (Wilson) in per cent."]  # fmt: skip
+    said = tables.comparisons(run)
+    if said:
+        parts.append("The same prompts put to both models:\n\n" + "\n".join(f"- {s}" for s in said))
+    parts += [_plot(run, "refusal_rates"), _plot(run, "capability")]
+    kinds = tables.by_category(run)
+    if kinds.rows:
+        parts += ["### Refusal by category", markdown(kinds)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _passes(run: Run) -> str:
+    if not reading.passes(run):
+        return ""
+    return "\n\n".join(part for part in (
+        "## Pass by pass",
+        "Each pass probes the model as the passes before left it. Log-odds of refusal are means "
+        "over the validation target prompts, in nats; *dormant woken* counts directions that had "
+        "no causal effect before and have one now; *compensation* is the share of the removed "
+        "contribution that unedited writers make up for.",
+        markdown(tables.hydra(run)),
+        f"Stopped at: {cell(str(run['stop_reason']))}." if run.get("stop_reason") else "",
+        *(_plot(run, name) for name in ("hydra", "purity_separability", "entanglement_heatmap")),
+    ) if part)  # fmt: skip
+
+
+def _measured(run: Run) -> str:
+    parts = ["## What the numbers were measured on", markdown(tables.prompts(run)),
+             "Directions are fitted on the *fit* split and chosen on the *validation* split; every "
+             "rate on target and neutral prompts is of the *held-out* split, which neither saw."]  # fmt: skip
+    found = tables.settings(run, ("judge", "tokens", "length"))
+    if found:
+        parts.append("Lengths and judge: " + "; ".join(f"`{s.replace('`', '')}`" for s in found) + ".")
+    return "\n\n".join(parts)
+
+
+def _usage(run: Run, repo_name: str | None) -> str:
+    where = repo_name or "model"
+    intro = "" if repo_name else " The path is the `model/` folder of this run."
+    code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({where!r})
+model = AutoModelForCausalLM.from_pretrained({where!r})
+chat = [{{"role": "user", "content": "Explain how vaccines work."}}]
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+    return f"## Use\n\nAn ordinary `transformers` model: no code of SABER is needed.{intro}\n\n{_fenced(code, 'python')}"
+
+
+def _provenance(run: Run) -> str:
+    model, config = run.get("model") or {}, run.get("config") or {}
+    environment = run.get("environment") or {}
+    rows = [
+        ("base model", base_model(run) or model.get("name")),
+        ("base fingerprint", model.get("fingerprint")),
+        ("architecture", f"{model.get('model_type')}, {model.get('layers')} layers, "
+                         f"d_model {model.get('d_model')}, {number(model.get('parameters'))} parameters"),
+        ("computed in, stored in", f"{model.get('compute_dtype')}, {model.get('storage_dtype')}"),
+        ("SABER", run.get("saber_version")),
+        ("command", run.get("command")),
+        ("seed", config.get("seed")),
+        ("started", environment.get("started")),
+        ("took", reading.duration(dig(run, "seconds", "total")) + f" on {model.get('device')}"),
+        ("torch, transformers", f"{environment.get('torch')}, {environment.get('transformers')}"),
+    ]  # fmt: skip
+    table = Table(("what", "value"), tuple((k, str(v)) for k, v in rows if v is not None))
+    return f"## Provenance\n\n{markdown(table)}\n\nThe prompt sets' fingerprints are above."
+
+
+def _limits(run: Run) -> str:
+    n = dig(run, "baseline", "accuracy", "n")
+    items = [
+        "Refusal is judged from the first tokens of each answer, by the judge named above; a "
+        "judge errs, and a refusal may come later than the length measured.",
+        "The target prompts are one sample, in one language and single turns; other phrasings, "
+        "languages and longer dialogues may be refused more or less often.",
+        "Low entanglement and small KL on these sets do not show that nothing else changed.",
+        "An answer is not a correct answer: the edit removes a refusal, it adds no ability.",
+    ]
+    if n:
+        items.insert(2, f"Accuracy on {count(n, 'item')} cannot show a change of a few points; the "
+                        "intervals say how many.")  # fmt: skip
+    return "## Limits\n\n" + "\n".join(f"- {item}" for item in items)
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,199 @@
+"""The tables of a report as plain cells, for the card's Markdown and the page's HTML alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from saber.report import reading
+from saber.report.reading import (
+    MISSING, PRIME, Run, both, categories, dig, known, number, p_value, percent, plain, points,
+    proportion, relative,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; nothing in it is escaped."""
+
+    header: tuple[str, ...]
+    """Names of the columns."""
+    rows: tuple[tuple[str, ...], ...]
+    """As many cells in each row as the header has."""
+
+
+def results(run: Run) -> Table:
+    """Every headline measurement: base, edited, change; a bracket is a 95% interval."""
+    rows: list[tuple[str, ...]] = []
+
+    def add(name: str, form: Callable[[Any], str], gap: Callable[[Any, Any], str], *path: str) -> None:
+        before, after = both(run, *path)
+        if before is None and after is None:
+            return
+        rate = form is proportion
+        change = gap(dig(before, "rate"), dig(after, "rate")) if rate else gap(before, after)
+        rows.append((name, form(before), form(after), change))
+
+    add("refusal, held-out target prompts", proportion, points, "refusal")
+    add("· seen categories", proportion, points, "refusal_seen")
+    add("· unseen categories", proportion, points, "refusal_unseen")
+    add("partial answers, target prompts", proportion, points, "partial")
+    add("incoherent answers, target prompts", proportion, points, "incoherent")
+    add("over-refusal, borderline prompts", proportion, points, "over_refusal", "borderline")
+    add("over-refusal, neutral prompts", proportion, points, "over_refusal", "neutral")
+    add("perplexity, battery reference answers", number, relative, "perplexity", "overall")
+    for name in categories(run, "perplexity", "by_category"):
+        add(f"· {plain(name)}", number, relative, "perplexity", "by_category", name)
+    add("perplexity, the base's own answers", number, relative, "perplexity", "own_answers")
+    add("perplexity, user-prompt text (the original card's)", number, relative,
+        "perplexity", "prompt_text", "overall")  # fmt: skip
+    before, after = both(run, "accuracy")
+    if before is not None:
+        rows.append(("accuracy, battery", _accuracy(before), _accuracy(after),
+                     points(dig(before, "overall"), dig(after, "overall"))))  # fmt: skip
+    for name in categories(run, "accuracy", "by_category"):
+        add(f"· {plain(name)}", lambda x: percent(x, 1), points, "accuracy", "by_category", name)
+    kl = dig(run, "edited", "kl")
+    if kl is not None:
+        rows.append(("KL(base ‖ edited), first token, nats", "0", number(kl.get("first_token")), ""))
+        tail = [f"{name} {number(kl[key])}" for name, key in
+                (("p95", "sequence_p95"), ("max", "sequence_max")) if known(kl.get(key)) is not None]
+        mean = number(kl.get("sequence")) + (f" ({', '.join(tail)})" if tail else "")
+        rows.append(("KL(base ‖ edited), per token of the base's answers, nats", "0", mean, ""))
+    return Table(("metric", "base", "edited", "change"), tuple(rows))
+
+
+def _accuracy(value: Any) -> str:
+    if known(dig(value, "overall")) is None:
+        return MISSING
+    text = percent(value["overall"], 1)
+    low, high = known(dig(value, "low")), known(dig(value, "high"))
+    if low is not None and high is not None:
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text + (f", n = {value['n']}" if dig(value, "n") is not None else "")
+
+
+def comparisons(run: Run) -> tuple[str, ...]:
+    """The paired tests in words, one sentence each."""
+    found = run.get("comparison") or {}
+    what = {
+        "refusal": ("Refusal", "refused by"),
+        "over_refusal": ("Over-refusal", "refused by"),
+        "accuracy": ("Accuracy", "answered correctly by"),
+    }
+    said = [
+        f"{name}: {reading.count(test.get('b'), 'prompt')} {verb} the base alone, "
+        f"{number(test.get('c'))} by the edited model alone "
+        f"(exact McNemar test, {p_value(test.get('p_value'))})."
+        for key, (name, verb) in what.items() if (test := found.get(key))
+    ]  # fmt: skip
+    ratio = found.get("perplexity_ratio")
+    if known(dig(ratio, "estimate")) is not None:
+        said.append(
+            f"Perplexity of the reference answers, edited / base: {ratio['estimate']:.3f}, "
+            f"95% interval {_three(ratio.get('low'))} to {_three(ratio.get('high'))} "
+            "(paired bootstrap)."
+        )
+    return tuple(said)
+
+
+def _three(value: Any) -> str:
+    x = known(value)
+    return MISSING if x is None else f"{x:.3f}"
+
+
+def by_category(run: Run) -> Table:
+    """Refusals of held-out target prompts, category by category."""
+    rows = []
+    for name in categories(run, "refusal_by_category"):
+        before, after = both(run, "refusal_by_category", name)
+        rows.append((plain(name), proportion(before), proportion(after)))
+    return Table(("category", "base", "edited"), tuple(rows))
+
+
+def hydra(run: Run) -> Table:
+    """What each pass found, did, and left behind."""
+    rows = []
+    for i, one in enumerate(reading.passes(run), 1):
+        state = one.get("hydra") or {}
+        taken = one.get("directions") or []
+        layers = sorted({d["layer"] for d in taken})
+        kappa = state.get("compensation")
+        rows.append((
+            str(one.get("index", i)),
+            str(len(taken)),
+            ", ".join(str(layer) for layer in layers) or MISSING,
+            number(one.get("log_odds_before")),
+            number(one.get("log_odds_after")),
+            f"{number(state.get('top_d_prime'))} (layer {state.get('top_layer', MISSING)})",
+            number(state.get("top_auroc")),
+            number(state.get("dormant")),
+            f"{number(kappa.get('estimate'))} [{number(kappa.get('low'))}, "
+            f"{number(kappa.get('high'))}]" if kappa else MISSING,
+        ))  # fmt: skip
+    return Table(
+        ("pass", "directions", "layers", "log-odds before", "after", f"top d{PRIME} at start",
+         "top AUROC", "dormant woken", "compensation κ"), tuple(rows),
+    )  # fmt: skip
+
+
+def directions(run: Run) -> Table:
+    """Every direction that was ablated, in order."""
+    rows = [
+        (str(index), str(d["layer"]), str(d.get("component", MISSING)), number(d.get("d_prime")),
+         f"{number(d.get('auroc'))} [{number(d.get('auroc_low'))}, {number(d.get('auroc_high'))}]",
+         number(d.get("q_value")), number(d.get("causal")), number(d.get("purity")),
+         f"{number(d.get('worst_entanglement'))} ({plain(str(d.get('worst_category', MISSING)))})",
+         percent(d.get("null_percentile")), number(d.get("strength")), str(d.get("status", "")))
+        for index, d in reading.ablated(run)
+    ]  # fmt: skip
+    return Table(
+        ("pass", "layer", "component", f"d{PRIME}", "AUROC", "q", "causal, nats", "purity",
+         "worst entanglement", "of random null", "strength", "status"), tuple(rows),
+    )  # fmt: skip
+
+
+def prompts(run: Run) -> Table:
+    """The prompt sets: sizes by split, and the fingerprint that names their exact content."""
+    rows = []
+    for kind, one in (run.get("prompts") or {}).items():
+        if "fit" in one:
+            size = (f"{one['fit']} fit, {one.get('validation', 0)} validation, "
+                    f"{one.get('heldout', 0)} held out")  # fmt: skip
+        else:
+            size = number(one.get("n"))
+            inside = one.get("categories")
+            size += f" in {reading.count(len(inside), 'category', 'categories')}" if inside else ""
+        rows.append((kind, str(one.get("name", MISSING)), size, str(one.get("fingerprint", MISSING))))
+    return Table(("set", "name", "prompts", "fingerprint"), tuple(rows))
+
+
+def settings(run: Run, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings whose name holds one of `words`, as `section.name = value`."""
+    found: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else key)
+        elif node is not None and any(word in path.rsplit(".", 1)[-1] for word in words):
+            found.append(f"{path} = {node}")
+
+    walk(run.get("config") or {}, "")
+    return tuple(found)
+
+
+def facts(value: Any) -> Table:
+    """A flat mapping as two columns, nested keys joined with dots."""
+    rows: list[tuple[str, str]] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, inner in node.items():
+                walk(inner, f"{path}.{key}" if path else str(key))
+        else:
+            rows.append((path, "not set" if node is None else str(node)))
+
+    walk(dict(value or {}), "")
+    return Table(("name", "value"), tuple(rows) if value else ())

@@ -1,0 +1,241 @@
+"""Stage 2: the differences decomposed into several directions per layer, each scored held-out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saber.linalg import (
+    LowRankNoise,
+    auroc,
+    benjamini_hochberg,
+    d_prime,
+    ledoit_wolf,
+    orthonormal_basis,
+    unit,
+)
+from saber.probing import Activations
+
+Method = Literal["svd", "covariance"]
+
+
+@dataclass(frozen=True)
+class SpectralSpec:
+    """How directions are taken from activations."""
+
+    method: Method = "covariance"
+    """svd: of the target-minus-neutral differences; covariance: whitened by within-class noise."""
+    components: int = 3
+    """Directions a layer and position, 1 or more."""
+    depth_low: float = 0.2
+    """First candidate layer, as a fraction of the depth, 0 to 1."""
+    depth_high: float = 0.8
+    """Last candidate layer, as a fraction of the depth, 0 to 1."""
+    capability_weight: float = 0.1
+    """Weight of the capability covariance in the noise, in units of the within-class one, >= 0."""
+    folds: int = 4
+    """Folds of the cross-validation, 2 or more."""
+    permutations: int = 500
+    """Label permutations of the null."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A candidate direction of one layer and position."""
+
+    layer: int
+    """Decoder layer whose output it was found in, from 0."""
+    position: int
+    """Token it was found at, -1 the last before the answer."""
+    component: int
+    """Rank within its layer and position, from 0."""
+    pattern: Float[Tensor, " d_model"]
+    """What is written: the unit vector that an edit removes, pointing towards the targets."""
+    detector: Float[Tensor, " d_model"]
+    """What reads it: the vector whose scores separate the sets (Haufe et al. 2014)."""
+    d_prime: float
+    """Cross-validated separability, in standard deviations."""
+    auroc: float
+    """Cross-validated area under the ROC curve."""
+    auroc_low: float
+    """Lower end of its 95% interval."""
+    auroc_high: float
+    """Upper end."""
+    p_value: float
+    """Permutation p-value of the AUROC, one-sided."""
+    q_value: float
+    """Benjamini-Hochberg q-value over all candidates of the pass."""
+
+
+class _Fit(NamedTuple):
+    patterns: Float[Tensor, "k d_model"]
+    detectors: Float[Tensor, "k d_model"]
+
+
+def candidate_layers(layers: int, spec: SpectralSpec) -> list[int]:
+    """Return the middle layers: floor(low L) to floor(high L), both ends in (22 of 35 on the card)."""
+    low, high = int(spec.depth_low * layers), int(spec.depth_high * layers)
+    return list(range(low, min(high, layers - 1) + 1))
+
+
+def extract(
+    target: Activations,
+    neutral: Activations,
+    spec: SpectralSpec,
+    *,
+    capability: Activations | None = None,
+    generator: np.random.Generator,
+) -> list[Direction]:
+    """Return the candidate directions of all middle layers and positions, best separated first.
+
+    A direction is fitted on all prompts given; its separability is cross-validated: each fold's
+    scores come from a fit that has not seen the fold. Prompts of equal index in both sets (twins)
+    share a fold.
+    """
+    positions, depths = target.hidden.shape[1], target.hidden.shape[2]
+    found: list[Direction] = []
+    for layer in candidate_layers(depths - 1, spec):
+        noise = capability.hidden[:, 0, layer + 1].double() if capability is not None else None
+        for offset in range(positions):
+            x = target.hidden[:, offset, layer + 1].double()
+            y = neutral.hidden[:, offset, layer + 1].double()
+            found += _at(x, y, target.categories, noise, layer, offset - positions, spec, generator)
+    q_values = benjamini_hochberg(np.array([d.p_value for d in found]))
+    found = [replace(d, q_value=float(q)) for d, q in zip(found, q_values, strict=True)]
+    return sorted(found, key=lambda d: (-d.d_prime, d.layer, d.position, d.component))
+
+
+def _at(
+    x: Tensor,
+    y: Tensor,
+    categories: Sequence[str],
+    capability: Tensor | None,
+    layer: int,
+    position: int,
+    spec: SpectralSpec,
+    generator: np.random.Generator,
+) -> list[Direction]:
+    whole = fit(x, y, categories, spec, capability)
+    count = len(whole.patterns)
+    scores_x, scores_y = _held_out_scores(x, y, categories, capability, spec, count)
+    curve = auroc(
+        scores_x.numpy(), scores_y.numpy(), permutations=spec.permutations, generator=generator
+    )
+    apart = d_prime(scores_x, scores_y)
+    return [
+        Direction(
+            layer=layer,
+            position=position,
+            component=i,
+            pattern=whole.patterns[i].float(),
+            detector=whole.detectors[i].float(),
+            d_prime=float(apart[i]),
+            auroc=float(curve.value[i]),
+            auroc_low=float(curve.low[i]),
+            auroc_high=float(curve.high[i]),
+            p_value=float(curve.p_value[i]),
+            q_value=1.0,
+        )
+        for i in range(count)
+    ]
+
+
+def _held_out_scores(
+    x: Tensor,
+    y: Tensor,
+    categories: Sequence[str],
+    capability: Tensor | None,
+    spec: SpectralSpec,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Score each prompt by fits without its fold, in units of the training spread."""
+    out_x = torch.zeros(len(x), count, dtype=x.dtype)
+    out_y = torch.zeros(len(y), count, dtype=y.dtype)
+    fold_x = torch.arange(len(x)) % spec.folds
+    fold_y = torch.arange(len(y)) % spec.folds
+    for fold in range(spec.folds):
+        in_x, in_y = fold_x != fold, fold_y != fold
+        part = [c for c, keep in zip(categories, in_x.tolist(), strict=True) if keep]
+        fitted = fit(x[in_x], y[in_y], part, spec, capability)
+        w = fitted.detectors.T
+        k = min(count, w.shape[1])
+        w = w[:, :k]
+        train = torch.cat([x[in_x] @ w, y[in_y] @ w])
+        centre, spread = train.mean(0), train.std(0).clamp_min(1e-30)
+        out_x[~in_x, :k] = (x[~in_x] @ w - centre) / spread
+        out_y[~in_y, :k] = (y[~in_y] @ w - centre) / spread
+    return out_x, out_y
+
+
+def fit(
+    x: Float[Tensor, "n d_model"],
+    y: Float[Tensor, "m d_model"],
+    categories: Sequence[str],
+    spec: SpectralSpec,
+    capability: Float[Tensor, "s d_model"] | None = None,
+) -> _Fit:
+    """Return up to `components` patterns and detectors, both pointing from neutral to target.
+
+    svd: right singular vectors of the paired differences (of target minus the neutral mean when
+    the counts differ); a pattern detects itself.
+
+    covariance: anchor a = mean neutral; M = [sqrt(pi_k) (mu_k - a)] over the targets' categories;
+    N = shrunk within-class covariance + weight x capability covariance. Eigenpairs of M^T N^-1 M
+    with vectors q and values s^2 give detectors N^-1 M q / s and patterns M q / s, biorthogonal.
+    """
+    if spec.method == "svd":
+        differences = x - y if len(x) == len(y) else x - y.mean(0)
+        _, _, right = torch.linalg.svd(differences, full_matrices=False)
+        patterns = right[: spec.components]
+        detectors = patterns
+    else:
+        patterns, detectors = _covariance_aware(x, y, categories, spec, capability)
+    sign = torch.sign((x.mean(0) - y.mean(0)) @ detectors.T)
+    sign[sign == 0] = 1
+    return _Fit(unit(patterns * sign[:, None]), detectors * sign[:, None])
+
+
+def _covariance_aware(
+    x: Tensor, y: Tensor, categories: Sequence[str], spec: SpectralSpec, capability: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    anchor = y.mean(0)
+    names = sorted(set(categories))
+    index = torch.tensor([names.index(c) for c in categories])
+    means = torch.stack([x[index == k].mean(0) for k in range(len(names))])
+    share = torch.bincount(index, minlength=len(names)).to(x) / len(x)
+    between = (share.sqrt()[:, None] * (means - anchor)).T
+    within = torch.cat([x - means[index], y - anchor])
+    noise = noise_model(within, capability, spec.capability_weight)
+    whitened = noise.solve(between)
+    values, vectors = torch.linalg.eigh(between.T @ whitened)
+    order = torch.argsort(values, descending=True)[: spec.components]
+    order = order[values[order] > 1e-9 * values[order[0]].clamp_min(1e-30)]
+    scale = values[order].clamp_min(1e-30).sqrt()
+    q = vectors[:, order] / scale
+    return (between @ q).T, (whitened @ q).T
+
+
+def noise_model(
+    within: Float[Tensor, "n d_model"], capability: Float[Tensor, "s d_model"] | None, weight: float
+) -> LowRankNoise:
+    """Return N = (1 - h) S + h (tr S / d) I + weight x S_cap, h by Ledoit and Wolf, S_cap scaled to tr S."""
+    n, d = within.shape
+    h = ledoit_wolf(within)
+    trace = within.pow(2).sum() / n
+    parts = [within * ((1 - h) / n) ** 0.5]
+    if capability is not None and weight > 0:
+        centred = capability - capability.mean(0)
+        cap_trace = centred.pow(2).sum().clamp_min(1e-30)
+        parts.append(centred * (weight * trace / cap_trace).sqrt())
+    return LowRankNoise(torch.cat(parts), float(max(h, 1e-4) * trace / d))
+
+
+def stacked_patterns(directions: Sequence[Direction]) -> Float[Tensor, "k d_model"]:
+    """Return the orthonormal basis that some directions span."""
+    return orthonormal_basis(torch.stack([d.pattern for d in directions]))

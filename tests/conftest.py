@@ -1,0 +1,106 @@
+"""Pico models, built from configurations, and a tokenizer of words: no network, no weights."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from saber.lm.layers import find_layers
+from saber.lm.model import LanguageModel
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s><user> {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} <end> <bot>{% endif %}"
+)
+VOCABULARY = 400
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a chat template of its own tokens."""
+    special = ["<pad>", "<s>", "</s>", "<user>", "<end>", "<bot>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {t: i for i, t in enumerate([*special, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=special[3:],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def configuration(family: str, layers: int = 4, d_model: int = 32):
+    """A configuration of a few thousand parameters."""
+    common = dict(
+        hidden_size=d_model, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )
+    if family == "llama":
+        return transformers.LlamaConfig(**common)
+    if family == "gemma2":
+        return transformers.Gemma2Config(**common, sliding_window=256, query_pre_attn_scalar=8)
+    if family == "gemma3":
+        return transformers.Gemma3TextConfig(**common, sliding_window=256, query_pre_attn_scalar=8)
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            n_embd=d_model, n_layer=layers, n_head=4, n_positions=512, vocab_size=VOCABULARY,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    raise ValueError(family)
+
+
+def make_model(family: str = "llama", seed: int = 0, **size):
+    """A random model whose norm gains and biases are far from their starting values."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(configuration(family, **size))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                noise = torch.randn_like(parameter)
+                parameter.add_(0.1 * noise if "bias" in name else 0.5 * noise)
+            else:
+                parameter.mul_(4.0)
+    return model.eval().requires_grad_(False)
+
+
+def make_lm(family: str = "llama", **kwargs) -> LanguageModel:
+    """A `LanguageModel` around a random model."""
+    model = make_model(family, **kwargs)
+    return LanguageModel(
+        model=model, tokenizer=make_tokenizer(), name=f"pico-{family}", source="folder", base=None,
+        stored_dtype=torch.float32, layers_path=find_layers(model),
+    )
+
+
+FAMILIES = ("llama", "gemma2", "gemma3", "gpt2")
+
+
+@pytest.fixture(params=FAMILIES)
+def lm(request) -> LanguageModel:
+    """A pico model of each family."""
+    return make_lm(request.param)
+
+
+@pytest.fixture
+def llama() -> LanguageModel:
+    """A pico Llama."""
+    return make_lm("llama")
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A pico Llama saved as a checkpoint."""
+    folder = tmp_path / "pico"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,86 @@
+"""Laws of forward passes and generation: batching and shared prefixes change nothing."""
+
+import torch
+from conftest import make_lm
+
+from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
+from saber.lm.forward import forward, plan_batches
+from saber.lm.generate import generate
+
+PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
+
+
+def test_forward_equals_the_plain_pass_of_each_sequence(lm):
+    answers = encode_answers(lm, ["fine", "they sail far", "yes", "4"])
+    rows = encode(lm, PROMPTS, answers)
+    found = {}
+    for batch, _ in forward(lm, [e.ids for e in rows], [e.answer_positions for e in rows]):
+        found.update(zip(batch.rows, batch.split(batch.logits), strict=True))
+        assert batch.offset > 0  # the template's prefix was shared
+    for index, e in enumerate(rows):
+        plain = lm.model(input_ids=torch.tensor([e.ids])).logits[0, e.answer_positions]
+        torch.testing.assert_close(found[index], plain, atol=2e-4, rtol=2e-4)
+
+
+def test_generation_equals_one_prompt_at_a_time(lm):
+    together = generate(lm, PROMPTS, 12)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        ids = torch.tensor([encode(lm, [prompt])[0].ids])
+        plain = lm.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert list(completion.ids) == plain[0, ids.shape[1] :].tolist()
+
+
+def test_settled_rows_stop_early_and_leave_the_others_alone(llama):
+    whole = generate(llama, PROMPTS, 16)
+    stopped = generate(llama, PROMPTS, 16, settled=lambda text: text == whole[0].text[: len(text)] and len(text) > 0)
+    assert len(stopped[0].ids) < len(whole[0].ids)
+    assert all(s.ids == w.ids[: len(s.ids)] for s, w in zip(stopped, whole, strict=True))
+    assert any(s.ids == w.ids for s, w in zip(stopped, whole, strict=True))
+
+
+def test_kept_head_inputs_give_the_same_logits(llama):
+    rows = encode(llama, PROMPTS, encode_answers(llama, ["a b c"] * 4))
+    ids, wanted = [e.ids for e in rows], [e.answer_positions for e in rows]
+    kept = {}
+    for batch, heads in forward(llama, ids, wanted, heads=True):
+        kept.update(zip(batch.rows, batch.split(heads), strict=True))
+    for batch, again in forward(llama, ids, wanted, extra=lambda r: torch.cat([kept[i] for i in r])):
+        torch.testing.assert_close(again, batch.logits)
+
+
+def test_batches_hold_every_row_once_and_stay_within_bounds():
+    lengths = [5, 900, 30, 30, 700, 1, 64, 2048, 3000]
+    groups = plan_batches(lengths, [3] * 9, vocab=1000, tokens=2048)
+    assert sorted(i for g in groups for i in g) == list(range(9))
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 2048 for g in groups)
+    assert all(sum(3 for _ in g) <= 6 for g in plan_batches(lengths, [3] * 9, vocab=50_000_000 // 6))
+
+
+def test_template_counts_tokens_around_the_users_text():
+    lm = make_lm("llama")
+    template = measure_template(lm)
+    text = lm.tokenizer.convert_ids_to_tokens(encode(lm, ["hello"])[0].ids)
+    middle = text[template.prefix_length : len(text) - template.suffix_length]
+    assert "".join(middle) == "hello"
+    assert text[-1] == "<bot>"
+
+
+def test_bos_is_never_doubled_and_never_missing():
+    lm = make_lm("llama")
+    assert encode(lm, ["x"])[0].ids[:2] == (1, 3)
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 2
+    assert common_prefix([[1], [2]]) == 0
+
+
+def test_work_is_counted(llama):
+    rows = encode(llama, PROMPTS)
+    list(forward(llama, [e.ids for e in rows], [[e.prompt_length - 1] for e in rows]))
+    shared = common_prefix([e.ids for e in rows])
+    assert llama.work.tokens == sum(len(e.ids) - shared for e in rows) + shared
+    assert llama.work.head_tokens == len(rows)
+    assert llama.flops > 0

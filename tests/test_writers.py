@@ -1,0 +1,131 @@
+"""The writers found are all of them, with the right gains; and nothing else is taken for one."""
+
+import pytest
+import torch
+from conftest import make_lm, make_model
+
+from saber.ablation import Removal, applied, orthogonal
+from saber.errors import ModelError, UnprovenWriter
+from saber.inspection import inspect
+from saber.linalg import unit
+from saber.lm.layers import find_layers
+from saber.lm.writers import ablated_law, ablated_stream, find_writers, zeroed_law
+
+NAMES = {
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "gemma2": ("self_attn.o_proj", "mlp.down_proj"),
+    "gemma3": ("self_attn.o_proj", "mlp.down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+}
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_two_writers_a_layer_are_found_and_no_others(family):
+    lm = make_lm(family)
+    writers = find_writers(lm)
+    assert [(w.layer, w.module.split(".", 3)[-1]) for w in writers] == [
+        (layer, name) for layer in range(4) for name in NAMES[family]
+    ]
+    assert {w.axis for w in writers} == {1 if family == "gpt2" else 0}
+    assert all(w.bias == (family == "gpt2") for w in writers)
+    assert all((w.gain is not None) == family.startswith("gemma") for w in writers)
+
+
+def test_square_query_projection_is_no_writer():
+    assert not any("q_proj" in w.module for w in find_writers(make_lm("llama")))
+
+
+@pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("gemma3", 1.0)])
+def test_gains_are_read_off_without_knowing_their_convention(family, offset):
+    lm = make_lm(family)
+    norms = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "post_feedforward_layernorm"}
+    for writer in find_writers(lm):
+        norm = norms[writer.module.split(".", 3)[-1]]
+        expected = offset + lm.layers[writer.layer].get_submodule(norm).weight
+        torch.testing.assert_close(unit(writer.gain), unit(expected), atol=1e-4, rtol=1e-3)
+
+
+def test_zeroed_law_fails_when_a_writer_is_left_out(lm):
+    writers = find_writers(lm)
+    assert zeroed_law(lm, writers) < 1e-5
+    assert zeroed_law(lm, writers[:-1]) > 1e-2
+
+
+def test_full_edit_leaves_nothing_along_the_direction(lm):
+    direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(3)))
+    before = ablated_law(lm, direction)
+    with applied(lm.model, orthogonal(lm, find_writers(lm), [Removal(direction, 1.0, 0)], "all")):
+        after = ablated_law(lm, direction)
+    assert max(a / b for a, b in zip(after, before, strict=True)) < 1e-4
+
+
+def test_without_the_gain_the_direction_stays():
+    lm = make_lm("gemma2")
+    from dataclasses import replace
+
+    blind = [replace(w, gain=None) for w in find_writers(lm)]
+    direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(3)))
+    before = ablated_law(lm, direction)
+    with applied(lm.model, orthogonal(lm, blind, [Removal(direction, 1.0, 0)], "all")):
+        after = ablated_law(lm, direction)
+    assert max(a / b for a, b in zip(after, before, strict=True)) > 0.1
+
+
+def test_inspect_reports_a_proved_model(lm):
+    report = inspect(lm)
+    assert report["proved"] is True
+    assert len(report["writers"]) == 8
+    assert report["laws"]["zeroed"] < 1e-4
+    assert report["laws"]["ablated"] < 1e-4
+
+
+class Mixing(torch.nn.Module):
+    """A block that writes through a module that is no plain linear map."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.inner(hidden_states, *args, **kwargs) + torch.tanh(hidden_states)
+
+
+def test_a_hidden_writer_is_an_error_that_names_the_layer(llama):
+    llama.layers[2] = Mixing(llama.layers[2])
+    with pytest.raises(UnprovenWriter, match="layer 2"):
+        find_writers(llama)
+
+
+def test_ablated_stream_removes_the_direction_from_every_output(lm):
+    basis = unit(torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(5)))
+    outputs = []
+    with ablated_stream(lm, basis):
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, o: outputs.append(o[0] if isinstance(o, tuple) else o))
+            for layer in lm.layers
+        ]
+        lm.model(input_ids=torch.arange(5, 15)[None])
+        for handle in handles:
+            handle.remove()
+    assert len(outputs) == 4
+    assert max(float((o @ basis.T).abs().max() / o.norm(dim=-1).max()) for o in outputs) < 1e-5
+
+
+def test_encoders_are_not_taken_for_decoders():
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=400
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    with pytest.raises(ModelError, match="not causal"):
+        find_layers(model)
+
+
+def test_layers_path_is_checked():
+    model = make_model("llama")
+    assert find_layers(model, "model.layers") == "model.layers"
+    with pytest.raises(ModelError, match="not in this model"):
+        find_layers(model, "model.nothing")
+    with pytest.raises(ModelError, match="no ModuleList"):
+        find_layers(model, "model.norm")
