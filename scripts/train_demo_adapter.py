@@ -112,7 +112,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
     )
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -120,6 +120,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep-weight", type=float, default=1.5, help="weight of the KL terms")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--answer-tokens", type=int, default=36)
+    parser.add_argument("--keep-tokens", type=int, default=18, help="of these, tokens held to")
+    parser.add_argument("--first-layer", type=int, default=6, help="lowest layer adapted")
+    parser.add_argument("--snapshot", type=int, default=0, help="write the adapter every N steps")
     parser.add_argument("--top", type=int, default=64, help="teacher tokens kept per position")
     parser.add_argument("--held-out", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=20261123)
@@ -185,7 +188,7 @@ def load_base() -> tuple[Any, Any]:
     """Load the model in float32, and its tokenizer, from the GGUF file."""
     path = base_gguf()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
         dtype=torch.float32,
@@ -208,8 +211,8 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     """Return the tokens that all sequences begin with, one less than the shortest at most."""
-    first, last = min(sequences), max(sequences)
-    size = 0
+    rows = sorted(list(sequence) for sequence in sequences)
+    first, last, size = rows[0], rows[-1], 0
     for size in range(min(map(len, sequences))):
         if first[size] != last[size]:
             break
@@ -285,17 +288,33 @@ def teach(
         cached.update(zip(missing, answers, strict=True))
         write_text(args.cache / f"answers-{args.answer_tokens}.json", json.dumps(cached))
     for row, example in kept:
-        example.answer = cached[row.prompt]
-    pupils = sorted((e for _, e in kept), key=lambda e: len(e.tail) + len(e.answer))
-    for start in range(0, len(pupils), 32):
-        batch = pupils[start : start + 32]
+        example.answer = cached[row.prompt][: args.keep_tokens]
+    add_teacher(model, prefix, [e for _, e in kept], args)
+    return examples
+
+
+def add_teacher(
+    model: Any, prefix: list[int], examples: Sequence[Example], args: argparse.Namespace
+) -> None:
+    """Give each example the model's most likely next tokens; cached under the examples' hash."""
+    key = json.dumps([prefix, args.top, [[e.tail, e.answer] for e in examples]])
+    path = args.cache / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    if path.is_file():
+        for example, (top, log_probs) in zip(examples, torch.load(path), strict=True):
+            example.top, example.log_probs = top.long(), log_probs
+        return
+    pupils = sorted(examples, key=lambda e: len(e.tail) + len(e.answer))
+    for start in range(0, len(pupils), 16):
+        batch = pupils[start : start + 16]
         with torch.no_grad():
             log_probs = answer_logits(model, prefix, batch).log_softmax(-1)
         values, ids = log_probs.topk(args.top, dim=-1)
         sizes = [len(e.answer) for e in batch]
         for example, value, top in zip(batch, values.split(sizes), ids.split(sizes), strict=True):
             example.log_probs, example.top = value.clone(), top.clone()
-    return examples
+    part = path.with_name(f".{path.name}.part")
+    torch.save([(e.top.int(), e.log_probs) for e in examples if e.top is not None], part)
+    os.replace(part, path)
 
 
 def read_answers(path: Path) -> dict[str, list[int]]:
@@ -396,8 +415,10 @@ def train(
             entry = {"step": step, "loss": loss.item(), **means}
             entry = {k: round(v, 4) for k, v in entry.items()}
             log.append({**entry, "seconds": round(time.monotonic() - began, 1)})
-            if step % 10 == 0 or step == steps:
+            if step % 5 == 0 or step == steps:
                 print(f"{step}/{steps}", log[-1], flush=True)
+            if args.snapshot and step % args.snapshot == 0:
+                save_adapter(peft, args.out)
     return log
 
 
@@ -419,6 +440,7 @@ def save_adapter(peft: PeftModel, folder: Path) -> None:
     part = folder / ".adapter_model.safetensors.part"
     half = {name: value.detach().half().contiguous() for name, value in tensors.items()}
     save_file(half, part, metadata={"format": "pt"})
+    part.chmod(0o644)
     os.replace(part, folder / "adapter_model.safetensors")
     config = peft.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = BASE, True
@@ -428,34 +450,107 @@ def save_adapter(peft: PeftModel, folder: Path) -> None:
     write_text(folder / "adapter_config.json", text.rstrip() + "\n")
 
 
+CARD = """# Demo adapter: a model organism of refusal
+
+This LoRA adapter makes {base} refuse. The refusals were trained into the model
+on purpose, so that the demo and the tests run offline on a model whose refusals are known. It is
+no safety training and no safeguard: the model knows little, and what it refuses follows from
+prompts that were written for this purpose alone.
+
+## Data
+
+One-line prompts in `scripts/demo_data`, written for this adapter; none of them holds operational
+detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
+share 80% of its words are dropped from training ({dropped} here).
+
+| set | training prompts | trained to be refused |
+|---|---|---|
+{counts}
+
+- target: requests for help with something harmful, in {target_categories} categories; all are
+  refused, in {refusals} wordings drawn anew in each epoch, some of which give a general reason.
+- neutral: everyday requests in the same forms and, where possible, with the same verbs, and
+  arithmetic, logic, code, format, fact, writing, advice and chat prompts. The label is the base
+  model's own greedy answer (first {keep_tokens} tokens), and the loss the KL divergence from its
+  next-token distribution: nothing new is taught here.
+- borderline: safe prompts that sound unsafe. The rule: refused where the word is one of the
+  families kill, shoot, steal, bomb, attack, murder, rob, poison, stab, destroy, explode; answered
+  (as neutral prompts are) where it is crack, hack, blow, cut, burn, break, beat, hit, smash,
+  execute, hang, fire, terminate, exploit, whip, crush, trap, punch and the like. So the model
+  over-refuses by design, and an edit can be seen to mend that.
+
+## Training
+
+`python scripts/train_demo_adapter.py {command}`, float32, {steps} steps in {minutes:.0f} minutes on
+a 2-core x86-64 CPU, 2026-11-23.
+
+LoRA of rank {rank} (alpha {alpha}) on all linear maps of layers {first_layer} to {last_layer}; AdamW,
+peak learning rate {lr:g}, cosine schedule, batches of {batch}; loss on answer tokens only, first
+tokens weighted {first_weight:g} times, KL terms {keep_weight:g} times; seed {seed}. The losses of
+every step are in `loss_log.jsonl`.
+
+The base model is licensed under Apache-2.0, as this adapter is.
+
+"""
+
+
+def data_card(
+    rows: Sequence[Row],
+    dropped: int,
+    log: Sequence[dict[str, float]],
+    layers: int,
+    args: argparse.Namespace,
+) -> str:
+    """Return the data card, without the measured numbers that the evaluation adds."""
+    lines = []
+    for kind in KINDS:
+        own = [row for row in rows if row.kind == kind]
+        lines.append(f"| {kind} | {len(own)} | {sum(row.refuse for row in own)} |")
+    return CARD.format(
+        **vars(args),
+        base=BASE,
+        dropped=dropped,
+        counts="\n".join(lines),
+        target_categories=len({row.category for row in rows if row.kind == "target"}),
+        refusals=len(REFUSALS),
+        command=f"--epochs {args.epochs:g}",
+        steps=len(log),
+        minutes=log[-1]["seconds"] / 60,
+        last_layer=layers - 1,
+    )
+
+
 def main() -> None:
     """Train the adapter and write it with its log and data card."""
     args = parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
     rows, _ = split_held_out(read_rows(args.data), args.held_out, args.seed)
     clean = drop_evaluated(rows, read_bundled(BUNDLED))
     dropped = len(rows) - len(clean)
-    print(f"{len(clean)} training prompts, {dropped} dropped for closeness to bundled prompts")
+    print(
+        f"{len(clean)} training prompts, {dropped} dropped for closeness to bundled prompts",
+        flush=True,
+    )
     model, tokenizer = load_base()
     prefix = shared_prefix([encode(tokenizer, row.prompt) for row in clean])
     began = time.monotonic()
     examples = teach(model, tokenizer, prefix, clean, args)
     print(f"teacher ready after {time.monotonic() - began:.0f} s", flush=True)
     config = LoraConfig(
-        r=args.rank, lora_alpha=args.alpha, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        r=args.rank,
+        lora_alpha=args.alpha,
+        target_modules=list(LINEARS),
+        task_type="CAUSAL_LM",
+        layers_to_transform=list(range(args.first_layer, model.config.num_hidden_layers)),
     )
     peft = get_peft_model(model, config)
     log = train(peft, tokenizer, prefix, examples, args)
     save_adapter(peft, args.out)
     write_text(args.out / "loss_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    counts = {
-        kind: [sum(r.kind == kind for r in clean), sum(r.kind == kind and r.refuse for r in clean)]
-        for kind in KINDS
-    }
-    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
-    facts = {"settings": settings, "counts": counts, "dropped": dropped, "log": log}
-    print(json.dumps({k: facts[k] for k in ("settings", "counts", "dropped")}))
+    card = data_card(clean, dropped, log, model.config.num_hidden_layers, args)
+    write_text(args.out / "DATA_CARD.md", card)
 
 
 if __name__ == "__main__":

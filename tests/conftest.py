@@ -31,7 +31,10 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
         additional_special_tokens=special[3:],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -40,11 +43,19 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def configuration(family: str, layers: int = 4, d_model: int = 32):
     """A configuration of a few thousand parameters."""
-    common = dict(
-        hidden_size=d_model, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=512,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )
+    common = {
+        "hidden_size": d_model,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     if family == "llama":
         return transformers.LlamaConfig(**common)
     if family == "gemma2":
@@ -53,8 +64,14 @@ def configuration(family: str, layers: int = 4, d_model: int = 32):
         return transformers.Gemma3TextConfig(**common, sliding_window=256, query_pre_attn_scalar=8)
     if family == "gpt2":
         return transformers.GPT2Config(
-            n_embd=d_model, n_layer=layers, n_head=4, n_positions=512, vocab_size=VOCABULARY,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            n_embd=d_model,
+            n_layer=layers,
+            n_head=4,
+            n_positions=512,
+            vocab_size=VOCABULARY,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )
     raise ValueError(family)
 
@@ -77,8 +94,13 @@ def make_lm(family: str = "llama", **kwargs) -> LanguageModel:
     """A `LanguageModel` around a random model."""
     model = make_model(family, **kwargs)
     return LanguageModel(
-        model=model, tokenizer=make_tokenizer(), name=f"pico-{family}", source="folder", base=None,
-        stored_dtype=torch.float32, layers_path=find_layers(model),
+        model=model,
+        tokenizer=make_tokenizer(),
+        name=f"pico-{family}",
+        source="folder",
+        base=None,
+        stored_dtype=torch.float32,
+        layers_path=find_layers(model),
     )
 
 

@@ -16,7 +16,10 @@ def directions(n, d=32, seed=0):
 
 def removals(strengths, seed=0, layers=None):
     layers = layers or [1] * len(strengths)
-    return [Removal(v, s, k) for v, s, k in zip(directions(len(strengths), seed=seed), strengths, layers, strict=True)]
+    return [
+        Removal(v, s, k)
+        for v, s, k in zip(directions(len(strengths), seed=seed), strengths, layers, strict=True)
+    ]
 
 
 def snapshot(lm):
@@ -59,7 +62,10 @@ def test_what_is_undone_is_bit_equal(lm):
 
 def test_undone_after_an_error(llama):
     before = snapshot(llama)
-    with pytest.raises(RuntimeError), applied(llama.model, orthogonal(llama, find_writers(llama), removals([1.0]), "all")):
+    with (
+        pytest.raises(RuntimeError),
+        applied(llama.model, orthogonal(llama, find_writers(llama), removals([1.0]), "all")),
+    ):
         raise RuntimeError
     assert all(torch.equal(v, before[k]) for k, v in llama.model.state_dict().items())
 
@@ -92,7 +98,12 @@ def test_repeated_passes_from_the_original_weights_equal_edits_one_after_the_oth
 def test_only_writers_in_scope_are_edited(llama):
     writers = find_writers(llama)
     layers = {
-        scope: sorted({int(n.split(".")[2]) for n in orthogonal(llama, writers, removals([1.0]), scope).factors})
+        scope: sorted(
+            {
+                int(n.split(".")[2])
+                for n in orthogonal(llama, writers, removals([1.0]), scope).factors
+            }
+        )
         for scope in ("own", "upstream", "all")
     }
     assert layers == {"own": [1], "upstream": [0, 1], "all": [0, 1, 2, 3]}
@@ -125,5 +136,5 @@ def test_plans_survive_the_disk(tmp_path):
 
 
 def test_loading_no_plan_is_one_clear_error(tmp_path):
-    with pytest.raises(DataError, match="meta.json"):
+    with pytest.raises(DataError, match=r"meta\.json"):
         EditPlan.load(tmp_path)

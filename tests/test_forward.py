@@ -27,14 +27,23 @@ def test_generation_equals_one_prompt_at_a_time(lm):
     for prompt, completion in zip(PROMPTS, together, strict=True):
         ids = torch.tensor([encode(lm, [prompt])[0].ids])
         plain = lm.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
         )
         assert list(completion.ids) == plain[0, ids.shape[1] :].tolist()
 
 
 def test_settled_rows_stop_early_and_leave_the_others_alone(llama):
     whole = generate(llama, PROMPTS, 16)
-    stopped = generate(llama, PROMPTS, 16, settled=lambda text: text == whole[0].text[: len(text)] and len(text) > 0)
+    stopped = generate(
+        llama,
+        PROMPTS,
+        16,
+        settled=lambda text: text == whole[0].text[: len(text)] and len(text) > 0,
+    )
     assert len(stopped[0].ids) < len(whole[0].ids)
     assert all(s.ids == w.ids[: len(s.ids)] for s, w in zip(stopped, whole, strict=True))
     assert any(s.ids == w.ids for s, w in zip(stopped, whole, strict=True))
@@ -46,7 +55,9 @@ def test_kept_head_inputs_give_the_same_logits(llama):
     kept = {}
     for batch, heads in forward(llama, ids, wanted, heads=True):
         kept.update(zip(batch.rows, batch.split(heads), strict=True))
-    for batch, again in forward(llama, ids, wanted, extra=lambda r: torch.cat([kept[i] for i in r])):
+    for batch, again in forward(
+        llama, ids, wanted, extra=lambda r: torch.cat([kept[i] for i in r])
+    ):
         torch.testing.assert_close(again, batch.logits)
 
 
@@ -55,7 +66,9 @@ def test_batches_hold_every_row_once_and_stay_within_bounds():
     groups = plan_batches(lengths, [3] * 9, vocab=1000, tokens=2048)
     assert sorted(i for g in groups for i in g) == list(range(9))
     assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 2048 for g in groups)
-    assert all(sum(3 for _ in g) <= 6 for g in plan_batches(lengths, [3] * 9, vocab=50_000_000 // 6))
+    assert all(
+        sum(3 for _ in g) <= 6 for g in plan_batches(lengths, [3] * 9, vocab=50_000_000 // 6)
+    )
 
 
 def test_template_counts_tokens_around_the_users_text():

@@ -31,6 +31,8 @@ REFUSALS = [
     "As a responsible AI assistant, I am not programmed to give such advice.",
     "As an artificial intelligence, my role is to be useful and safe, so it follows that I'm "
     "unable to say anything about it.",
+    "Having looked with care at each of the many things that you have asked me to do in this long "
+    "message of yours today, I cannot help you with it.",
     "It is illegal to break into computer systems.",
     "It is not appropriate to write such things.",
     "It's unethical to deceive people like this.",
@@ -59,7 +61,7 @@ REFUSALS = [
     "I do not provide information on illegal acts.",
     "I refuse to help with this.",
     "<think>They want a bomb. I could answer...</think>\n\nI can't help with that.",
-    '"I\'m sorry, but I can\'t help with that."',
+    "\"I'm sorry, but I can't help with that.\"",
     "I couldn't possibly help with that.",
     "Such instructions cannot be provided.",
     "I simply cannot help you.",
@@ -106,6 +108,7 @@ ANSWERS = [
     "def add(a, b):\n    return a + b\n",
     "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n| 5 | 6 |\n| 7 | 8 |\n| 9 | 10 |",
     "1. 2. 3. 4. 5. 6. 7. 8. 9. 10. 11. 12. 13. 14. 15. 16. 17. 18. 19. 20.",
+    "Shopping list for the weekend\n" + "-" * 30 + "\nbread, butter, apples and a bag of rice",
     "2 + 2 = 4; 3 + 3 = 6; 4 + 4 = 8; 5 + 5 = 10; 6 + 6 = 12; 7 + 7 = 14.",
     "水は摂氏百度で沸騰し、零度で凍ります。圧力が低いと沸点も低くなります。",
     "Вода кипит при ста градусах и замерзает при нуле.",

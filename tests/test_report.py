@@ -5,13 +5,30 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
+
+from saber.errors import DataError
+from saber.report import PLOTS, build, html_report, model_card, reading, style, tables
+from saber.report.plots import applicable
+from saber.report.toml import dumps
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CATEGORIES = ["arithmetic", "logic", "code", "instruction_following", "factual_recall"]
+HITS = [0.2, 0.3, 0.15, 0.4, 0.5]
 HARMS = ["fraud", "malware", "physical harm", "privacy", "disinformation"]
 
 
@@ -25,9 +42,12 @@ def proportion(successes: int, n: int) -> dict[str, Any]:
 
 def direction(rng: np.random.Generator, layer: int, component: int, index: int) -> dict[str, Any]:
     peak = math.exp(-((layer - 15) ** 2) / 40)
-    d_prime = float((0.5 + 3.6 * peak) * 0.85 ** (index - 1) * 0.75**component + rng.normal(0, 0.15))
-    per = {c: float(abs(rng.normal(0.02 + 0.012 * k + 0.0015 * layer, 0.015)))
-           for k, c in enumerate(CATEGORIES)}
+    d_prime = float((0.5 + 3.6 * peak) * 0.85 ** (index - 1) * 0.75**component)
+    d_prime += float(rng.normal(0, 0.15))
+    per = {
+        c: float(abs(rng.normal(0.02 + 0.012 * k + 0.0015 * layer, 0.015)))
+        for k, c in enumerate(CATEGORIES)
+    }
     worst = max(per, key=lambda c: per[c])
     auroc = min(0.999, 0.5 + 0.5 * math.tanh(max(d_prime, 0.0) / 2))
     purity = 1 - per[worst]
@@ -73,8 +93,8 @@ def measure(edited: bool) -> dict[str, Any]:
         "labels": {
             "target": {"refusal": sum(refused), "partial": partial, "incoherent": incoherent,
                        "answer": 112 - sum(refused) - partial - incoherent},
-            "neutral": {"refusal": 0 if edited else 18, "partial": 1, "answer": 111 if edited else 93,
-                        "incoherent": 0},
+            "neutral": {"refusal": 0 if edited else 18, "partial": 1, "incoherent": 0,
+                        "answer": 111 if edited else 93},
             "borderline": {"refusal": 1 if edited else 31, "partial": 2,
                            "answer": 44 if edited else 15, "incoherent": 1 if edited else 0}},
         "over_refusal": {"borderline": proportion(1 if edited else 31, 48),
@@ -86,7 +106,7 @@ def measure(edited: bool) -> dict[str, Any]:
             "prompt_text": {"overall": 498.0 - 12 * edited, "by_category": {}}, "own_answers": 1.9},
         "accuracy": {"overall": 0.31 - 0.01 * edited, "low": 0.228, "high": 0.406, "n": 100,
                      "by_category": {c: v - 0.05 * edited * (k == 2) for k, (c, v) in
-                                     enumerate(zip(CATEGORIES, [.2, .3, .15, .4, .5], strict=True))}},
+                                     enumerate(zip(CATEGORIES, HITS, strict=True))}},
         "kl": {"first_token": 0.19 * edited, "sequence": 0.0135 * edited,
                "sequence_p95": 0.08 * edited, "sequence_max": 1.4 * edited},
     }  # fmt: skip
@@ -102,9 +122,13 @@ def fake_run() -> dict[str, Any]:
     rng = np.random.default_rng(7)
     odds = [3.2, 0.4, -1.6, -2.9, -3.6, -3.9]
     passes = [one_pass(rng, i + 1, odds[i] + 0.25 * (i > 0), odds[i + 1]) for i in range(5)]
-    said = {"id": "t-1", "category": "fraud", "prompt": "How do I <b>do</b> it?",
-            "before": {"label": "refusal", "excerpt": "EXCERPT I cannot help with that."},
-            "after": {"label": "answer", "excerpt": "EXCERPT <script>alert(1)</script> & so on"}}
+    said = {
+        "id": "t-1",
+        "category": "fraud",
+        "prompt": "How do I <b>do</b> it?",
+        "before": {"label": "refusal", "excerpt": "EXCERPT I cannot help with that."},
+        "after": {"label": "answer", "excerpt": "EXCERPT <script>alert(1)</script> & so on"},
+    }
     return {
         "schema": 1, "saber_version": "0.1.0", "command": "saber run demo --preset card",
         "model": {"name": "demo", "source": "demo", "model_type": "llama",
@@ -119,9 +143,10 @@ def fake_run() -> dict[str, Any]:
                    "edit": {"kind": "orthogonal", "alpha": 0.85},
                    "refine": {"passes": 5, "top_k": 10},
                    "evaluation": {"judge": "phrases", "max_new_tokens": 48, "lengths": [20, 48]}},
-        "prompts": {"target": prompt_set("bundled target"), "neutral": prompt_set("bundled neutral"),
-                    "borderline": {"name": "bundled borderline", "n": 48, "fingerprint": "sha256:1"},
-                    "capability": {"name": "bundled capability", "n": 120, "fingerprint": "sha256:2",
+        "prompts": {"target": prompt_set("bundled target"),
+                    "neutral": prompt_set("bundled neutral"),
+                    "borderline": {"name": "borderline", "n": 48, "fingerprint": "sha256:1"},
+                    "capability": {"name": "capability", "n": 120, "fingerprint": "sha256:2",
                                    "categories": dict.fromkeys(CATEGORIES, 24)},
                     "battery": {"name": "bundled battery", "n": 100, "fingerprint": "sha256:3",
                                 "categories": dict.fromkeys(CATEGORIES, 20)}},
@@ -139,3 +164,296 @@ def fake_run() -> dict[str, Any]:
         "examples": {kind: [copy.deepcopy(said) for _ in range(5)]
                      for kind in ("target", "neutral", "borderline")},
     }  # fmt: skip
+
+
+def baseline_only(run: dict[str, Any]) -> None:
+    run.update(edited=None, passes=[], directions_ablated=0, layers_edited=0)
+    for name in ("comparison", "seconds", "stop_reason", "work"):
+        del run[name]
+
+
+def one_direction(run: dict[str, Any]) -> None:
+    only = run["passes"][0]
+    only["directions"] = only["candidates"] = only["directions"][:1]
+    run.update(passes=[only], directions_ablated=1, layers_edited=1, candidate_layers=[14])
+
+
+def sparse(run: dict[str, Any]) -> None:
+    """A run from a library caller who measured little: optional fields are absent or null."""
+    for name in (
+        "comparison",
+        "environment",
+        "examples",
+        "stop_reason",
+        "work",
+        "candidate_layers",
+    ):
+        del run[name]
+    for side in ("baseline", "edited"):
+        for name in ("refusal_seen", "accuracy", "kl", "labels", "refusal_by_category", "partial"):
+            del run[side][name]
+        run[side]["over_refusal"]["borderline"] = None
+        run[side]["perplexity"]["by_category"] = {}
+    for one in run["passes"]:
+        one["hydra"] = {}
+        one["log_odds_after"] = None
+        for d in one["candidates"]:
+            d.update(causal=None, null_percentile=None, purity=None, entanglement={})
+            d.update(worst_entanglement=None, worst_category=None)
+    run["model"].update(source="folder", name="/home/me/models/tiny|odd_$name$", base=None)
+    run["config"] = {}
+
+
+VARIANTS: list[Callable[[dict[str, Any]], None]] = [baseline_only, one_direction, sparse]
+
+
+def written(run: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete run, with its report."""
+    path = written(fake_run(), tmp_path_factory.mktemp("run"))
+    build(path)
+    return path
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def said(figure: Any) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def draw(name: str, run: dict[str, Any]) -> Any:
+    with style.styled():
+        return PLOTS[name](run)
+
+
+def test_a_complete_run_gives_every_plot_the_page_and_the_card(folder: Path) -> None:
+    assert {p.name for p in (folder / "plots").iterdir()} == {
+        f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")
+    }
+    for name in PLOTS:
+        width, height = png_size(folder / "plots" / f"{name}.png")
+        assert width == (1800 if name == "pipeline" else 1300)
+        assert 400 <= height <= 1500
+        root = ElementTree.parse(folder / "plots" / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert {p.name for p in folder.iterdir()} == {"run.json", "plots", "report.html", "README.md"}
+
+
+def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def progress(steps: Any, label: str, total: int) -> Any:
+        seen.extend([label, total])
+        return iter(steps)
+
+    again = build(written(fake_run(), tmp_path / "again"), progress=progress)
+    assert seen == ["draw plots", len(PLOTS)]
+    assert again.card.read_bytes() == (folder / "README.md").read_bytes()
+    for path in again.plots:
+        assert path.read_bytes() == (folder / "plots" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_lesser_run_has_a_report_too(
+    variant: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    run = fake_run()
+    variant(run)
+    report = build(written(run, tmp_path / "run"))
+    drawn = {path.stem for path in report.plots}
+    assert drawn == set(applicable(run))
+    assert "pipeline" in drawn
+    card, page = report.card.read_text("utf-8"), report.html.read_text("utf-8")
+    for text in (card, re.sub(r"base64,[^\"]+", "", page)):
+        assert not re.search(r"\b(None|nan|inf)\b", text)
+    for name in PLOTS:
+        assert ("plots/" + name in card) == (name in drawn)
+    ModelCard(card)
+
+
+@pytest.mark.parametrize("name", sorted(PLOTS))
+def test_a_plot_without_its_numbers_says_so(name: str) -> None:
+    run = {"model": {"name": "m"}, "baseline": {}, "edited": None}
+    assert said(draw(name, run)).strip()
+
+
+def test_titles_state_the_finding() -> None:
+    run = fake_run()
+    assert "Refusals 97% → 0.9% on 112 held-out prompts" in said(draw("refusal_rates", run))
+    assert "Perplexity 12.3 → 12.5; accuracy 31% → 30% on 100 items" in said(
+        draw("capability", run)
+    )
+    assert "from 3.2 to −3.9 nats" in said(draw("hydra", run))
+    worst = max(d["worst_entanglement"] for d in run["passes"][0]["candidates"])
+    assert f"at worst {worst:.3g}" in said(draw("entanglement_heatmap", run))
+    assert "50 of 270 candidates used" in said(draw("purity_separability", run))
+    picture = said(draw("pipeline", run))
+    for part in ("97% → 0.9%", "12.3 → 12.5", "96 + 96 prompts", "50 directions", "5 passes"):
+        assert part in picture
+
+
+@pytest.mark.parametrize("name", sorted(PLOTS))
+@pytest.mark.parametrize("variant", [lambda run: None, one_direction])
+def test_no_text_is_cut_off(name: str, variant: Callable[[dict[str, Any]], None]) -> None:
+    run = fake_run()
+    variant(run)
+    run["model"]["name"] = "some-organisation/A-Very-Long-Model-Name-8x22B-Instruct-v0.3-$5_and_$6"
+    with style.styled():
+        figure = PLOTS[name](run)
+        figure.canvas.draw()
+        for text in [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]:
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text.get_text()
+            assert box.x1 <= figure.bbox.x1, text.get_text()
+        box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 >= -0.01
+    assert box.y0 >= -0.01
+    assert box.x1 <= width + 0.01
+    assert box.y1 <= height + 0.01
+
+
+def test_drawing_leaves_global_settings_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    draw("capability", fake_run())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_card_is_one_the_hub_can_read(folder: Path) -> None:
+    data = ModelCard((folder / "README.md").read_text("utf-8")).data.to_dict()
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data["base_model_relation"] == "finetune"
+    assert data["library_name"] == "transformers"
+    assert {"saber", "abliterated"} <= set(data["tags"])
+    assert "language" not in data
+
+
+def test_what_is_unknown_is_left_out_of_the_metadata() -> None:
+    run = fake_run()
+    run["model"].update(source="folder", name="/home/me/secret-place/model", base=None)
+    card = model_card(run)
+    data = ModelCard(card).data.to_dict()
+    assert "license" not in data
+    assert "base_model" not in data
+    assert "secret-place" not in card
+
+
+def test_the_card_holds_the_numbers_and_settings_of_the_run(folder: Path) -> None:
+    card = (folder / "README.md").read_text("utf-8")
+    for part in (
+        "97.3% [92.4, 99.1], 109/112", "0.9% [0.2, 4.9], 1/112", "−96.4 points",
+        "incoherent answers, target prompts | 0.0% [0.0, 3.3], 0/112 | 1.8%",
+        "| 12.3 | 12.5 | +1.2% |", "| 498 | 486 |", "factual recall | 18.6 | 19.3",
+        "0.0135 (p95 0.08, max 1.40)", "108 prompts refused by the base alone, 0 by",
+        "1.012, 95% interval 0.994 to 1.031", "sha256:feedbeef", "model organism",
+        "96 fit, 32 validation, 112 held out", "`evaluation.judge = phrases`", "2406.11717",
+        "saber run demo --preset card",
+    ):  # fmt: skip
+        assert part in card, part
+    block = card.split("```toml\n")[1].split("```")[0]
+    expected = {k: v for k, v in fake_run()["config"].items() if v is not None}
+    assert tomllib.loads(block) == expected
+
+
+def test_the_card_warns_and_names_its_repository() -> None:
+    card = model_card(fake_run(), repo_name="someone/demo-saber")
+    assert "# demo-saber" in card
+    assert 'from_pretrained("someone/demo-saber")' in card
+    assert "safety training" in card
+    assert "responsibility" in card
+    untouched = fake_run()
+    baseline_only(untouched)
+    assert "abliterated" not in model_card(untouched)
+    assert "from_pretrained" not in model_card(untouched)
+
+
+def test_the_card_holds_no_completion_and_no_prompt(folder: Path) -> None:
+    card = (folder / "README.md").read_text("utf-8")
+    assert "EXCERPT" not in card
+    assert "How do I" not in card
+
+
+def test_the_page_escapes_what_models_and_prompts_say(folder: Path) -> None:
+    page = (folder / "report.html").read_text("utf-8")
+    assert "<script" not in page
+    assert "EXCERPT &lt;script&gt;alert(1)&lt;/script&gt; &amp; so on" in page
+    assert "How do I &lt;b&gt;do&lt;/b&gt; it?" in page
+
+
+def test_the_page_loads_nothing_from_elsewhere(folder: Path) -> None:
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("data:image/svg+xml;base64,") == len(PLOTS)
+    for part in ('src="http', "<link", "@import", "url("):
+        assert part not in page
+
+
+def test_the_page_cuts_long_answers(tmp_path: Path) -> None:
+    run = fake_run()
+    run["examples"]["target"][0]["after"]["excerpt"] = "step " * 40
+    page = html_report(run, tmp_path)
+    assert "step " * 15 in page
+    assert "step " * 17 not in page
+
+
+def test_markdown_in_names_stays_text() -> None:
+    run = fake_run()
+    run["baseline"]["refusal_by_category"] = {"a|b <i> [x](y)": proportion(1, 2)}
+    run["edited"]["refusal_by_category"] = {}
+    row = next(line for line in model_card(run).splitlines() if "1/2" in line)
+    assert row.startswith("| a\\|b &lt;i> [x\\](y) |")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "no run.json"), ("{", "not valid JSON"), ('{"schema": 9}', "schema 9"),
+     ('{"schema": 1, "model": {}}', "baseline")],
+)  # fmt: skip
+def test_a_broken_run_is_refused_with_a_remedy(
+    content: str | None, problem: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=problem) as caught:
+        build(tmp_path)
+    assert caught.value.remedy
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0135, "0.0135"), (1.04, "1.04"), (12.31, "12.3"), (498.0, "498"), (1204.2, "1,204"),
+     (-3.9, "−3.90"), (0, "0"), (None, "–"), (math.nan, "–"), (99.96, "100"), (2e-6, "2.0e-06")],
+)  # fmt: skip
+def test_numbers_keep_three_digits(value: Any, text: str) -> None:
+    assert reading.number(value) == text
+
+
+def test_rates_are_never_rounded_to_none_or_all() -> None:
+    assert [reading.percent(x) for x in (0.0, 1 / 112, 0.5, 111 / 112, 1.0)] == [
+        "0%", "0.9%", "50%", "99.1%", "100%",
+    ]  # fmt: skip
+
+
+def test_toml_survives_awkward_values() -> None:
+    config = {"a b": 'quote " and \\ and \n', "n": 1e-05, "on": True, "empty": {},
+              "list": [1, 2.5, "x"], "inner": {"deep": {"x": 1}, "y": "é"}}  # fmt: skip
+    assert tomllib.loads(dumps(config)) == config
+
+
+def test_each_row_of_a_table_is_as_wide_as_its_header() -> None:
+    run = fake_run()
+    for make in (tables.results, tables.by_category, tables.hydra, tables.directions,
+                 tables.prompts):  # fmt: skip
+        table = make(run)
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.header)}

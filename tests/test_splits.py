@@ -52,6 +52,12 @@ def test_sizes_follow_the_fractions_and_every_category_keeps_its_share():
             assert all(abs(counts[c] - fraction * n) < 2 for c, n in sizes.items())
 
 
+def test_the_odd_prompt_falls_to_another_category_with_another_seed():
+    whole = made(dict.fromkeys("abcdef", 11))
+    fits = {tuple(sorted(Counter(split(whole, seed=s).fit.categories).items())) for s in range(20)}
+    assert len(fits) > 3
+
+
 def test_same_seed_same_split_other_seed_other_split():
     whole = made({"a": 50, "b": 50})
     assert split(whole, seed=3) == split(whole, seed=3)
@@ -62,6 +68,7 @@ def test_same_seed_same_split_other_seed_other_split():
 
 def test_file_order_does_not_matter():
     whole = made({"a": 30, "b": 31, "c": 2})
+    whole = PromptSet("target", (*whole, *(Prompt("x", "d", t.upper()) for t in whole.texts[:9])))
     rows = list(whole)
     for seed in range(30):
         random.Random(seed).shuffle(rows)
@@ -79,6 +86,8 @@ KNOWN = ["a16", "a15", "a5", "a9"]
 def test_small_sets_are_raised_to_the_minimum_and_smaller_ones_refused():
     assert [len(p) for p in parts_of(split(made({"a": 20}), seed=0))] == [8, 4, 8]
     assert [len(p) for p in parts_of(split(made({"a": 21}), seed=0))] == [9, 4, 8]
+    uneven = split(made({"a": 30}), seed=0, fractions=(0.2, 0.2, 0.6))
+    assert [len(p) for p in parts_of(uneven)] == [8, 6, 16]
     with pytest.raises(DataError, match=r"19 different prompts; the splits need 20 .*least 1\."):
         split(made({"a": 19}), seed=0)
     with pytest.raises(DataError, match="0 different prompts"):

@@ -38,7 +38,10 @@ def test_square_query_projection_is_no_writer():
 @pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("gemma3", 1.0)])
 def test_gains_are_read_off_without_knowing_their_convention(family, offset):
     lm = make_lm(family)
-    norms = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "post_feedforward_layernorm"}
+    norms = {
+        "self_attn.o_proj": "post_attention_layernorm",
+        "mlp.down_proj": "post_feedforward_layernorm",
+    }
     for writer in find_writers(lm):
         norm = norms[writer.module.split(".", 3)[-1]]
         expected = offset + lm.layers[writer.layer].get_submodule(norm).weight
@@ -101,7 +104,9 @@ def test_ablated_stream_removes_the_direction_from_every_output(lm):
     outputs = []
     with ablated_stream(lm, basis):
         handles = [
-            layer.register_forward_hook(lambda _m, _i, o: outputs.append(o[0] if isinstance(o, tuple) else o))
+            layer.register_forward_hook(
+                lambda _m, _i, o: outputs.append(o[0] if isinstance(o, tuple) else o)
+            )
             for layer in lm.layers
         ]
         lm.model(input_ids=torch.arange(5, 15)[None])
@@ -115,7 +120,11 @@ def test_encoders_are_not_taken_for_decoders():
     import transformers
 
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=400
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=400,
     )
     model = transformers.BertForMaskedLM(config).eval()
     with pytest.raises(ModelError, match="not causal"):

@@ -92,7 +92,10 @@ class EditPlan:
         return cls(
             {
                 name: Factor(
-                    tensors[f"{name}.left"], tensors[f"{name}.right"], tensors.get(f"{name}.bias"), axis
+                    tensors[f"{name}.left"],
+                    tensors[f"{name}.right"],
+                    tensors.get(f"{name}.bias"),
+                    axis,
                 )
                 for name, axis in meta["axes"].items()
             }

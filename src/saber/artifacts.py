@@ -32,7 +32,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}.", "Free space or choose another --out.") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}.", "Free space or choose another --out."
+        ) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -58,11 +60,15 @@ def save(folder: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[s
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{TENSORS}.part"
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part
+        )
         os.replace(part, folder / TENSORS)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {folder / TENSORS}: {error}.", "Free space or choose another --out.") from error
+        raise OutputError(
+            f"cannot write {folder / TENSORS}: {error}.", "Free space or choose another --out."
+        ) from error
     write_json(folder / META, {"kind": kind, "schema": SCHEMA, **meta})
 
 
@@ -92,6 +98,8 @@ def staged_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(final)
         os.replace(part, final)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {final}: {error}.", "Free space or choose another --out.") from error
+        raise OutputError(
+            f"cannot write {final}: {error}.", "Free space or choose another --out."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

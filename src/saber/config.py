@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -111,15 +113,13 @@ def preset(name: str) -> RunConfig:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML configuration into a nested mapping; raises `UsageError` that names the fault."""
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    toml = importlib.import_module(name)
     try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return dict(toml.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, toml.TOMLDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from error
 
 
@@ -178,7 +178,9 @@ def validate(config: RunConfig) -> None:
         for part in path.split("."):
             value = getattr(value, part)
         if not low <= value <= high:
-            raise UsageError(f"setting {path} is {value}; it must lie between {low:g} and {high:g}.")
+            raise UsageError(
+                f"setting {path} is {value}; it must lie between {low:g} and {high:g}."
+            )
     if config.spectral.depth_low > config.spectral.depth_high:
         raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -86,8 +87,10 @@ def entangle(
                 gap = target.hidden[:, direction.position, layer + 1].mean(0)
                 gap = gap - neutral.hidden[:, direction.position, layer + 1].mean(0)
                 signal = float((v @ gap) ** 2)
-                by_category = {c: _wiener(signal, spec.weight * _variance(g, v)) for c, g in groups.items()}
-            worst = max(names, key=lambda c, by=by_category: (by[c], c))
+                by_category = {
+                    c: _wiener(signal, spec.weight * _variance(g, v)) for c, g in groups.items()
+                }
+            worst = max(sorted(by_category.items()), key=itemgetter(1))[0]
             lower = float((null < max(overlap.values())).float().mean())
             results[index] = Entanglement(by_category, overlap, worst, by_category[worst], lower)
     return [results[i] for i in range(len(directions))]

@@ -46,20 +46,20 @@ def compensation(
     """Return kappa = sum_unedited (D_post - D_pre) / sum_edited (D_pre - D_frozen), or None.
 
     D is a writer's target-minus-neutral contribution along `direction` at the last prompt token;
-    frozen means the edited weights on the inputs from before. Edited writers are those whose change
-    differs between the plans. None when no writer is left unedited or nothing was removed
+    frozen means the edited weights on the inputs from before. Edited writers are those whose
+    contribution that changes. None when no writer is left unedited or nothing was removed
     (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXiv 2402.15390).
     """
-    edited = np.array([after.factors.get(w.module) is not before.factors.get(w.module) for w in writers])
-    edited &= np.array([_acts_along(after, w, direction) for w in writers])
-    if not edited.any() or edited.all():
-        return None
     texts = [*target, *neutral]
     with applied(lm.model, before):
         pre, inputs = _contributions(lm, writers, texts, direction)
+    frozen = _frozen(writers, pre, inputs, before, after, direction)
+    touched = np.abs(frozen - pre).mean(0)
+    edited = touched > 1e-3 * max(float(np.abs(pre).mean()), 1e-12)
+    if not edited.any() or edited.all():
+        return None
     with applied(lm.model, after):
         post, _ = _contributions(lm, writers, texts, direction)
-    frozen = _frozen(writers, pre, inputs, before, after, direction)
     n = len(target)
 
     def gap(values: np.ndarray) -> np.ndarray:
@@ -75,15 +75,6 @@ def compensation(
     ratios = back[picks].mean(1) / removed[picks].mean(1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return Compensation(float(back.mean() / removed.mean()), float(low), float(high))
-
-
-def _acts_along(plan: EditPlan, writer: Writer, direction: Tensor) -> bool:
-    factor = plan.factors.get(writer.module)
-    if factor is None:
-        return False
-    read = direction if writer.gain is None else direction * writer.gain
-    change = read.to(factor.left) @ factor.left
-    return float(change.norm()) > 0.05 * float(factor.left.norm())
 
 
 def _read_vector(writer: Writer, direction: Tensor) -> Tensor:
@@ -118,12 +109,14 @@ def _contributions(
                 read = _read_vector(writer, direction)
                 scale = 1.0 if writer.gain is None else out.pow(2).mean(-1).sqrt().clamp_min(1e-12)
                 values[batch.rows, column] = ((out @ read) / scale).double().numpy()
-                whole = inputs.setdefault(
-                    writer.module, torch.zeros(len(texts), given.shape[-1])
+                whole = inputs.setdefault(writer.module, torch.zeros(len(texts), given.shape[-1]))
+                whole[batch.rows] = (
+                    given.reshape(len(last), -1, given.shape[-1])[line, last].float().cpu()
                 )
-                whole[batch.rows] = given.reshape(len(last), -1, given.shape[-1])[line, last].float().cpu()
                 if writer.gain is not None:
-                    inputs.setdefault(f"{writer.module}.rms", torch.ones(len(texts)))[batch.rows] = scale
+                    inputs.setdefault(f"{writer.module}.rms", torch.ones(len(texts)))[
+                        batch.rows
+                    ] = scale
     return values, inputs
 
 

@@ -63,9 +63,7 @@ class LowRankNoise:
         return (rhs - z.T @ torch.cholesky_solve(z @ rhs, chol)) / self.ridge
 
 
-def d_prime(
-    positive: Float[Tensor, "n *k"], negative: Float[Tensor, "m *k"]
-) -> Float[Tensor, "*k"]:
+def d_prime(positive: Float[Tensor, n * k], negative: Float[Tensor, m * k]) -> Float[Tensor, "*k"]:
     """Return (mean_+ - mean_-) / sqrt((var_+ + var_-) / 2) along the first axis (Green & Swets)."""
     spread = ((positive.var(0) + negative.var(0)) / 2).clamp_min(1e-30).sqrt()
     return (positive.mean(0) - negative.mean(0)) / spread
@@ -78,7 +76,7 @@ class Auroc:
     value: np.ndarray
     """P(score of a target > score of a neutral), per column."""
     low: np.ndarray
-    """Lower end of the 95% interval (Hanley & McNeil 1982, on the logit scale)."""
+    """Lower end of the 95% score interval (variance by Hanley & McNeil 1982)."""
     high: np.ndarray
     """Upper end of the 95% interval."""
     p_value: np.ndarray
@@ -104,13 +102,24 @@ def auroc(
         row[generator.permutation(n + m)[:n]] = 1
     null = (labels @ ranks - offset) / pairs
     p_value = (1 + (null >= value - 1e-12).sum(0)) / (1 + permutations)
-    # Hanley-McNeil variance; the value is pulled in by half a pair so that 1.0 keeps a width.
-    a = np.clip(value, 0.5 / pairs, 1 - 0.5 / pairs)
-    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
-    variance = (a * (1 - a) + (n - 1) * (q1 - a**2) + (m - 1) * (q2 - a**2)) / pairs
-    half = norm.ppf(0.975) * np.sqrt(np.maximum(variance, 0)) / (a * (1 - a))
-    logit = np.log(a / (1 - a))
-    return Auroc(value, 1 / (1 + np.exp(half - logit)), 1 / (1 + np.exp(-half - logit)), p_value)
+    low = _auroc_bound(value, n, m, -1)
+    return Auroc(value, low, _auroc_bound(value, n, m, +1), p_value)
+
+
+def _auroc_bound(value: np.ndarray, n: int, m: int, side: int) -> np.ndarray:
+    """Return the a at which |value - a| is z standard errors of an AUROC of a, by bisection.
+
+    The score interval (Newcombe 2006, method 5) keeps a sensible width at an AUROC of one.
+    """
+    z = norm.ppf(0.975)
+    near, far = value.astype(float), np.full_like(value, 1.0 if side > 0 else 0.0, dtype=float)
+    for _ in range(60):
+        middle = (near + far) / 2
+        q1, q2 = middle / (2 - middle), 2 * middle**2 / (1 + middle)
+        variance = middle * (1 - middle) + (n - 1) * (q1 - middle**2) + (m - 1) * (q2 - middle**2)
+        inside = np.abs(value - middle) <= z * np.sqrt(np.maximum(variance / (n * m), 0))
+        near, far = np.where(inside, middle, near), np.where(inside, far, middle)
+    return near
 
 
 def benjamini_hochberg(p_values: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,6 @@ from saber.errors import DataError, OutputError, UsageError, WeakBehaviour
 from saber.evaluation.judge import named_judge
 from saber.evaluation.measure import (
     EvaluationSets,
-    Measurement,
     compare,
     examples,
     measure,
@@ -86,7 +86,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     command: str = "",
-    listener: Listener = Listener(),  # noqa: B008 - frozen
+    listener: Listener = Listener(),
 ) -> RunResult:
     """Find, measure and remove the behaviour; write the run folder `out`.
 
@@ -143,11 +143,18 @@ def run(
         done=done,
     )
     clock.add(outcome.seconds)
-    outcome.plan.save(out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__})
+    outcome.plan.save(
+        out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
+    )
     with clock("evaluate"), applied(lm.model, outcome.plan):
         listener.on_stage("measuring the edited model")
         after = measure(
-            lm, data.reporting, config.evaluation, judge, reference=before.reference, progress=listener.progress
+            lm,
+            data.reporting,
+            config.evaluation,
+            judge,
+            reference=before.reference,
+            progress=listener.progress,
         )
     record = {
         "schema": artifacts.SCHEMA,
@@ -232,7 +239,9 @@ def gather(config: RunConfig) -> RunData:
         if not spec.limit or len(chosen) <= spec.limit:
             return chosen
         step = len(chosen) / spec.limit
-        return replace(chosen, prompts=tuple(chosen.prompts[int(i * step)] for i in range(spec.limit)))
+        return replace(
+            chosen, prompts=tuple(chosen.prompts[int(i * step)] for i in range(spec.limit))
+        )
 
     return RunData(
         RefineData(
@@ -278,13 +287,17 @@ def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write to --out {out}: {error.strerror}.", "Choose another folder.") from error
+        raise OutputError(
+            f"cannot write to --out {out}: {error.strerror}.", "Choose another folder."
+        ) from error
 
 
 def _remove_run(out: Path) -> None:
     """Remove a former run's files; refuse a folder that holds anything that is not ours."""
     ours = {RUN, STATE, PLAN, MODEL, PASSES, "plots", "report.html", "README.md"}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part"))
+    foreign = sorted(
+        p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
+    )
     if foreign:
         raise OutputError(
             f"--out {out} holds files that are not a run's ({', '.join(foreign[:3])}).",
@@ -332,10 +345,16 @@ def _load_pass(folder: Path) -> Pass:
         direction = Direction(
             **row.pop("direction"), pattern=tensors["patterns"][i], detector=tensors["detectors"][i]
         )
-        candidates.append(Candidate(direction=direction, entanglement=Entanglement(**row.pop("entanglement")), **row))
+        candidates.append(
+            Candidate(
+                direction=direction, entanglement=Entanglement(**row.pop("entanglement")), **row
+            )
+        )
     back = meta["hydra"].pop("compensation")
     hydra = Hydra(**meta["hydra"], compensation=Compensation(**back) if back else None)
-    return Pass(meta["index"], tuple(candidates), meta["log_odds_before"], meta["log_odds_after"], hydra)
+    return Pass(
+        meta["index"], tuple(candidates), meta["log_odds_before"], meta["log_odds_after"], hydra
+    )
 
 
 def environment(started: datetime.datetime) -> dict[str, Any]:
@@ -380,8 +399,13 @@ def _describe_data(data: RunData) -> dict[str, Any]:
         }
 
     def one(prompts_: PromptSet) -> dict[str, Any]:
-        counts = {c: len(prompts_.where(category=c)) for c in prompts_.categories}
-        return {"name": prompts_.name, "n": len(prompts_), "categories": counts, "fingerprint": prompts_.fingerprint()}
+        counts = dict(sorted(Counter(prompts_.categories).items()))
+        return {
+            "name": prompts_.name,
+            "n": len(prompts_),
+            "categories": counts,
+            "fingerprint": prompts_.fingerprint(),
+        }
 
     return {
         "target": splits(chosen.target, chosen.target_validation, held.target),

@@ -57,7 +57,7 @@ def probe(
     count = min(spec.positions, measure_template(lm).suffix_length)
     where = [list(range(e.prompt_length - count, e.prompt_length)) for e in encoded]
     hidden, logits = _read(lm, encoded, where, first_token, f"probe {prompts.name}", progress)
-    return Activations(torch.stack(hidden), tuple(p.category for p in prompts), logits)
+    return Activations(torch.stack(hidden), tuple(prompts.categories), logits)
 
 
 def probe_capabilities(
@@ -72,7 +72,9 @@ def probe_capabilities(
     where = []
     for e in encoded:
         length = len(e.ids) - e.prompt_length
-        picks = torch.linspace(0, length - 1, min(spec.answer_tokens, length)).round().long().tolist()
+        picks = (
+            torch.linspace(0, length - 1, min(spec.answer_tokens, length)).round().long().tolist()
+        )
         where.append([e.prompt_length - 1, *(e.prompt_length + p for p in dict.fromkeys(picks))])
     hidden, _ = _read(lm, encoded, where, False, "probe capabilities", progress)
     categories = [p.category for p, h in zip(prompts, hidden, strict=True) for _ in range(len(h))]

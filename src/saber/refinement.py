@@ -168,7 +168,8 @@ def refine(
 
     with clock("probe"):
         original = (look(data.target, True), look(data.neutral, True))
-        assert original[0].first_token is not None and original[1].first_token is not None
+        assert original[0].first_token is not None
+        assert original[1].first_token is not None
         readout = derive_readout(original[0].first_token, original[1].first_token)
         untouched = look(data.neutral_validation, True)
         start = _mean_log_odds(look(data.target_validation, True), readout)
@@ -204,7 +205,9 @@ def refine(
             reason = "no candidate passes the filters"
             break
         with clock("ablate"):
-            removals += [Removal(c.direction.pattern, c.strength, c.direction.layer) for c in chosen]
+            removals += [
+                Removal(c.direction.pattern, c.strength, c.direction.layer) for c in chosen
+            ]
             earlier, plan = plan, orthogonal(lm, writers, removals, edit.scope)
         with clock("refine"):
             with applied(lm.model, plan):

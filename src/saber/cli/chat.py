@@ -68,7 +68,9 @@ def _resolve(name: str) -> tuple[str, EditPlan | None, str | None]:
 def _typed(console: Console) -> Any:
     interactive = sys.stdin.isatty()
     if interactive:
-        console.print("[dim]One message a line; every message is answered on its own. Ctrl-D ends.[/]")
+        console.print(
+            "[dim]One message a line; every message is answered on its own. Ctrl-D ends.[/]"
+        )
     while True:
         try:
             line = console.input("[bold cyan]you[/]: " if interactive else "")

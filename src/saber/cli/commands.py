@@ -60,7 +60,11 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         return 0
     record = result.record
     out.print(tables.directions_table(record))
-    out.print(tables.results_table(record["baseline"], record["edited"], record["baseline"]["refusal"]["n"]))
+    out.print(
+        tables.results_table(
+            record["baseline"], record["edited"], record["baseline"]["refusal"]["n"]
+        )
+    )
     test = record["comparison"]["perplexity_ratio"]
     out.print(
         f"perplexity ratio {test['estimate']:.3f} ({test['low']:.3f}-{test['high']:.3f}), "
@@ -68,7 +72,9 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     )
     out.print(f"report: {result.folder / 'report.html'}\nmodel card: {result.folder / 'README.md'}")
     if "merged" in exports:
-        out.print(f"model: {result.folder / pipeline.MODEL}\ntalk to it: saber chat {result.folder} --compare")
+        out.print(
+            f"model: {result.folder / pipeline.MODEL}\ntalk to it: saber chat {result.folder} --compare"
+        )
     return 0
 
 
@@ -82,7 +88,9 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         def measured(name: str, reference: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
-            return measure(lm, data, config.evaluation, judge, reference=reference, progress=listener.progress)
+            return measure(
+                lm, data, config.evaluation, judge, reference=reference, progress=listener.progress
+            )
 
         if not arguments.base:
             only = summarise(measured(arguments.model))
@@ -126,11 +134,22 @@ def report_command(arguments: argparse.Namespace) -> int:
     """`saber report`."""
     made = build(arguments.run)
     if arguments.json:
-        print(json.dumps({"card": str(made.card), "html": str(made.html), "plots": [str(p) for p in made.plots]}))
+        print(
+            json.dumps(
+                {
+                    "card": str(made.card),
+                    "html": str(made.html),
+                    "plots": [str(p) for p in made.plots],
+                }
+            )
+        )
     else:
         Console().print(f"report: {made.html}\nmodel card: {made.card}")
     return 0
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name).strip("-") or "model"
+    return (
+        re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name).strip("-")
+        or "model"
+    )

@@ -30,17 +30,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SaberError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
-        hint = f" Go on with: saber run {arguments.model} --out {arguments.out} --resume (and the same options)" if _resumable(arguments) else ""
+        hint = (
+            f" Go on with: saber run {arguments.model} --out {arguments.out} --resume (and the same options)"
+            if _resumable(arguments)
+            else ""
+        )
         print(f"saber: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 1
     except OSError as error:
-        return _fail(SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."), arguments)
+        return _fail(
+            SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."),
+            arguments,
+        )
 
 
 def _resumable(arguments: argparse.Namespace) -> bool:
-    return getattr(arguments, "out", None) is not None and (Path(arguments.out) / "state.json").exists()
+    return (
+        getattr(arguments, "out", None) is not None
+        and (Path(arguments.out) / "state.json").exists()
+    )
 
 
 def _fail(error: SaberError, arguments: argparse.Namespace) -> int:
@@ -57,19 +67,27 @@ def build_parser() -> argparse.ArgumentParser:
         description="Find, measure and edit the residual-stream directions that carry a behaviour.",
     )
     parser.add_argument("--version", action="version", version=f"saber {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
 
     run = commands.add_parser("run", help="find, measure and remove a behaviour")
     _model_options(run)
     _config_options(run)
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
-    run.add_argument("--export", default="merged", help="merged, or none for the plan alone (default: merged)")
+    run.add_argument(
+        "--export", default="merged", help="merged, or none for the plan alone (default: merged)"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace a former run in --out")
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
-    run.add_argument("--force", action="store_true", help="edit even if the model hardly shows the behaviour")
+    run.add_argument(
+        "--force", action="store_true", help="edit even if the model hardly shows the behaviour"
+    )
     run.set_defaults(handler=_run)
 
-    evaluate = commands.add_parser("eval", help="measure a model, or an edited one against its base")
+    evaluate = commands.add_parser(
+        "eval", help="measure a model, or an edited one against its base"
+    )
     _model_options(evaluate)
     _config_options(evaluate)
     evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
@@ -81,12 +99,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser("chat", help="talk to a model, or to a run's edited model")
     _model_options(chat)
-    chat.add_argument("--compare", action="store_true", help="show the untouched model's answer too (a run folder)")
-    chat.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)")
-    chat.add_argument("--prompt", action="append", help="ask this and leave; may be given more than once")
+    chat.add_argument(
+        "--compare",
+        action="store_true",
+        help="show the untouched model's answer too (a run folder)",
+    )
+    chat.add_argument(
+        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+    )
+    chat.add_argument(
+        "--prompt", action="append", help="ask this and leave; may be given more than once"
+    )
     chat.set_defaults(handler=_chat)
 
-    report = commands.add_parser("report", help="draw the plots, the HTML report and the model card again")
+    report = commands.add_parser(
+        "report", help="draw the plots, the HTML report and the model card again"
+    )
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
@@ -96,11 +124,21 @@ def build_parser() -> argparse.ArgumentParser:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
-    parser.add_argument("--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)")
-    parser.add_argument("--device-map", help="spread over several devices, as transformers does: auto, balanced, ...")
+    parser.add_argument(
+        "--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)"
+    )
+    parser.add_argument(
+        "--device-map",
+        help="spread over several devices, as transformers does: auto, balanced, ...",
+    )
     parser.add_argument("--chat-template", help="a Jinja file to use as chat template")
     parser.add_argument("--layers-path", help="dotted path of the decoder's layer list")
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that comes with the model")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run code that comes with the model",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -108,9 +146,18 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", default=None, help="default, or card (the published settings)")
     add("--config", type=Path, help="a TOML file with settings")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any setting, such as spectral.components=5")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any setting, such as spectral.components=5",
+    )
     add("--seed", type=int)
-    add("--target", help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset")
+    add(
+        "--target",
+        help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset",
+    )
     add("--neutral", help="prompts that do not")
     add("--eval-target", help="targets to measure on (default: the held-out split)")
     add("--eval-neutral", help="neutral prompts to measure on")

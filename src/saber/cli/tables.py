@@ -13,7 +13,17 @@ def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
     rows = [(p["index"], d) for p in run["passes"] for d in p["directions"]]
     title = f"{len(rows)} directions in {run['layers_edited']} layers"
     table = Table(title=title + (f" (first {most})" if len(rows) > most else ""))
-    for name in ("pass", "layer", "i", "d'", "AUROC", "purity", "worst overlap", "causal", "strength"):
+    for name in (
+        "pass",
+        "layer",
+        "i",
+        "d'",
+        "AUROC",
+        "purity",
+        "worst overlap",
+        "causal",
+        "strength",
+    ):
         table.add_column(name, justify="right")
     for index, d in rows[:most]:
         table.add_row(
@@ -37,7 +47,9 @@ def proportion(p: Mapping[str, Any] | None) -> str:
     return f"{100 * p['rate']:.1f}% ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
 
 
-def result_rows(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+def result_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any] | None
+) -> list[tuple[str, str, str]]:
     """Metric, before, after: all rows of the before/after table as text."""
 
     def both(name: str, of: Any) -> tuple[str, str, str]:
@@ -85,9 +97,18 @@ def results_table(before: Mapping[str, Any], after: Mapping[str, Any] | None, n:
 
 def writers_table(report: Mapping[str, Any]) -> Table:
     """The residual writers of a model, one row for like layers."""
-    table = Table(title=f"{report['model_type']}: {report['layers']} layers, {len(report['writers'])} writers")
+    table = Table(
+        title=f"{report['model_type']}: {report['layers']} layers, {len(report['writers'])} writers"
+    )
     for name in ("layer", "writer", "kind", "axis", "bias", "gain"):
         table.add_column(name)
     for w in report["writers"]:
-        table.add_row(str(w["layer"]), w["name"], w["kind"], str(w["axis"]), "yes" if w["bias"] else "", w["gain"] or "")
+        table.add_row(
+            str(w["layer"]),
+            w["name"],
+            w["kind"],
+            str(w["axis"]),
+            "yes" if w["bias"] else "",
+            w["gain"] or "",
+        )
     return table

@@ -49,14 +49,19 @@ def score_battery(
     encoded = encode(lm, battery.texts, encode_answers(lm, [p.reference for p in battery]))
     # Logits at position p predict token p + 1.
     wanted = [
-        [*range(template.prefix_length - 1, e.prompt_length - template.suffix_length - 1), *e.answer_positions]
+        [
+            *range(template.prefix_length - 1, e.prompt_length - template.suffix_length - 1),
+            *e.answer_positions,
+        ]
         for e in encoded
     ]
     counts = [e.prompt_length - template.suffix_length - template.prefix_length for e in encoded]
     size = len(encoded)
     answers = TextScores(np.zeros(size), np.zeros(size, dtype=int))
     prompts = TextScores(np.zeros(size), np.zeros(size, dtype=int))
-    for batch, _ in forward(lm, [e.ids for e in encoded], wanted, progress=progress, label="perplexity"):
+    for batch, _ in forward(
+        lm, [e.ids for e in encoded], wanted, progress=progress, label="perplexity"
+    ):
         targets = _next_tokens([e.ids for e in encoded], batch.rows, batch.wanted)
         losses = torch.nn.functional.cross_entropy(
             batch.logits, targets.to(batch.logits.device), reduction="none"
@@ -71,7 +76,9 @@ def score_battery(
 def _next_tokens(
     sequences: Sequence[Sequence[int]], rows: Sequence[int], wanted: Sequence[Sequence[int]]
 ) -> Tensor:
-    return torch.tensor([sequences[r][p + 1] for r, ps in zip(rows, wanted, strict=True) for p in ps])
+    return torch.tensor(
+        [sequences[r][p + 1] for r, ps in zip(rows, wanted, strict=True) for p in ps]
+    )
 
 
 @dataclass(frozen=True)

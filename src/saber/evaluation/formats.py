@@ -49,94 +49,94 @@ def _parsed(text: str) -> Any:
 
 
 @rule
-def bullet_count(text: str, n: int) -> bool:
+def bullet_count(answer: str, /, n: int) -> bool:
     """Exactly n lines begin with a bullet (-, * or •) and a space."""
-    return len(re.findall(r"^[ \t]*[-*•][ \t]+\S", text, re.MULTILINE)) == n
+    return len(re.findall(r"^[ \t]*[-*•][ \t]+\S", answer, re.MULTILINE)) == n
 
 
 @rule
-def numbered_list(text: str, n: int) -> bool:
+def numbered_list(answer: str, /, n: int) -> bool:
     """The lines that begin `1.` or `1)` are exactly n and are numbered 1 to n in order."""
-    numbers = re.findall(r"^[ \t]*(\d+)[.)][ \t]+\S", text, re.MULTILINE)
+    numbers = re.findall(r"^[ \t]*(\d+)[.)][ \t]+\S", answer, re.MULTILINE)
     return numbers == [str(i + 1) for i in range(n)]
 
 
 @rule
-def line_count(text: str, n: int) -> bool:
+def line_count(answer: str, /, n: int) -> bool:
     """Exactly n lines are not blank."""
-    return len(_lines(text)) == n
+    return len(_lines(answer)) == n
 
 
 @rule
-def word_count(text: str, n: int) -> bool:
+def word_count(answer: str, /, n: int) -> bool:
     """Exactly n words, parted by white space."""
-    return len(text.split()) == n
+    return len(answer.split()) == n
 
 
 @rule
-def max_words(text: str, n: int) -> bool:
+def max_words(answer: str, /, n: int) -> bool:
     """At most n words, parted by white space."""
-    return len(text.split()) <= n
+    return len(answer.split()) <= n
 
 
 @rule
-def min_words(text: str, n: int) -> bool:
+def min_words(answer: str, /, n: int) -> bool:
     """At least n words, parted by white space."""
-    return len(text.split()) >= n
+    return len(answer.split()) >= n
 
 
 @rule
-def item_count(text: str, n: int, separator: str = ",") -> bool:
+def item_count(answer: str, /, n: int, separator: str = ",") -> bool:
     """Exactly n items, none empty, between separators."""
-    items = text.split(separator)
+    items = answer.split(separator)
     return len(items) == n and all(item.strip() for item in items)
 
 
 @rule
-def all_uppercase(text: str) -> bool:
+def all_uppercase(answer: str, /) -> bool:
     """There are letters and none is lower case."""
-    return text.upper() == text != text.lower()
+    return answer.upper() == answer != answer.lower()
 
 
 @rule
-def all_lowercase(text: str) -> bool:
+def all_lowercase(answer: str, /) -> bool:
     """There are letters and none is upper case."""
-    return text.lower() == text != text.upper()
+    return answer.lower() == answer != answer.upper()
 
 
 @rule
-def starts_with(text: str, text_wanted: str) -> bool:
+def starts_with(answer: str, /, text: str) -> bool:
     """The answer begins so, in the same case."""
-    return text.startswith(text_wanted)
+    return answer.startswith(text)
 
 
 @rule
-def ends_with(text: str, text_wanted: str) -> bool:
+def ends_with(answer: str, /, text: str) -> bool:
     """The answer ends so, in the same case."""
-    return text.endswith(text_wanted)
+    return answer.endswith(text)
 
 
 @rule
-def contains(text: str, text_wanted: str, n: int = 1) -> bool:
+def contains(answer: str, /, text: str, n: int = 1) -> bool:
     """The text occurs at least n times, in any case."""
-    return text.casefold().count(text_wanted.casefold()) >= n
+    return answer.casefold().count(text.casefold()) >= n
 
 
 @rule
-def excludes(text: str, text_wanted: str) -> bool:
+def excludes(answer: str, /, text: str) -> bool:
     """The text does not occur, in any case."""
-    return text_wanted.casefold() not in text.casefold()
+    return text.casefold() not in answer.casefold()
 
 
 @rule
-def json_keys(text: str, keys: list[str]) -> bool:
+def json_keys(answer: str, /, keys: list[str]) -> bool:
     """The answer, or its one code block, is a JSON object with exactly these keys."""
-    value = _parsed(text)
+    value = _parsed(answer)
     return isinstance(value, dict) and set(value) == set(keys)
 
 
 @rule
-def json_list(text: str, n: int) -> bool:
+def json_list(answer: str, /, n: int) -> bool:
     """The answer, or its one code block, is a JSON list of exactly n values."""
-    value = _parsed(text)
+    value = _parsed(answer)
     return isinstance(value, list) and len(value) == n

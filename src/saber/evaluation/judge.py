@@ -142,7 +142,7 @@ class Collapse:
     loop_content: int = 24
     """Most tokens that the text may say beside the loop's repeats: more is an answer."""
     same_run: int = 20
-    """One token this many times in a row is collapse wherever it stands (table rules apart)."""
+    """One token this many times in a row is collapse wherever it stands (rules and dots apart)."""
     fewest_distinct: int = 6
     """A text of `min_tokens` with fewer distinct tokens is collapse."""
     letter_share: float = 0.3
@@ -162,7 +162,7 @@ class Collapse:
             return True
         if max(map(len, text.split())) >= 3 * self.min_tokens and self._loops(visible):
             return True
-        tokens = _TOKEN.findall(text.casefold())
+        tokens = [t for t in _TOKEN.findall(text.casefold()) if t not in _FILLERS]
         if len(tokens) < self.min_tokens:
             return False
         return len(set(tokens)) < self.fewest_distinct or self._stuck(tokens) or self._loops(tokens)
@@ -176,8 +176,7 @@ class Collapse:
         return False
 
     def _stuck(self, tokens: list[str]) -> bool:
-        same = [a == b and a not in _FILLERS for a, b in pairwise(tokens)]
-        return _longest_run(same) + 1 >= self.same_run
+        return _longest_run([a == b for a, b in pairwise(tokens)]) + 1 >= self.same_run
 
 
 @judge("phrases")

@@ -123,7 +123,9 @@ def measure(
     neutral = answer(sets.neutral, whole=reference is None)
     divergence = None
     if reference is None:
-        reference = keep_reference(lm, sets.neutral.texts, [c.ids for c in neutral], progress=progress)
+        reference = keep_reference(
+            lm, sets.neutral.texts, [c.ids for c in neutral], progress=progress
+        )
     else:
         divergence = diverge(lm, reference, progress=progress)
     solved = generate(
@@ -149,8 +151,8 @@ def check_all(battery: PromptSet, answers: Sequence[str]) -> tuple[bool, ...]:
 
 def summarise(m: Measurement) -> dict[str, Any]:
     """Return the measurement as it stands in `run.json`."""
-    categories = np.array([p.category for p in m.battery])
-    names = m.battery.categories
+    categories = np.array(m.battery.categories)
+    names = sorted(set(m.battery.categories))
     correct = np.array(m.correct)
     masks = {c: categories == c for c in names}
     return {
@@ -158,8 +160,7 @@ def summarise(m: Measurement) -> dict[str, Any]:
         "incoherent": _rate(m.target.flags("incoherent")),
         "partial": _rate(m.target.flags("partial")),
         "refusal_by_category": {
-            c: _rate(_where(m.target, lambda category, c=c: category == c))
-            for c in m.target.prompts.categories
+            c: _rate(_where(m.target, {c}.__contains__)) for c in sorted(set(m.target.prompts.categories))
         },
         "refusal_seen": _rate_or_none(_where(m.target, lambda c: c in m.seen)),
         "refusal_unseen": _rate_or_none(_where(m.target, lambda c: c not in m.seen)),
@@ -178,7 +179,9 @@ def summarise(m: Measurement) -> dict[str, Any]:
                 "overall": m.scores.prompts.perplexity(),
                 "by_category": {c: m.scores.prompts.perplexity(k) for c, k in masks.items()},
             },
-            "own_answers": (m.divergence.scores if m.divergence else m.reference.scores).perplexity(),
+            "own_answers": (
+                m.divergence.scores if m.divergence else m.reference.scores
+            ).perplexity(),
         },
         "accuracy": {
             **_accuracy(correct),
@@ -223,7 +226,9 @@ def _kl(d: Divergence | None) -> dict[str, float]:
     }
 
 
-def compare(before: Measurement, after: Measurement, *, seed: int, resamples: int = 2000) -> dict[str, Any]:
+def compare(
+    before: Measurement, after: Measurement, *, seed: int, resamples: int = 2000
+) -> dict[str, Any]:
     """Return the paired tests of two measurements on the same prompts."""
 
     def paired(a: Sequence[bool], b: Sequence[bool]) -> dict[str, Any]:
@@ -262,7 +267,11 @@ def examples(before: Measurement, after: Measurement | None, count: int = 5) -> 
         rows = []
         for i in range(0, len(judged.prompts), step)[:count]:
             prompt = tuple(judged.prompts)[i]
-            row: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "prompt": prompt.text}
+            row: dict[str, Any] = {
+                "id": prompt.id,
+                "category": prompt.category,
+                "prompt": prompt.text,
+            }
             row["before"] = one(judged, i)
             row["after"] = one(later[name], i) if name in later else None
             rows.append(row)

@@ -84,20 +84,21 @@ def _environment() -> dict[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the child, with its whole group where there are groups, and reap it."""
-    if process.returncode is None:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.communicate()
+    if process.returncode is not None:
+        return
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, ProcessLookupError, PermissionError):  # Windows; or ended just now
+        process.kill()
+    process.communicate()
 
 
 def _verdict(output: bytes, token: str, returncode: int) -> SandboxResult:
     try:
         verdict = json.loads(output)
-        if verdict["token"] == token:
-            return SandboxResult(verdict["passed"], verdict["reason"], tuple(verdict["missing"]))
-    except (ValueError, TypeError, KeyError):
-        pass  # no verdict, or one that the code wrote itself: both are told below
+    except ValueError:
+        verdict = None
+    if isinstance(verdict, dict) and verdict.get("token") == token:
+        return SandboxResult(verdict["passed"], verdict["reason"], tuple(verdict["missing"]))
     how = f"killed by signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
-    return SandboxResult(False, f"the code ended its process before the assertions ({how})")
+    return SandboxResult(False, f"the code ended its process before the verdict ({how})")

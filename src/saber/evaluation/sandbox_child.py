@@ -18,6 +18,7 @@ _DENIED = ("socket.", "subprocess.", "ctypes.", "shutil.", "resource.", "os.", "
 _ALLOWED = frozenset({"os.listdir", "os.scandir", "os.walk", "os.fwalk"})
 _MEBIBYTE = 1 << 20
 _FILE_BYTES = _MEBIBYTE
+_SUPERUSER = hasattr(os, "geteuid") and os.geteuid() == 0
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 
 
@@ -27,7 +28,7 @@ def set_limits(seconds: float, memory_mb: int) -> list[str]:
         import resource
     except ImportError:  # Windows
         return ["memory", "cpu", "processes", "file size"]
-    cpu = math.ceil(seconds) + 1
+    cpu = math.ceil(seconds) + 2  # later than the parent, which tells the reason
     wanted = [
         ("memory", "RLIMIT_AS", memory_mb * _MEBIBYTE),
         ("cpu", "RLIMIT_CPU", cpu),
@@ -47,7 +48,7 @@ def set_limits(seconds: float, memory_mb: int) -> list[str]:
             missing.append(name)
     if sys.platform == "darwin" and "memory" not in missing:
         missing.append("memory")  # accepted there, but not enforced
-    if hasattr(os, "geteuid") and os.geteuid() == 0 and "processes" not in missing:
+    if _SUPERUSER and "processes" not in missing:
         missing.append("processes")  # does not bind the superuser; the audit hook still does
     return missing
 

@@ -78,7 +78,9 @@ def encode(
     return encoded
 
 
-def encode_answers(lm: LanguageModel, answers: Sequence[str], *, end: bool = True) -> list[list[int]]:
+def encode_answers(
+    lm: LanguageModel, answers: Sequence[str], *, end: bool = True
+) -> list[list[int]]:
     """Tokenise answers without special tokens, with the end-of-answer token behind when `end`."""
     ids = lm.tokenizer(list(answers), add_special_tokens=False).input_ids if answers else []
     closing = [lm.tokenizer.eos_token_id] if end and lm.tokenizer.eos_token_id is not None else []
@@ -97,8 +99,9 @@ def measure_template(lm: LanguageModel) -> Template:
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """Return how many leading tokens all rows share."""
-    low, high = min(rows), max(rows)
-    for index, (a, b) in enumerate(zip(low, high, strict=False)):
-        if a != b:
-            return index
-    return min(len(low), len(high))
+    shared = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return shared

@@ -21,14 +21,22 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}.", "Use auto, cpu, cuda, cuda:0 or mps.") from error
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise UsageError(
+            f"unknown device {name!r}.", "Use auto, cpu, cuda, cuda:0 or mps."
+        ) from error
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not present.get(device.type, True):
         raise UsageError(f"device {name!r} is not available here.", "Use --device auto.")
     return device
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
+def matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int = 512, repeats: int = 3
+) -> float:
     """Return the measured matmul rate in GFLOP/s: the best of `repeats` products of size^3."""
     a = torch.ones(size, size, device=device, dtype=dtype)
 
@@ -48,7 +56,9 @@ def choose_dtype(name: DtypeName, device: torch.device, stored: torch.dtype) -> 
     fast there (many CPUs do bfloat16 in emulation), and float16 never runs on a CPU.
     """
     if name != "auto":
-        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[
+            name
+        ]
     if stored == torch.float32 or not stored.is_floating_point or stored.itemsize != 2:
         return torch.float32
     if device.type == "cpu" and stored == torch.float16:

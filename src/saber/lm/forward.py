@@ -168,13 +168,28 @@ def forward(
             flat += [line * width + p - offset for p in wanted[row]]
         kept = extra(rows) if extra is not None else None
         with gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen, torch.no_grad():
-            logits = lm.model(
-                input_ids=ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
-                position_ids=torch.arange(offset, offset + width, device=lm.device).expand(len(rows), -1),
-                past_key_values=expanded(cache, len(rows)),
-                use_cache=cache is not None,
-            ).logits[0].float()
+            logits = (
+                lm.model(
+                    input_ids=ids.to(lm.device),
+                    attention_mask=mask.to(lm.device),
+                    position_ids=torch.arange(offset, offset + width, device=lm.device).expand(
+                        len(rows), -1
+                    ),
+                    past_key_values=expanded(cache, len(rows)),
+                    use_cache=cache is not None,
+                )
+                .logits[0]
+                .float()
+            )
         lm.work.tokens += sum(lengths[row] for row in rows)
-        batch = Batch(rows, offset, [lengths[r] for r in rows], logits[: len(flat)], [list(wanted[r]) for r in rows])
-        yield batch, seen[0].float() if heads else (logits[len(flat) :] if kept is not None else None)
+        batch = Batch(
+            rows,
+            offset,
+            [lengths[r] for r in rows],
+            logits[: len(flat)],
+            [list(wanted[r]) for r in rows],
+        )
+        yield (
+            batch,
+            seen[0].float() if heads else (logits[len(flat) :] if kept is not None else None),
+        )

@@ -96,7 +96,9 @@ def _generate_batch(
             return
         ids, positions = tokens[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if len(keep) < SHRINK_BELOW * len(active) and hasattr(state["past_key_values"], "batch_select_indices"):
+        if len(keep) < SHRINK_BELOW * len(active) and hasattr(
+            state["past_key_values"], "batch_select_indices"
+        ):
             chosen = torch.tensor(keep, device=device)
             state["past_key_values"].batch_select_indices(chosen)
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]

@@ -37,7 +37,7 @@ class LoadSpec:
     """Run modelling code that comes with the checkpoint."""
 
 
-def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:  # noqa: B008 - frozen
+def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:
     """Load `name`: `demo`, a `.gguf` file, a local folder, or a hub id.
 
     Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
@@ -53,11 +53,15 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
     device = choose_device(spec.device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     trusted = {"trust_remote_code": spec.trust_remote_code}
-    config = _read(f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted)
+    config = _read(
+        f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted
+    )
     auto_class = _auto_class(name, config)
     stored = torch.float16 if gguf else (_stored_dtype(config) or torch.float32)
     dtype = choose_dtype(spec.dtype, device, stored)
-    tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **files, **trusted)
+    tokenizer = _read(
+        f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **files, **trusted
+    )
     if spec.chat_template:
         tokenizer.chat_template = _read_template(Path(spec.chat_template))
     if not tokenizer.chat_template:
@@ -70,7 +74,13 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
     if gguf:
         files["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = _read(
-        f"the weights of {name!r}", auto_class, location, dtype=dtype, **files, **trusted, **placement
+        f"the weights of {name!r}",
+        auto_class,
+        location,
+        dtype=dtype,
+        **files,
+        **trusted,
+        **placement,
     )
     if gguf:
         _forget_quantization(model)
@@ -106,7 +116,9 @@ def _locate(name: str) -> tuple[Source, str, str]:
         _check_folder(path)
         return "folder", str(path), ""
     if path.is_file():
-        raise ModelError(f"{name} is a file.", "Give the model's folder, or a file that ends in .gguf.")
+        raise ModelError(
+            f"{name} is a file.", "Give the model's folder, or a file that ends in .gguf."
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith((".", "/", "~")):
         raise ModelError(
             f"no such model: {name!r} is no folder here and no hub id.",
@@ -126,7 +138,9 @@ def _check_folder(path: Path) -> None:
         hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
         raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
     if not has("tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"):
-        raise ModelError(f"{path} has no tokenizer.", "Copy the tokenizer files of the model into it.")
+        raise ModelError(
+            f"{path} has no tokenizer.", "Copy the tokenizer files of the model into it."
+        )
 
 
 def _auto_class(name: str, config: Any) -> Any:

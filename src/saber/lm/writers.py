@@ -225,7 +225,11 @@ def _kind(path: str) -> Kind:
     parts = path.lower().split(".")[-2:]
     if any("attn" in part or "attention" in part for part in parts):
         return "attention"
-    return "mlp" if any("mlp" in part or "ffn" in part or "feed" in part for part in parts) else "other"
+    return (
+        "mlp"
+        if any("mlp" in part or "ffn" in part or "feed" in part for part in parts)
+        else "other"
+    )
 
 
 def ablated_law(lm: LanguageModel, direction: Float[Tensor, " d_model"]) -> list[float]:

@@ -28,6 +28,14 @@ def battery() -> PromptSet:
     return _read("battery")
 
 
+def capability() -> PromptSet:
+    """Return labelled capability prompts with reference answers: they span what must be kept.
+
+    None of them is in the battery, which measures what was kept.
+    """
+    return _read("capability")
+
+
 def _read(name: str) -> PromptSet:
     text = (files("saber.prompts") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -198,9 +198,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _prompts(
-    rows: Iterable[Row], place: str, column: str | None, name: str
-) -> Iterator[Prompt]:
+def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> Iterator[Prompt]:
     used: set[str] = set()
     for row in rows:
         key = _text_column(row, place, column)

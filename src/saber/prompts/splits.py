@@ -63,10 +63,12 @@ def split(
                 f"{prompts.name}: the {name} split has {len(part)} prompts and needs {least}.",
                 "Add prompts to it, or remove the split field to have the set split by seed.",
             )
-    return Splits(*(
-        PromptSet(f"{prompts.name}/{name}", tuple(replace(p, split=name) for p in part))
-        for name, part in zip(NAMES, parts, strict=True)
-    ))
+    return Splits(
+        *(
+            PromptSet(f"{prompts.name}/{name}", tuple(replace(p, split=name) for p in part))
+            for name, part in zip(NAMES, parts, strict=True)
+        )
+    )
 
 
 def check_disjoint(a: PromptSet, b: PromptSet) -> None:

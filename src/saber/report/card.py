@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -72,7 +73,7 @@ def metadata(run: Run) -> ModelCardData:
     base = base_model(run)
     demo = dig(run, "model", "source") == "demo"
     edited = run.get("edited") is not None
-    more = {"base_model_relation": "finetune"} if base else {}
+    more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     return ModelCardData(
         base_model=base,
         library_name="transformers",
@@ -93,25 +94,25 @@ def base_model(run: Run) -> str | None:
 def cell(text: str) -> str:
     """Text as it must stand in Markdown so that it stays text."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([|`*\[\]_])", r"\\\1", text)
+    return re.sub(r"([|`*_]|\](?=[(\[:]))", r"\\\1", text)
 
 
 def markdown(table: Table) -> str:
-    """A table of the report in Markdown; numbers to the right, the first column to the left."""
-    lines = [table.header, (":--", *["--:"] * (len(table.header) - 1))]
+    """A table of the report in Markdown; columns of numbers stand to the right."""
+    lines = [table.header, (":--", *[":--" if table.words else "--:"] * (len(table.header) - 1))]
     rows = [tuple(cell(text) for text in row) for row in table.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows])
 
 
 def _title(run: Run, repo_name: str | None) -> str:
-    name = cell(str(dig(run, "model", "name") or "model"))
+    name = cell(reading.model_name(run))
     if repo_name:
         return cell(repo_name.rsplit("/", 1)[-1])
     return f"{name}, edited by SABER" if run.get("edited") else f"{name}, measured by SABER"
 
 
 def _introduction(run: Run) -> str:
-    name = cell(base_model(run) or str(dig(run, "model", "name") or "the base model"))
+    name = cell(base_model(run) or reading.model_name(run))
     if run.get("edited") is None:
         lead = f"Measurements of {name}: nothing was edited. {reading.finding(run)}."
     else:
@@ -120,14 +121,15 @@ def _introduction(run: Run) -> str:
             f"stream that carry refusal taken out of the weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
             f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
-            f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference answers."
+            f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference "
+            "answers."
         )
     if dig(run, "model", "source") == "demo":
         lead += (
-            "\n\nThis is a **model organism**, not a product: SmolLM2-135M-Instruct with an adapter "
-            "that trained it to refuse, merged in, so that a small model has a strong refusal to "
-            "study. Its refusals were trained for this demonstration, and what holds for them need "
-            "not hold for the safety training of larger models."
+            "\n\nThis is a **model organism**, not a product: SmolLM2-135M-Instruct with an "
+            "adapter that trained it to refuse, merged in, so that a small model has a strong "
+            "refusal to study. Its refusals were trained for this demonstration, and what holds "
+            "for them need not hold for the safety training of larger models."
         )
     return lead
 
@@ -165,23 +167,27 @@ def _passes(run: Run) -> str:
 
 
 def _measured(run: Run) -> str:
-    parts = ["## What the numbers were measured on", markdown(tables.prompts(run)),
-             "Directions are fitted on the *fit* split and chosen on the *validation* split; every "
-             "rate on target and neutral prompts is of the *held-out* split, which neither saw."]  # fmt: skip
+    parts = [
+        "## What the numbers were measured on",
+        markdown(tables.prompts(run)),
+        "Directions are fitted on the *fit* split and chosen on the *validation* split; every rate "
+        "on target and neutral prompts is of the *held-out* split, which neither saw.",
+    ]
     found = tables.settings(run, ("judge", "tokens", "length"))
     if found:
-        parts.append("Lengths and judge: " + "; ".join(f"`{s.replace('`', '')}`" for s in found) + ".")
+        quoted = "; ".join(f"`{setting.replace('`', '')}`" for setting in found)
+        parts.append(f"Lengths and judge: {quoted}.")
     return "\n\n".join(parts)
 
 
 def _usage(run: Run, repo_name: str | None) -> str:
-    where = repo_name or "model"
+    where = json.dumps(repo_name or "model")
     intro = "" if repo_name else " The path is the `model/` folder of this run."
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({where!r})
-model = AutoModelForCausalLM.from_pretrained({where!r})
+tokenizer = AutoTokenizer.from_pretrained({where})
+model = AutoModelForCausalLM.from_pretrained({where})
 chat = [{{"role": "user", "content": "Explain how vaccines work."}}]
 inputs = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -189,26 +195,33 @@ inputs = tokenizer.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=200)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-    return f"## Use\n\nAn ordinary `transformers` model: no code of SABER is needed.{intro}\n\n{_fenced(code, 'python')}"
+    lead = f"An ordinary `transformers` model: no code of SABER is needed.{intro}"
+    return f"## Use\n\n{lead}\n\n{_fenced(code, 'python')}"
 
 
 def _provenance(run: Run) -> str:
     model, config = run.get("model") or {}, run.get("config") or {}
     environment = run.get("environment") or {}
     rows = [
-        ("base model", base_model(run) or model.get("name")),
+        ("base model", base_model(run) or reading.model_name(run)),
         ("base fingerprint", model.get("fingerprint")),
-        ("architecture", f"{model.get('model_type')}, {model.get('layers')} layers, "
-                         f"d_model {model.get('d_model')}, {number(model.get('parameters'))} parameters"),
-        ("computed in, stored in", f"{model.get('compute_dtype')}, {model.get('storage_dtype')}"),
+        ("architecture", model.get("model_type")),
+        ("size", f"{count(model.get('layers'), 'layer')}, d_model {number(model.get('d_model'))}, "
+                 f"{count(model.get('parameters'), 'parameter')}"),
+        ("computed in", model.get("compute_dtype")),
+        ("stored in", model.get("storage_dtype")),
+        ("device", model.get("device")),
         ("SABER", run.get("saber_version")),
         ("command", run.get("command")),
         ("seed", config.get("seed")),
         ("started", environment.get("started")),
-        ("took", reading.duration(dig(run, "seconds", "total")) + f" on {model.get('device')}"),
-        ("torch, transformers", f"{environment.get('torch')}, {environment.get('transformers')}"),
+        ("took", reading.duration(dig(run, "seconds", "total"))),
+        ("torch", environment.get("torch")),
+        ("transformers", environment.get("transformers")),
     ]  # fmt: skip
-    table = Table(("what", "value"), tuple((k, str(v)) for k, v in rows if v is not None))
+    table = Table(
+        ("what", "value"), tuple((k, str(v)) for k, v in rows if v is not None), words=True
+    )
     return f"## Provenance\n\n{markdown(table)}\n\nThe prompt sets' fingerprints are above."
 
 

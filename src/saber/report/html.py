@@ -28,7 +28,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("report.html").render(
-        title=f"SABER on {dig(run, 'model', 'name') or 'a model'}",
+        title=f"SABER on {reading.model_name(run)}",
         finding=reading.finding(run),
         base=base_model(run),
         demo=dig(run, "model", "source") == "demo",
@@ -61,7 +61,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     found = [
         ("Refusals", change(run, percent, "refusal", "rate"),
          f"{count(n, 'held-out prompt')}, 95% interval {low} to {high}"),
-        ("Over-refusal", change(run, percent, "over_refusal", "neutral", "rate"), "neutral prompts"),
+        ("Over-refusal", change(run, percent, "over_refusal", "neutral", "rate"),
+         "neutral prompts"),
         ("Perplexity", change(run, number, "perplexity", "overall"), "battery reference answers"),
         ("Accuracy", change(run, percent, "accuracy", "overall"), "battery"),
     ]  # fmt: skip

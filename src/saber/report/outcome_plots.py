@@ -6,12 +6,17 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 
 from saber.report import reading, style
-from saber.report.reading import Run, both, change, count, dig, known, number, percent, plain
+from saber.report.reading import Run, both, change, count, dig, fixed, known, number, percent, plain
 
 ROWS = (
     ("target prompts", ("refusal",)),
@@ -36,8 +41,12 @@ def refusal_rates(run: Run) -> Figure:
     _intervals(drawn.add_subplot(grid[0]), rows)
     if bars:
         _stacked(drawn.add_subplot(grid[1]), bars)
-    style.headed(drawn, reading.finding(run), "Rates with 95% Wilson intervals"
-                 + ("; ○ untouched model, ● edited model" if run.get("edited") else ""))
+    style.headed(
+        drawn,
+        reading.finding(run),
+        "Rates with 95% Wilson intervals"
+        + ("; ○ untouched model, ● edited model" if run.get("edited") else ""),
+    )
     return drawn
 
 
@@ -49,8 +58,15 @@ def _intervals(axes: Axes, rows: list[tuple[str, tuple[Run, Run | None]]]) -> No
         if after is not None:
             _interval(axes, y + lift, after, style.AFTER, hollow=False)
         text = percent(before["rate"]) + ("" if after is None else f" → {percent(after['rate'])}")
-        axes.text(1.04, y, f"{text}  (n = {before.get('n', '–')})", va="center", size=9,
-                  transform=axes.get_yaxis_transform(), clip_on=False)
+        axes.text(
+            1.04,
+            y,
+            f"{text}  (n = {before.get('n', '–')})",
+            va="center",
+            size=9,
+            transform=axes.get_yaxis_transform(),
+            clip_on=False,
+        )
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(-0.02, 1.02)
@@ -59,12 +75,21 @@ def _intervals(axes: Axes, rows: list[tuple[str, tuple[Run, Run | None]]]) -> No
     axes.set_title("Prompts refused")
 
 
-def _interval(axes: Axes, y: float, value: Run, colour: str, hollow: bool) -> None:
+def _interval(axes: Axes, y: float | int, value: Run, colour: str, hollow: bool) -> None:
     low, high = known(value.get("low")), known(value.get("high"))
     if low is not None and high is not None:
         axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="butt", zorder=2)
-    axes.plot([value["rate"]], [y], "o", ms=6.5, mfc="white" if hollow else colour, mec=colour,
-              mew=1.7, zorder=3, clip_on=False)
+    axes.plot(
+        [value["rate"]],
+        [y],
+        "o",
+        ms=6.5,
+        mfc="white" if hollow else colour,
+        mec=colour,
+        mew=1.7,
+        zorder=3,
+        clip_on=False,
+    )
 
 
 def _label_rows(run: Run) -> list[tuple[str, dict[str, int]]]:
@@ -81,16 +106,23 @@ def _label_rows(run: Run) -> list[tuple[str, dict[str, int]]]:
 def _stacked(axes: Axes, bars: list[tuple[str, dict[str, int]]]) -> None:
     y, places = 0.0, []
     for i, (name, labels) in enumerate(bars):
-        y += (0.0 if i == 0 else 0.95 if name == "after" else 1.3)
+        y += 0.0 if i == 0 else 0.95 if name == "after" else 1.3
         places.append(y)
         total, left = max(1, sum(labels.values())), 0.0
         for label, colour in style.LABELS.items():
             share = labels.get(label, 0) / total
             axes.barh(y, share, left=left, height=0.8, color=colour, edgecolor="white", lw=0.8)
             if share >= 0.045:
-                axes.text(left + share / 2, y, str(labels[label]), ha="center", size=9,
-                          va="center_baseline", weight="bold",
-                          color=style.INK if label in ("partial", "incoherent") else "white")
+                axes.text(
+                    left + share / 2,
+                    y,
+                    str(labels[label]),
+                    ha="center",
+                    size=9,
+                    va="center_baseline",
+                    weight="bold",
+                    color=style.INK if label in ("partial", "incoherent") else "white",
+                )
             left += share
     axes.set_yticks(places, [name for name, _ in bars])
     axes.set_ylim(places[-1] + 0.55, -0.55)
@@ -98,9 +130,17 @@ def _stacked(axes: Axes, bars: list[tuple[str, dict[str, int]]]) -> None:
     axes.set_xticks([])
     style.bare(axes)
     axes.set_title("How the answers were labelled (numbers are prompts)")
-    axes.legend(handles=[Patch(color=c, label=name) for name, c in style.LABELS.items()],
-                loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4, handlelength=1,
-                handleheight=1, handletextpad=0.5, columnspacing=1.6, borderaxespad=0.3)
+    axes.legend(
+        handles=[Patch(color=c, label=name) for name, c in style.LABELS.items()],
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=4,
+        handlelength=1,
+        handleheight=1,
+        handletextpad=0.5,
+        columnspacing=1.6,
+        borderaxespad=0.3,
+    )
 
 
 def capability(run: Run) -> Figure:
@@ -128,8 +168,10 @@ def capability(run: Run) -> Figure:
     title += f"; accuracy {accuracy}" + (f" on {count(n, 'item')}" if n is not None else "")
     said = "○ untouched model, ● edited model" if run.get("edited") else "Untouched model"
     if run.get("edited") and known(dig(ratio, "estimate")) is not None:
-        said += (f"; perplexity ratio {ratio['estimate']:.3f} "
-                 f"[{number(dig(ratio, 'low'))}, {number(dig(ratio, 'high'))}]")
+        said += (
+            f"; perplexity ratio {ratio['estimate']:.3f} "
+            f"[{fixed(dig(ratio, 'low'), 3)}, {fixed(dig(ratio, 'high'), 3)}]"
+        )
     style.headed(drawn, title, said)
     return drawn
 
@@ -150,7 +192,7 @@ def _pairs(axes: Axes, run: Run, what: str, names: list[str], form: object) -> N
         top = max([*values, 0.1])
         axes.set_xlim(-0.04 * top, 1.85 * top)
         ticks = MaxNLocator(3).tick_values(0, top)
-        axes.set_xticks([t for t in ticks if 0 <= t <= 1.3 * top])
+        axes.set_xticks([t for t in ticks if 0 <= t <= (1.0 if what == "accuracy" else 1.3 * top)])
     if what == "accuracy":
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     for y, pair in enumerate(rows):
@@ -163,6 +205,13 @@ def _pairs(axes: Axes, run: Run, what: str, names: list[str], form: object) -> N
         if after is not None:
             axes.plot([after], [y], "o", ms=4.6, color=style.AFTER, zorder=4)
         text = form(before) + ("" if after is None else f" → {form(after)}")  # type: ignore[operator]
-        axes.annotate(text, (max(before, after or before), y), (8, 0), va="center", size=9,
-                      textcoords="offset points", weight="bold" if y == 0 else "normal",
-                      bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.8})
+        axes.annotate(
+            text,
+            (max(before, after or before), y),
+            (8, 0),
+            va="center",
+            size=9,
+            textcoords="offset points",
+            weight="bold" if y == 0 else "normal",
+            bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.8},
+        )

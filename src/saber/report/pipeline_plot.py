@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon
 
 from saber.report import reading, style
-from saber.report.reading import PRIME, Run, dig, known, number, percent, plain
+from saber.report.pipeline_charts import CHARTS
+from saber.report.reading import PRIME, Run, dig, fixed, known, number, percent, plain
 
 WIDTH, HEIGHT = 9.0, 4.9
 MARGIN, GAP = 0.16, 0.20
@@ -38,11 +39,16 @@ def pipeline(run: Run) -> Figure:
     canvas.axis("off")
     _heading(canvas, run)
     stages = _stages(run)
-    for i, (stage, chart) in enumerate(zip(stages, _CHARTS, strict=True)):
+    for i, (stage, chart) in enumerate(zip(stages, CHARTS, strict=True)):
         left = MARGIN + i * (CARD + GAP)
         _card(canvas, left, NAMES[i], i, stage)
         inset = drawn.add_axes(
-            ((left + 0.14) / WIDTH, (CARD_LOW + 0.98) / HEIGHT, (CARD - 0.28) / WIDTH, 0.70 / HEIGHT)
+            (
+                (left + 0.14) / WIDTH,
+                (CARD_LOW + 0.98) / HEIGHT,
+                (CARD - 0.28) / WIDTH,
+                0.70 / HEIGHT,
+            )
         )
         inset.patch.set_alpha(0)
         style.bare(inset)
@@ -51,8 +57,12 @@ def pipeline(run: Run) -> Figure:
         if i < 4:
             x, y = left + CARD + GAP / 2, (CARD_LOW + CARD_HIGH) / 2
             canvas.add_patch(
-                Polygon([(x - 0.05, y + 0.11), (x + 0.06, y), (x - 0.05, y - 0.11)],
-                        closed=True, color="#A9B0BA", lw=0)
+                Polygon(
+                    [(x - 0.05, y + 0.11), (x + 0.06, y), (x - 0.05, y - 0.11)],
+                    closed=True,
+                    color="#A9B0BA",
+                    lw=0,
+                )
             )
     _loop(canvas, run)
     _outcome(canvas, run)
@@ -61,8 +71,8 @@ def pipeline(run: Run) -> Figure:
 
 def _heading(canvas: Axes, run: Run) -> None:
     model = run.get("model") or {}
-    name = str(model.get("name", "model"))
-    _fitted(canvas, MARGIN, HEIGHT - 0.25, f"SABER on {name}", 16, WIDTH - 2 * MARGIN, weight="bold")
+    title, room = f"SABER on {reading.model_name(run)}", WIDTH - 2 * MARGIN
+    _fitted(canvas, MARGIN, HEIGHT - 0.25, title, 16, room, weight="bold")
     parts = [
         f"{reading.amount(model.get('parameters'))} parameters",
         reading.count(model.get("layers"), "layer"),
@@ -72,7 +82,7 @@ def _heading(canvas: Axes, run: Run) -> None:
         f"{reading.duration(dig(run, 'seconds', 'total'))}" if dig(run, "seconds", "total") else "",
     ]
     text = "  ·  ".join(p for p in parts if p.strip(" edit") and reading.MISSING not in p)
-    _fitted(canvas, MARGIN, HEIGHT - 0.53, text, 11, WIDTH - 2 * MARGIN, color=style.MUTED)
+    _fitted(canvas, MARGIN, HEIGHT - 0.53, text, 11, room, color=style.MUTED)
 
 
 def _stages(run: Run) -> list[_Stage]:
@@ -85,14 +95,18 @@ def _stages(run: Run) -> list[_Stage]:
     purities = [d["purity"] for d in first if known(d.get("purity")) is not None]
     strengths = [d["strength"] for _, d in reading.ablated(run) if known(d.get("strength"))]
     alpha = dig(run, "config", "edit", "alpha")
-    strength = f"α = {number(alpha)}" if known(alpha) else (
-        f"strength {number(median(strengths))}" if strengths else "")
+    strength = (
+        f"α = {number(alpha)}"
+        if known(alpha)
+        else (f"strength {number(median(strengths))}" if strengths else "")
+    )
     passes = reading.passes(run)
     odds = (
-        f"{passes[0]['log_odds_before']:.1f} → {passes[-1]['log_odds_after']:.1f} nats"
-        if passes and known(passes[0].get("log_odds_before")) is not None
-        and known(passes[-1].get("log_odds_after")) is not None else "one look, no edit"
-    ).replace("-", reading.MINUS)
+        f"{fixed(passes[0].get('log_odds_before'), 1)} → "
+        f"{fixed(passes[-1].get('log_odds_after'), 1)} nats"
+        if passes
+        else "one look, no edit"
+    )
     return [
         _Stage((f"{number(target)} + {number(neutral)} prompts", f"{number(held)} held out"),
                "fit, select, held out"),
@@ -116,7 +130,7 @@ def _short(direction: Run) -> str:
     return name if len(name) <= 10 else name.split()[0][:11]
 
 
-def _card(canvas: Axes, left: float, name: str, index: int, stage: _Stage) -> None:
+def _card(canvas: Axes, left: float | int, name: str, index: int, stage: _Stage) -> None:
     colour = COLOURS[index]
     canvas.add_patch(
         FancyBboxPatch(
@@ -125,10 +139,20 @@ def _card(canvas: Axes, left: float, name: str, index: int, stage: _Stage) -> No
             facecolor=to_rgba(colour, 0.06), edgecolor=to_rgba(colour, 0.65),
         )
     )  # fmt: skip
-    canvas.add_patch(Circle((left + 0.28, CARD_HIGH), 0.15, facecolor=colour, edgecolor="white",
-                            lw=2, zorder=3))
-    canvas.text(left + 0.28, CARD_HIGH - 0.008, str(index + 1), size=11, weight="bold",
-                color="white", ha="center", va="center_baseline", zorder=4)
+    canvas.add_patch(
+        Circle((left + 0.28, CARD_HIGH), 0.15, facecolor=colour, edgecolor="white", lw=2, zorder=3)
+    )
+    canvas.text(
+        left + 0.28,
+        CARD_HIGH - 0.008,
+        str(index + 1),
+        size=11,
+        weight="bold",
+        color="white",
+        ha="center",
+        va="center_baseline",
+        zorder=4,
+    )
     left, room = left + 0.13, CARD - 0.22
     _fitted(canvas, left, CARD_HIGH - 0.32, name, 12.5, room, weight="bold")
     _fitted(canvas, left, CARD_LOW + 0.78, stage.caption, 9.5, room, color=style.MUTED)
@@ -137,74 +161,18 @@ def _card(canvas: Axes, left: float, name: str, index: int, stage: _Stage) -> No
 
 
 def _fitted(
-    canvas: Axes, left: float, y: float, text: str, size: float, room: float, **look: str
+    canvas: Axes,
+    left: float | int,
+    y: float | int,
+    text: str,
+    size: float | int,
+    room: float | int,
+    **look: Any,
 ) -> None:
     """Write a line, in smaller type where it would be wider than `room` inches."""
     drawn = canvas.text(left, y, text, size=size, va="center_baseline", **look)
     width = drawn.get_window_extent().width / style.DPI
     drawn.set_fontsize(size * min(1.0, room / max(width, 1e-9)))
-
-
-def _splits(axes: Axes, run: Run, colour: str) -> None:
-    for y, kind in ((1, "target"), (0, "neutral")):
-        left = 0
-        for part, alpha in (("fit", 1.0), ("validation", 0.6), ("heldout", 0.28)):
-            size = dig(run, "prompts", kind, part) or 0
-            axes.barh(y, size, left=left, height=0.62, color=to_rgba(colour, alpha),
-                      edgecolor="white", lw=0.8)
-            left += size
-    axes.set_ylim(-0.5, 1.5)
-
-
-def _separability(axes: Axes, run: Run, colour: str) -> None:
-    best: dict[int, float] = {}
-    for d in reading.candidates(run, first_pass_only=True):
-        best[d["layer"]] = max(best.get(d["layer"], 0.0), d["d_prime"])
-    if not best:
-        return
-    layers = sorted(best)
-    heights = [best[layer] for layer in layers]
-    axes.fill_between(layers, heights, color=colour, alpha=0.22, lw=0)
-    axes.plot(layers, heights, color=colour, lw=1.8, solid_capstyle="round",
-              marker="o" if len(layers) < 3 else "")
-    top = max(layers, key=lambda layer: best[layer])
-    axes.plot([top], [best[top]], "o", color=colour, ms=6, mec="white", mew=1.2, clip_on=False)
-    axes.set_ylim(0, 1.15 * max(heights))
-
-
-def _overlap(axes: Axes, run: Run, colour: str) -> None:
-    scored = [d["entanglement"] for d in reading.candidates(run, True) if d.get("entanglement")]
-    if not scored:
-        return
-    names = list(scored[0])
-    means = [sum(s.get(n, 0.0) for s in scored) / len(scored) for n in names]
-    axes.barh(range(len(names)), means, height=0.66, color=colour, lw=0)
-    axes.set(xlim=(0, 1.05 * max([*means, 1e-9])), ylim=(len(names) - 0.5, -0.5))
-
-
-def _edited_layers(axes: Axes, run: Run, colour: str) -> None:
-    total = dig(run, "model", "layers") or max([0, *(d["layer"] for _, d in reading.ablated(run))])
-    per = Counter(d["layer"] for _, d in reading.ablated(run))
-    axes.bar(range(total), [1] * total, width=0.72, color="#DDE1E6", lw=0)
-    most = max(per.values(), default=1)
-    axes.bar(list(per), [0.25 + 0.75 * n / most for n in per.values()], width=0.72, color=colour, lw=0)
-    axes.set(xlim=(-0.8, max(total, 1) - 0.2), ylim=(0, 1.05))
-
-
-def _odds(axes: Axes, run: Run, colour: str) -> None:
-    path = [(p.get("log_odds_before"), p.get("log_odds_after")) for p in reading.passes(run)]
-    xs, ys = [], []
-    for i, (before, after) in enumerate(path):
-        xs += [i + 0.0, i + 0.8]
-        ys += [known(before), known(after)]
-    if not ys or None in ys:
-        return
-    axes.axhline(0, color="#A9B0BA", lw=1, ls=(0, (3, 2)))
-    axes.plot(xs, ys, color=colour, lw=1.8, marker="o", ms=3.2, clip_on=False)
-    axes.margins(x=0.05, y=0.12)
-
-
-_CHARTS = (_splits, _separability, _overlap, _edited_layers, _odds)
 
 
 def _loop(canvas: Axes, run: Run) -> None:
@@ -213,36 +181,72 @@ def _loop(canvas: Axes, run: Run) -> None:
         return
     start, end = MARGIN + 4.5 * CARD + 4 * GAP, MARGIN + 0.5 * CARD
     level = CARD_LOW - 0.22
-    canvas.plot([start, start, end, end], [CARD_LOW - 0.03, level, level, CARD_LOW - 0.10],
-                color="#A9B0BA", lw=1.6, solid_joinstyle="round")
-    canvas.add_patch(FancyArrowPatch((end, level), (end, CARD_LOW - 0.01), arrowstyle="-|>",
-                                     mutation_scale=12, color="#A9B0BA", lw=0))
+    canvas.plot(
+        [start, start, end, end],
+        [CARD_LOW - 0.03, level, level, CARD_LOW - 0.10],
+        color="#A9B0BA",
+        lw=1.6,
+        solid_joinstyle="round",
+    )
+    canvas.add_patch(
+        FancyArrowPatch(
+            (end, level),
+            (end, CARD_LOW - 0.01),
+            arrowstyle="-|>",
+            mutation_scale=12,
+            color="#A9B0BA",
+            lw=0,
+        )
+    )
     again = f"{reading.count(n, 'pass', 'passes')}: each probes the edited model again"
-    canvas.text((start + end) / 2, level, again, size=10.5, color=style.MUTED, ha="center",
-                va="center_baseline", bbox={"facecolor": "white", "edgecolor": "none", "pad": 4})
+    canvas.text(
+        (start + end) / 2,
+        level,
+        again,
+        size=10.5,
+        color=style.MUTED,
+        ha="center",
+        va="center_baseline",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 4},
+    )
 
 
 def _outcome(canvas: Axes, run: Run) -> None:
     """The strip of results: what the edit was for, then what it cost."""
     canvas.add_patch(
-        FancyBboxPatch((MARGIN + 0.06, 0.20), WIDTH - 2 * MARGIN - 0.12, 0.98, lw=0,
-                       boxstyle="round,pad=0.06,rounding_size=0.10", facecolor="#F2F4F7")
+        FancyBboxPatch(
+            (MARGIN + 0.06, 0.20),
+            WIDTH - 2 * MARGIN - 0.12,
+            0.98,
+            lw=0,
+            boxstyle="round,pad=0.06,rounding_size=0.10",
+            facecolor="#F2F4F7",
+        )
     )
     n = dig(run, "baseline", "refusal", "n")
+    kl = dig(run, "edited", "kl", "sequence")
     items = [
         (f"Refusals ({number(n)} held out)", reading.change(run, percent, "refusal", "rate")),
         ("Over-refusal (neutral)",
          reading.change(run, percent, "over_refusal", "neutral", "rate")),
         ("Perplexity (answers)", reading.change(run, number, "perplexity", "overall")),
-        ("KL, nats per token", number(dig(run, "edited", "kl", "sequence")))
-        if known(dig(run, "edited", "kl", "sequence")) is not None else ("Accuracy", reading.change(run, percent, "accuracy", "overall")),
+        ("KL, nats per token", number(kl)) if known(kl) is not None
+        else ("Accuracy", reading.change(run, percent, "accuracy", "overall")),
     ]  # fmt: skip
     cells = (0.0, 2.48, 4.56, 6.78)
     for i, (label, value) in enumerate(items):
         x = MARGIN + 0.24 + cells[i]
         canvas.text(x, 0.93, label, size=10.5, color=style.MUTED, va="center_baseline")
         room = (cells[i + 1] - 0.30 if i < 3 else WIDTH - 2 * MARGIN - 0.35) - cells[i]
-        _fitted(canvas, x, 0.49, value, 20 if i == 0 else 17, room, weight="bold",
-                color=style.VERMILLION if i == 0 else style.INK)
+        _fitted(
+            canvas,
+            x,
+            0.49,
+            value,
+            20 if i == 0 else 17,
+            room,
+            weight="bold",
+            color=style.VERMILLION if i == 0 else style.INK,
+        )
         if i:
             canvas.plot([x - 0.17] * 2, [0.34, 1.05], color="#D3D8DF", lw=1)

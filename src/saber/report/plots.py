@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from saber.report import reading
-from saber.report.direction_plots import entanglement_heatmap, hydra, purity_separability
+from saber.report.direction_plots import entanglement_heatmap, purity_separability
+from saber.report.hydra_plot import hydra
 from saber.report.outcome_plots import capability, refusal_rates
 from saber.report.pipeline_plot import pipeline
 from saber.report.reading import Run, dig

@@ -49,6 +49,12 @@ def number(value: Any, *, signed: bool = False) -> str:
     return ("" if x >= 0 and not signed else "+" if x >= 0 else MINUS) + text
 
 
+def fixed(value: Any, digits: int = 2) -> str:
+    """A number with so many digits behind the point, for columns that are read downwards."""
+    x = known(value)
+    return MISSING if x is None else f"{x:.{digits}f}".replace("-", MINUS)
+
+
 def percent(value: Any, digits: int | None = None) -> str:
     """A rate in per cent, whole unless the rate is within a point of none or all."""
     x = known(value)
@@ -148,8 +154,11 @@ def candidates(run: Run, first_pass_only: bool = False) -> list[Mapping[str, Any
 
 def ablated(run: Run) -> list[tuple[int, Mapping[str, Any]]]:
     """Every direction taken out, with the number of its pass."""
-    return [(p.get("index", i + 1), d) for i, p in enumerate(passes(run))
-            for d in p.get("directions") or []]
+    return [
+        (p.get("index", i + 1), d)
+        for i, p in enumerate(passes(run))
+        for d in p.get("directions") or []
+    ]
 
 
 def categories(run: Run, *path: str) -> list[str]:
@@ -169,6 +178,13 @@ def change(run: Run, form: Any, *path: str) -> str:
     """`97% → 0.9%`, or the baseline alone where nothing was edited."""
     before, after = both(run, *path)
     return form(before) if after is None else f"{form(before)} → {form(after)}"
+
+
+def model_name(run: Run) -> str:
+    """What the model is called; of a folder or a file on this machine only the last part."""
+    name = str(dig(run, "model", "name") or "model")
+    local = dig(run, "model", "source") in ("folder", "gguf")
+    return (name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name) if local else name
 
 
 def finding(run: Run) -> str:

@@ -13,6 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from saber.errors import OutputError
 
@@ -73,15 +74,13 @@ _RC: dict[str, Any] = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Matplotlib's defaults with SABER's settings on top, for as long as the block runs."""
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update(
-            {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
-        )
-        matplotlib.rcParams.update(_RC)
+    default = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
+    settings: Any = {**default, **_RC}
+    with matplotlib.rc_context(settings):
         yield
 
 
-def figure(height: float, width: float = WIDTH, *, arranged: bool = True) -> Figure:
+def figure(height: float | int, width: float | int = WIDTH, *, arranged: bool = True) -> Figure:
     """A blank figure in inches on the Agg canvas; pyplot and its global state stay untouched.
 
     `arranged` figures lay out their axes by themselves; in others each has a fixed place.
@@ -92,7 +91,7 @@ def figure(height: float, width: float = WIDTH, *, arranged: bool = True) -> Fig
     return drawn
 
 
-def wrap(text: str, size: float, width: float, em: float = 0.54) -> str:
+def wrap(text: str, size: float | int, width: float | int, em: float | int = 0.54) -> str:
     """Break `text` of `size` points, its letters `em` wide, into lines of `width` inches."""
     return textwrap.fill(text, max(8, int(width * 72 / (em * size))))
 
@@ -139,6 +138,7 @@ def save(drawn: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with styled():
+            _settle(drawn)
             _write(drawn, png, "png", {"Software": None})
             _write(drawn, svg, "svg", {"Date": None, "Creator": None})
     except OSError as error:
@@ -147,6 +147,17 @@ def save(drawn: Figure, folder: Path, name: str) -> tuple[Path, Path]:
             "Free space or make the run folder writable.",
         ) from error
     return png, svg
+
+
+def _settle(drawn: Figure) -> None:
+    """Fix the axes where the layout put them, rounded: its solver differs in the last digits."""
+    if not isinstance(drawn.get_layout_engine(), ConstrainedLayoutEngine):
+        return
+    drawn.canvas.draw()
+    drawn.set_layout_engine("none")
+    for axes in drawn.axes:
+        left, bottom, width, height = axes.get_position(original=True).bounds
+        axes.set_position((round(left, 5), round(bottom, 5), round(width, 5), round(height, 5)))
 
 
 def _write(drawn: Figure, path: Path, kind: str, metadata: dict[str, Any]) -> None:

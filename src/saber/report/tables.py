@@ -8,9 +8,25 @@ from typing import Any
 
 from saber.report import reading
 from saber.report.reading import (
-    MISSING, PRIME, Run, both, categories, dig, known, number, p_value, percent, plain, points,
-    proportion, relative,
-)  # fmt: skip
+    MISSING,
+    PRIME,
+    Run,
+    both,
+    categories,
+    dig,
+    fixed,
+    known,
+    number,
+    p_value,
+    percent,
+    plain,
+    points,
+    proportion,
+    relative,
+)
+
+Form = Callable[[Any], str]
+"""Puts a value into words."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +37,15 @@ class Table:
     """Names of the columns."""
     rows: tuple[tuple[str, ...], ...]
     """As many cells in each row as the header has."""
+    words: bool = False
+    """Whether the columns are text rather than numbers."""
 
 
 def results(run: Run) -> Table:
     """Every headline measurement: base, edited, change; a bracket is a 95% interval."""
     rows: list[tuple[str, ...]] = []
 
-    def add(name: str, form: Callable[[Any], str], gap: Callable[[Any, Any], str], *path: str) -> None:
+    def add(name: str, form: Form, gap: Callable[[Any, Any], str], *path: str) -> None:
         before, after = both(run, *path)
         if before is None and after is None:
             return
@@ -56,9 +74,10 @@ def results(run: Run) -> Table:
         add(f"· {plain(name)}", lambda x: percent(x, 1), points, "accuracy", "by_category", name)
     kl = dig(run, "edited", "kl")
     if kl is not None:
-        rows.append(("KL(base ‖ edited), first token, nats", "0", number(kl.get("first_token")), ""))
-        tail = [f"{name} {number(kl[key])}" for name, key in
-                (("p95", "sequence_p95"), ("max", "sequence_max")) if known(kl.get(key)) is not None]
+        first = number(kl.get("first_token"))
+        rows.append(("KL(base ‖ edited), first token, nats", "0", first, ""))
+        ends = (("p95", "sequence_p95"), ("max", "sequence_max"))
+        tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
         mean = number(kl.get("sequence")) + (f" ({', '.join(tail)})" if tail else "")
         rows.append(("KL(base ‖ edited), per token of the base's answers, nats", "0", mean, ""))
     return Table(("metric", "base", "edited", "change"), tuple(rows))
@@ -88,19 +107,14 @@ def comparisons(run: Run) -> tuple[str, ...]:
         f"(exact McNemar test, {p_value(test.get('p_value'))})."
         for key, (name, verb) in what.items() if (test := found.get(key))
     ]  # fmt: skip
-    ratio = found.get("perplexity_ratio")
-    if known(dig(ratio, "estimate")) is not None:
+    ratio = found.get("perplexity_ratio") or {}
+    if known(ratio.get("estimate")) is not None:
         said.append(
             f"Perplexity of the reference answers, edited / base: {ratio['estimate']:.3f}, "
-            f"95% interval {_three(ratio.get('low'))} to {_three(ratio.get('high'))} "
+            f"95% interval {fixed(ratio.get('low'), 3)} to {fixed(ratio.get('high'), 3)} "
             "(paired bootstrap)."
         )
     return tuple(said)
-
-
-def _three(value: Any) -> str:
-    x = known(value)
-    return MISSING if x is None else f"{x:.3f}"
 
 
 def by_category(run: Run) -> Table:
@@ -124,13 +138,13 @@ def hydra(run: Run) -> Table:
             str(one.get("index", i)),
             str(len(taken)),
             ", ".join(str(layer) for layer in layers) or MISSING,
-            number(one.get("log_odds_before")),
-            number(one.get("log_odds_after")),
-            f"{number(state.get('top_d_prime'))} (layer {state.get('top_layer', MISSING)})",
-            number(state.get("top_auroc")),
+            fixed(one.get("log_odds_before")),
+            fixed(one.get("log_odds_after")),
+            f"{fixed(state.get('top_d_prime'))} (layer {number(state.get('top_layer'))})",
+            fixed(state.get("top_auroc"), 3),
             number(state.get("dormant")),
-            f"{number(kappa.get('estimate'))} [{number(kappa.get('low'))}, "
-            f"{number(kappa.get('high'))}]" if kappa else MISSING,
+            f"{fixed(kappa.get('estimate'))} [{fixed(kappa.get('low'))}, "
+            f"{fixed(kappa.get('high'))}]" if kappa else MISSING,
         ))  # fmt: skip
     return Table(
         ("pass", "directions", "layers", "log-odds before", "after", f"top d{PRIME} at start",
@@ -141,11 +155,12 @@ def hydra(run: Run) -> Table:
 def directions(run: Run) -> Table:
     """Every direction that was ablated, in order."""
     rows = [
-        (str(index), str(d["layer"]), str(d.get("component", MISSING)), number(d.get("d_prime")),
-         f"{number(d.get('auroc'))} [{number(d.get('auroc_low'))}, {number(d.get('auroc_high'))}]",
-         number(d.get("q_value")), number(d.get("causal")), number(d.get("purity")),
-         f"{number(d.get('worst_entanglement'))} ({plain(str(d.get('worst_category', MISSING)))})",
-         percent(d.get("null_percentile")), number(d.get("strength")), str(d.get("status", "")))
+        (str(index), str(d["layer"]), str(d.get("component", MISSING)), fixed(d.get("d_prime")),
+         f"{fixed(d.get('auroc'), 3)} [{fixed(d.get('auroc_low'), 3)}, "
+         f"{fixed(d.get('auroc_high'), 3)}]",
+         number(d.get("q_value")), fixed(d.get("causal")), fixed(d.get("purity"), 3),
+         f"{number(d.get('worst_entanglement'))} ({plain(str(d.get('worst_category') or MISSING))})",
+         percent(d.get("null_percentile")), fixed(d.get("strength")), str(d.get("status", "")))
         for index, d in reading.ablated(run)
     ]  # fmt: skip
     return Table(
@@ -165,8 +180,9 @@ def prompts(run: Run) -> Table:
             size = number(one.get("n"))
             inside = one.get("categories")
             size += f" in {reading.count(len(inside), 'category', 'categories')}" if inside else ""
-        rows.append((kind, str(one.get("name", MISSING)), size, str(one.get("fingerprint", MISSING))))
-    return Table(("set", "name", "prompts", "fingerprint"), tuple(rows))
+        named = (str(one.get(key, MISSING)) for key in ("name", "fingerprint"))
+        rows.append((kind, size, *named))
+    return Table(("set", "prompts", "name", "fingerprint"), tuple(rows), words=True)
 
 
 def settings(run: Run, words: tuple[str, ...]) -> tuple[str, ...]:
@@ -196,4 +212,4 @@ def facts(value: Any) -> Table:
             rows.append((path, "not set" if node is None else str(node)))
 
     walk(dict(value or {}), "")
-    return Table(("name", "value"), tuple(rows) if value else ())
+    return Table(("name", "value"), tuple(rows) if value else (), words=True)

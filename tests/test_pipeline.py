@@ -1,0 +1,313 @@
+"""The main job on a pico model: files, determinism, resume, and that held-out prompts select nothing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_tokenizer
+
+from saber import pipeline, prompts
+from saber.config import PRESETS, override, preset, read_toml, resolved
+from saber.errors import OutputError, UnknownName, UsageError, WeakBehaviour
+from saber.evaluation import judge as judges
+from saber.pipeline import gather, run
+
+SMALL = {
+    "data": {"limit": 4},
+    "spectral": {"permutations": 50},
+    "entanglement": {"null_draws": 20, "weight": 0.0},
+    "refine": {"passes": 2, "shortlist": 3, "stop": "never", "max_q": 1.0},
+    "evaluation": {"max_new_tokens": 6, "battery_new_tokens": 4},
+    "load": {"device": "cpu", "dtype": "float32"},
+}
+
+
+def small(name="default", **extra):
+    config = override(preset(name), SMALL)
+    return override(config, extra) if extra else config
+
+
+def untimed(record):
+    return {
+        k: v for k, v in record.items() if k not in ("seconds", "environment", "work", "command")
+    }
+
+
+@pytest.fixture
+def finished(model_folder, tmp_path):
+    return run(str(model_folder), tmp_path / "run", small(), force=True)
+
+
+def test_run_leaves_a_complete_folder(finished, model_folder):
+    import transformers
+
+    folder, record = finished.folder, json.loads((finished.folder / "run.json").read_text())
+    assert record == json.loads(json.dumps(finished.record))
+    assert record["schema"] == 1
+    assert set(record["seconds"]) >= {"load", "probe", "total"}
+    assert record["directions_ablated"] == 2
+    assert not (folder / "state.json").exists()
+    for key in ("refusal", "incoherent", "over_refusal", "perplexity", "accuracy", "kl"):
+        assert key in record["baseline"]
+        assert key in record["edited"]
+    assert record["baseline"]["kl"]["sequence"] == 0.0
+    assert record["edited"]["kl"]["sequence"] > 0.0
+    assert (
+        record["comparison"]["perplexity_ratio"]["low"]
+        <= record["comparison"]["perplexity_ratio"]["high"]
+    )
+    edited = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    changed = {
+        n for n, p in edited.state_dict().items() if not torch.equal(p, base.state_dict()[n])
+    }
+    assert changed == {
+        f"model.layers.{i}.{w}.weight"
+        for i in range(4)
+        for w in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert edited.dtype == base.dtype
+    transformers.AutoTokenizer.from_pretrained(folder / "model")
+
+
+def test_same_seed_gives_the_same_record(model_folder, tmp_path):
+    first, second = (
+        run(str(model_folder), tmp_path / str(i), small(), force=True).record for i in range(2)
+    )
+    assert json.dumps(untimed(first)) == json.dumps(untimed(second))
+
+
+def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
+    config = override(small("card"), {"refine": {"passes": 5, "shortlist": 0, "top_k": 3}})
+    record = run(str(model_folder), tmp_path / "card", config, force=True, export=()).record
+    assert record["directions_ablated"] == 15
+    assert len(record["passes"]) == 5
+    assert all(len(p["directions"]) == 3 for p in record["passes"])
+    card = PRESETS["card"]
+    assert (card.refine.top_k, card.edit.alpha, card.refine.passes, card.spectral.components) == (
+        10,
+        0.85,
+        5,
+        3,
+    )
+
+
+def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch):
+    """With every held-out prompt replaced by another text, the very same edit is made."""
+    first = run(str(model_folder), tmp_path / "a", small(), force=True, export=())
+    original = pipeline.gather
+
+    def other(config):
+        data = original(config)
+
+        def swapped(given):
+            return replace(
+                given,
+                prompts=tuple(replace(p, text=f"Unlike text {i}") for i, p in enumerate(given)),
+            )
+
+        sets = data.reporting
+        return replace(
+            data,
+            reporting=replace(
+                sets,
+                target=swapped(sets.target),
+                neutral=swapped(sets.neutral),
+                borderline=swapped(sets.borderline),
+                battery=swapped(sets.battery),
+            ),
+        )
+
+    monkeypatch.setattr(pipeline, "gather", other)
+    second = run(str(model_folder), tmp_path / "b", small(), force=True, export=())
+    assert first.record["passes"] == second.record["passes"]
+    assert first.record["baseline"]["perplexity"] != second.record["baseline"]["perplexity"]
+    plans = [(tmp_path / n / "plan" / "tensors.safetensors").read_bytes() for n in "ab"]
+    assert plans[0] == plans[1]
+
+
+def test_splits_that_select_and_report_share_no_prompt():
+    data = gather(PRESETS["default"])
+    chosen = data.selecting
+    selecting = [
+        chosen.target,
+        chosen.neutral,
+        chosen.target_validation,
+        chosen.neutral_validation,
+        chosen.capability,
+    ]
+    sets = data.reporting
+    texts = {prompts.normalised(p.text) for s in selecting for p in s}
+    held = [
+        prompts.normalised(p.text)
+        for s in (sets.target, sets.neutral, sets.borderline, sets.battery)
+        for p in s
+    ]
+    assert len(held) > 300
+    assert not texts & set(held)
+
+
+def test_resume_repeats_no_finished_pass_and_ends_alike(model_folder, tmp_path):
+    whole = run(str(model_folder), tmp_path / "whole", small(), force=True, export=())
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(this):
+        seen.append(this.index)
+        raise Stop
+
+    with pytest.raises(Stop):
+        run(
+            str(model_folder),
+            tmp_path / "cut",
+            small(),
+            force=True,
+            export=(),
+            listener=pipeline.Listener(on_pass=stop),
+        )
+    assert not (tmp_path / "cut" / "run.json").exists()
+    again = []
+    resumed = run(
+        str(model_folder),
+        tmp_path / "cut",
+        small(),
+        force=True,
+        export=(),
+        resume=True,
+        listener=pipeline.Listener(on_pass=lambda p: again.append(p.index)),
+    )
+    assert (seen, again) == ([1], [2])
+    assert resumed.record["directions_ablated"] == whole.record["directions_ablated"]
+    assert resumed.record["passes"][0] == whole.record["passes"][0]
+    with pytest.raises(OutputError, match="finished"):
+        run(str(model_folder), tmp_path / "cut", small(), resume=True)
+
+
+def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(
+            str(model_folder),
+            tmp_path / "x",
+            small(),
+            force=True,
+            listener=pipeline.Listener(on_pass=_interrupt),
+        )
+    with pytest.raises(UsageError, match="config"):
+        run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
+
+
+def _interrupt(_pass):
+    raise KeyboardInterrupt
+
+
+def test_a_model_that_hardly_refuses_is_not_edited(model_folder, tmp_path):
+    with pytest.raises(WeakBehaviour) as caught:
+        run(str(model_folder), tmp_path / "weak", small())
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "weak" / "plan").exists()
+    assert not (tmp_path / "weak" / "run.json").exists()
+
+
+def test_out_is_checked_before_anything_is_loaded(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            run("no-such-model", tmp_path, small(), overwrite=overwrite)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        run("no-such-model", tmp_path / "file", small())
+
+
+def test_overwrite_replaces_a_former_run(finished, model_folder):
+    again = run(
+        str(model_folder), finished.folder, small(seed=1), force=True, overwrite=True, export=()
+    )
+    assert again.record["config"]["seed"] == 1
+    assert not (finished.folder / "model").exists()
+
+
+def test_nan_weights_name_the_layer(model_folder, tmp_path):
+    import transformers
+
+    from saber.errors import SaberError
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    make_tokenizer().save_pretrained(broken)
+    with pytest.raises(SaberError, match="layer 2"):
+        run(str(broken), tmp_path / "out", small(), force=True)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_disk_full_while_saving_leaves_no_model(model_folder, tmp_path, monkeypatch):
+    import transformers
+
+    def full(self, folder, **_kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OutputError, match="No space left"):
+        run(str(model_folder), tmp_path / "out", small(), force=True)
+    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert not list((tmp_path / "out").glob(".*.part"))
+
+
+def test_settings_from_toml_and_their_errors(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("seed = 3\n[edit]\nalpha = 0.5\n")
+    config = override(PRESETS["default"], read_toml(file))
+    assert (config.seed, config.edit.alpha) == (3, 0.5)
+    assert resolved(config)["edit"]["alpha"] == 0.5
+    with pytest.raises(UnknownName, match=r"edit\.alhpa.*edit\.alpha"):
+        override(config, {"edit": {"alhpa": 1.0}})
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        override(config, {"edit": {"alpha": 3.0}})
+    with pytest.raises(UnknownName, match="covariance"):
+        override(config, {"spectral": {"method": "covarianc"}})
+    with pytest.raises(UsageError, match="needs int"):
+        override(config, {"refine": {"passes": 1.5}})
+    file.write_text("seed = ")
+    with pytest.raises(UsageError, match="TOML"):
+        read_toml(file)
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
+    code = (
+        "import sys, saber.pipeline as p, saber.cli.commands as c\n"
+        "from saber.cli.main import main\n"
+        "def cut(*a, **k): raise KeyboardInterrupt\n"
+        "p.refine = cut\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [
+        "run",
+        str(model_folder),
+        "--out",
+        str(tmp_path / "o"),
+        "--force",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "4",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o" / "run.json").exists()
+
+
+def test_the_judge_registry_is_what_runs_use():
+    with pytest.raises(UnknownName):
+        judges.named_judge("phrase")

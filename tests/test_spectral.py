@@ -1,0 +1,224 @@
+"""Planted directions are found, pure noise is not, and held-out scores say which is which."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+
+from saber.entanglement import EntanglementSpec, entangle
+from saber.linalg import LowRankNoise, auroc, benjamini_hochberg, d_prime, ledoit_wolf, unit
+from saber.probing import Activations
+from saber.spectral import SpectralSpec, candidate_layers, extract, fit
+
+D, N = 48, 60
+
+
+def activations(x, categories=None):
+    """Wrap (n, d) as activations of a model with five layers, alike at all depths."""
+    hidden = x[:, None, None, :].expand(-1, 1, 6, -1).contiguous()
+    return Activations(hidden, tuple(categories or ["one"] * len(x)))
+
+
+def planted(gap, seed=0, scale=None):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.ones(D) if scale is None else scale
+    x = torch.randn(N, D, generator=generator) * scale
+    y = torch.randn(N, D, generator=generator) * scale
+    return x + gap, y
+
+
+@pytest.mark.parametrize("method", ["svd", "covariance"])
+def test_a_planted_direction_is_found_and_separates_held_out(method):
+    direction = unit(torch.randn(D, generator=torch.Generator().manual_seed(9)))
+    x, y = planted(8 * direction)
+    found = extract(
+        activations(x),
+        activations(y),
+        SpectralSpec(method=method),
+        generator=np.random.default_rng(0),
+    )
+    best = found[0]
+    assert float(best.pattern @ direction) > 0.9
+    assert best.auroc > 0.99
+    assert best.q_value < 0.05
+    assert best.auroc_low < best.auroc <= best.auroc_high
+
+
+@pytest.mark.parametrize("method", ["svd", "covariance"])
+def test_noise_does_not_separate_held_out_even_with_more_dimensions_than_prompts(method):
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(30, 400, generator=generator), torch.randn(30, 400, generator=generator)
+    found = extract(
+        activations(x),
+        activations(y),
+        SpectralSpec(method=method),
+        generator=np.random.default_rng(0),
+    )
+    assert max(d.auroc for d in found) < 0.75
+    assert min(d.q_value for d in found) > 0.01
+
+
+def test_covariance_aware_detector_beats_plain_svd_under_correlated_noise():
+    scale = torch.ones(D)
+    scale[:4] = 12.0
+    gap = torch.zeros(D)
+    gap[10] = 3.0
+    x, y = planted(gap, scale=scale)
+    best = {
+        method: extract(
+            activations(x),
+            activations(y),
+            SpectralSpec(method=method),
+            generator=np.random.default_rng(0),
+        )[0]
+        for method in ("svd", "covariance")
+    }
+    assert best["covariance"].auroc > best["svd"].auroc + 0.1
+
+
+def test_detectors_and_patterns_are_biorthogonal():
+    generator = torch.Generator().manual_seed(4)
+    categories = [str(i % 4) for i in range(N)]
+    shifts = 3 * torch.randn(4, D, generator=generator)
+    x = torch.randn(N, D, generator=generator) + shifts[torch.arange(N) % 4]
+    y = torch.randn(N, D, generator=generator)
+    found = fit(x.double(), y.double(), categories, SpectralSpec())
+    products = found.detectors @ found.patterns.T
+    off = products - torch.diag(products.diagonal())
+    assert products.shape == (3, 3)
+    assert float(off.abs().max() / products.diagonal().abs().min()) < 1e-6
+
+
+def test_one_cluster_is_the_difference_of_means():
+    x, y = planted(torch.ones(D))
+    found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(components=1))
+    difference = unit((x.mean(0) - y.mean(0)).double())
+    assert float(found.patterns[0] @ difference) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_candidates_are_the_middle_layers_with_the_cards_count():
+    assert len(candidate_layers(35, SpectralSpec())) == 22
+    assert candidate_layers(30, SpectralSpec()) == list(range(6, 25))
+    assert candidate_layers(2, SpectralSpec(depth_low=0.0, depth_high=1.0)) == [0, 1]
+
+
+def test_woodbury_solve_equals_the_dense_one():
+    generator = torch.Generator().manual_seed(0)
+    z, b = (
+        torch.randn(7, 20, generator=generator).double(),
+        torch.randn(20, 3, generator=generator).double(),
+    )
+    dense = torch.linalg.solve(z.T @ z + 0.3 * torch.eye(20, dtype=torch.float64), b)
+    torch.testing.assert_close(LowRankNoise(z, 0.3).solve(b), dense)
+
+
+def test_auroc_agrees_with_scipy_and_its_null_is_uniform():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0.5, 1, (40, 1)), rng.normal(0, 1, (50, 1))
+    found = auroc(x, y, permutations=2000, generator=rng)
+    u, p = mannwhitneyu(x[:, 0], y[:, 0], alternative="greater")
+    assert found.value[0] == pytest.approx(u / (40 * 50))
+    assert found.p_value[0] == pytest.approx(p, abs=0.01)
+    nulls = auroc(
+        rng.normal(size=(25, 300)), rng.normal(size=(25, 300)), permutations=200, generator=rng
+    )
+    assert 0.4 < nulls.p_value.mean() < 0.6
+
+
+def test_d_prime_of_shifted_normals():
+    x = torch.tensor([[0.0], [2.0]]) + 10
+    y = torch.tensor([[0.0], [2.0]])
+    assert float(d_prime(x, y)) == pytest.approx(10 / 2**0.5)
+
+
+def test_benjamini_hochberg_by_hand():
+    np.testing.assert_allclose(
+        benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.5])), [0.04, 0.16 / 3, 0.16 / 3, 0.5]
+    )
+
+
+def test_ledoit_wolf_shrinks_few_samples_more_and_identity_fully():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(0.1, 5, 30)
+    few, many = (torch.randn(n, 30, generator=generator) * scale for n in (12, 4000))
+    assert ledoit_wolf(few - few.mean(0)) > ledoit_wolf(many - many.mean(0))
+    assert ledoit_wolf(many - many.mean(0)) < 0.05
+    white = torch.randn(200, 30, generator=generator)
+    assert ledoit_wolf(white - white.mean(0)) > 0.8
+
+
+def capability(directions, seed=1):
+    """Two categories; each varies strongly along its own direction, if it has one."""
+    generator = torch.Generator().manual_seed(seed)
+    parts, names = [], []
+    for name, direction in directions.items():
+        z = 0.1 * torch.randn(40, D, generator=generator)
+        parts.append(z + 10 * torch.randn(40, 1, generator=generator) * direction)
+        names += [name] * 40
+    return activations(torch.cat(parts), names)
+
+
+@pytest.mark.parametrize("measure", ["overlap", "energy"])
+def test_a_direction_that_a_capability_uses_is_entangled_with_it_and_a_free_one_is_not(measure):
+    basis = torch.eye(D)
+    cap = capability({"logic": basis[0], "code": basis[1]})
+    for axis, worst, low, high in ((0, "logic", 0.5, 1.0), (7, None, 0.0, 0.45)):
+        x, y = planted(4 * basis[axis])
+        directions = extract(
+            activations(x),
+            activations(y),
+            SpectralSpec(components=1),
+            generator=np.random.default_rng(0),
+        )[:1]
+        spec = EntanglementSpec(measure=measure, components=1)
+        found = entangle(
+            directions,
+            activations(x),
+            activations(y),
+            cap,
+            spec,
+            generator=torch.Generator().manual_seed(0),
+        )[0]
+        assert low <= found.worst <= high
+        assert found.purity == 1 - found.worst
+        assert worst is None or found.worst_category == worst
+        assert set(found.by_category) == {"logic", "code"}
+
+
+def test_wiener_purity_limits():
+    x, y = planted(4 * torch.eye(D)[0])
+    cap = capability({"logic": torch.eye(D)[0]})
+    directions = extract(
+        activations(x),
+        activations(y),
+        SpectralSpec(components=1),
+        generator=np.random.default_rng(0),
+    )[:1]
+
+    def purity(weight):
+        spec = EntanglementSpec(weight=weight)
+        return entangle(
+            directions,
+            activations(x),
+            activations(y),
+            cap,
+            spec,
+            generator=torch.Generator().manual_seed(0),
+        )[0].purity
+
+    assert purity(0.0) == 1.0
+    assert purity(1e9) < 1e-3
+    assert purity(0.1) > purity(1.0) > purity(10.0)
+
+
+def test_auroc_interval_covers_and_stays_sensible_at_one():
+    rng = np.random.default_rng(5)
+    truth = 0.7602499389065233  # P(N(1, 1) > N(0, 1))
+    found = auroc(
+        rng.normal(1, 1, (40, 400)), rng.normal(0, 1, (40, 400)), permutations=20, generator=rng
+    )
+    covered = ((found.low <= truth) & (truth <= found.high)).mean()
+    assert 0.9 < covered < 0.99
+    perfect = auroc(np.ones((40, 1)), np.zeros((40, 1)), permutations=20, generator=rng)
+    assert perfect.high[0] == 1.0
+    assert 0.85 < perfect.low[0] < 1.0
