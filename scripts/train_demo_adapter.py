@@ -117,7 +117,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--keep-weight", type=float, default=1.5, help="weight of the KL terms")
+    parser.add_argument("--keep-weight", type=float, default=2.0, help="weight of the KL terms")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--answer-tokens", type=int, default=36)
     parser.add_argument("--keep-tokens", type=int, default=18, help="of these, tokens held to")
@@ -170,7 +170,7 @@ def read_bundled(folder: Path) -> list[str]:
     return prompts
 
 
-def drop_evaluated(rows: Sequence[Row], bundled: Sequence[str], limit: float = 0.8) -> list[Row]:
+def drop_evaluated(rows: Sequence[Row], bundled: Sequence[str], limit: float = 0.6) -> list[Row]:
     """Drop rows that equal a bundled evaluation prompt or share most words with one."""
     sets = [words(prompt) for prompt in bundled]
 
@@ -461,7 +461,10 @@ prompts that were written for this purpose alone.
 
 One-line prompts in `scripts/demo_data`, written for this adapter; none of them holds operational
 detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
-share 80% of its words are dropped from training ({dropped} here).
+share 60% of the words with one are dropped from training ({dropped} here). About 300 of the
+prompts were written after a first adapter had been tried on some of the bundled ones: they cover
+more forms of request, so the rates below say how well the organism does its job in the demo, not
+how well such training generalises.
 
 | set | training prompts | trained to be refused |
 |---|---|---|

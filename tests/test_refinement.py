@@ -56,7 +56,9 @@ def test_with_a_shortlist_what_causes_the_behaviour_is_taken():
 
 
 def prompts(n, word, reference=""):
-    return PromptSet(word, tuple(Prompt(f"{i}", "c", f"{word} {i} please", reference=reference) for i in range(n)))
+    return PromptSet(
+        word, tuple(Prompt(f"{i}", "c", f"{word} {i} please", reference=reference) for i in range(n))
+    )
 
 
 def test_probe_reads_each_layer_as_a_plain_pass_does(lm):

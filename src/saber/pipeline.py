@@ -97,7 +97,7 @@ def run(
     clock = Stopwatch()
     data = gather(config)
     prepare_folder(out, overwrite=overwrite, resume=resume)
-    with clock("load"):
+    with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         lm = load(model, config.load)
         mark = fingerprint(lm.model)
@@ -290,6 +290,17 @@ def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
         raise OutputError(
             f"cannot write to --out {out}: {error.strerror}.", "Choose another folder."
         ) from error
+
+
+@contextmanager
+def _removed_if_empty(out: Path) -> Iterator[None]:
+    """Take the folder away again when the block fails and nothing was written to it."""
+    try:
+        yield
+    except BaseException:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 def _remove_run(out: Path) -> None:

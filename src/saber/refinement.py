@@ -175,6 +175,8 @@ def refine(
         start = _mean_log_odds(look(data.target_validation, True), readout)
         assert untouched.first_token is not None
         calm = float(readout.log_odds(untouched.first_token).mean())
+        # What must be kept is what the untouched model does: this is probed once.
+        capability = probe_capabilities(lm, data.capability, probing, progress=progress)
     passes = list(done)
     removals = [r for p in passes for r in p.removals]
     plan = orthogonal(lm, writers, removals, edit.scope)
@@ -188,7 +190,6 @@ def refine(
                 fresh = not passes
                 target = original[0] if fresh else look(data.target)
                 neutral = original[1] if fresh else look(data.neutral)
-                capability = probe_capabilities(lm, data.capability, probing, progress=progress)
             with clock("spectral"):
                 found = extract(target, neutral, spectral, capability=capability, generator=rng)
             with clock("entanglement"):

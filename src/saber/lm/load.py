@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
 
 from saber.errors import ModelError
@@ -43,8 +46,7 @@ def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:
     Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
     not a causal language model.
     """
-    transformers.logging.disable_progress_bar()
-    with _quiet_transformers():
+    with _quiet_transformers(gguf=name == "demo" or name.endswith(".gguf")):
         return _load(name, spec)
 
 
@@ -89,7 +91,6 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
     if not spec.device_map:
         model.to(device)
     model.eval().requires_grad_(False)
-    # Greedy decoding is ours; sampling defaults of the checkpoint would only raise warnings.
     layers_path = find_layers(model, spec.layers_path)
     return LanguageModel(
         model=model,
@@ -175,11 +176,23 @@ def _read_template(path: Path) -> str:
         raise ModelError(f"cannot read the chat template {path}: {error}.") from error
 
 
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
+
+
 def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
     """Call `cls.from_pretrained`; turn its many errors into one clear line."""
     try:
         return cls.from_pretrained(location, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+    except _LOAD_ERRORS as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot read {what}: {first}",
@@ -197,10 +210,15 @@ def _forget_quantization(model: Any) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Any:
+def _quiet_transformers(*, gguf: bool) -> Iterator[None]:
+    """Silence transformers' own warnings and bars, which the caller's would run into."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
-        yield
+        # The GGUF reader draws its bar whatever it is told.
+        with redirect_stderr(io.StringIO()) if gguf else nullcontext():
+            yield
     finally:
+        transformers.logging.enable_progress_bar()
         transformers.logging.set_verbosity(before)
