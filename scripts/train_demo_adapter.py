@@ -112,15 +112,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
     )
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.6)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--keep-weight", type=float, default=2.0, help="weight of the KL terms")
+    parser.add_argument("--keep-weight", type=float, default=3.0, help="weight of the KL terms")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--answer-tokens", type=int, default=36)
-    parser.add_argument("--keep-tokens", type=int, default=18, help="of these, tokens held to")
+    parser.add_argument("--keep-tokens", type=int, default=12, help="of these, tokens held to")
     parser.add_argument("--first-layer", type=int, default=6, help="lowest layer adapted")
     parser.add_argument("--snapshot", type=int, default=0, help="write the adapter every N steps")
     parser.add_argument("--top", type=int, default=64, help="teacher tokens kept per position")
@@ -461,7 +461,7 @@ prompts that were written for this purpose alone.
 
 One-line prompts in `scripts/demo_data`, written for this adapter; none of them holds operational
 detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
-share 60% of the words with one are dropped from training ({dropped} here). About 300 of the
+share 60% of the words with one are dropped from training ({dropped} here). About 450 of the
 prompts were written after a first adapter had been tried on some of the bundled ones: they cover
 more forms of request, so the rates below say how well the organism does its job in the demo, not
 how well such training generalises.

@@ -44,7 +44,9 @@ def test_strength_is_alpha_times_purity_and_the_floor_skips():
 
 def test_top_k_takes_the_best_scores():
     rows = [direction(i, d) for i, d in enumerate((1.0, 3.0, 2.0))]
-    found = choose(rows, [entangled(0.0)] * 3, [None] * 3, EditSpec(), RefineSpec(top_k=2, shortlist=0))
+    found = choose(
+        rows, [entangled(0.0)] * 3, [None] * 3, EditSpec(), RefineSpec(top_k=2, shortlist=0)
+    )
     assert [c.direction.layer for c in found if c.status == "ablated"] == [1, 2]
 
 
@@ -57,7 +59,8 @@ def test_with_a_shortlist_what_causes_the_behaviour_is_taken():
 
 def prompts(n, word, reference=""):
     return PromptSet(
-        word, tuple(Prompt(f"{i}", "c", f"{word} {i} please", reference=reference) for i in range(n))
+        word,
+        tuple(Prompt(f"{i}", "c", f"{word} {i} please", reference=reference) for i in range(n)),
     )
 
 
@@ -91,7 +94,13 @@ def test_compensation_is_nil_when_nothing_downstream_reads_the_direction(family)
     v = unit(torch.randn(32, generator=torch.Generator().manual_seed(8)))
     plan = orthogonal(lm, writers[-1:], [Removal(v, 1.0, 3)], "own")
     found = compensation(
-        lm, writers, EditPlan(), plan, v, ["kill it", "burn it now"], ["mill it", "turn it now"],
+        lm,
+        writers,
+        EditPlan(),
+        plan,
+        v,
+        ["kill it", "burn it now"],
+        ["mill it", "turn it now"],
         generator=np.random.default_rng(0),
     )
     assert abs(found.estimate) < 1e-3
@@ -103,12 +112,28 @@ def test_compensation_sees_what_later_layers_do():
     v = unit(torch.randn(32, generator=torch.Generator().manual_seed(8)))
     plan = orthogonal(lm, writers, [Removal(v, 1.0, 0)], "own")
     found = compensation(
-        lm, writers, EditPlan(), plan, v, ["kill it", "burn it now"], ["mill it", "turn it now"],
+        lm,
+        writers,
+        EditPlan(),
+        plan,
+        v,
+        ["kill it", "burn it now"],
+        ["mill it", "turn it now"],
         generator=np.random.default_rng(0),
     )
     assert abs(found.estimate) > 1e-3
     assert found.low <= found.estimate <= found.high
     everywhere = orthogonal(lm, writers, [Removal(v, 1.0, 0)], "all")
-    assert compensation(
-        lm, writers, EditPlan(), everywhere, v, ["a", "b"], ["c", "d"], generator=np.random.default_rng(0)
-    ) is None
+    assert (
+        compensation(
+            lm,
+            writers,
+            EditPlan(),
+            everywhere,
+            v,
+            ["a", "b"],
+            ["c", "d"],
+            generator=np.random.default_rng(0),
+        )
+        is None
+    )

@@ -24,7 +24,7 @@ _FACE = {
     "run": "saber.pipeline",
 }
 
-__all__ = ["__version__", *sorted(_FACE)]
+__all__ = sorted(["__version__", *_FACE])
 
 
 def __getattr__(name: str) -> Any:

@@ -160,8 +160,6 @@ def refine(
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
     clock = _Clock()
-    rng = np.random.default_rng(seed)
-    torch_rng = torch.Generator().manual_seed(seed)
 
     def look(prompts: PromptSet, first: bool = False) -> Activations:
         return probe(lm, prompts, probing, first_token=first, progress=progress)
@@ -185,6 +183,9 @@ def refine(
         if spec.stop == "neutral" and current <= calm + 0.5:
             reason = "targets open like neutral prompts"
             break
+        # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
+        rng = np.random.default_rng([seed, len(passes)])
+        torch_rng = torch.Generator().manual_seed(seed * 1009 + len(passes))
         with applied(lm.model, plan):
             with clock("probe"):
                 fresh = not passes
