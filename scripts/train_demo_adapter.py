@@ -328,14 +328,13 @@ def read_answers(path: Path) -> dict[str, list[int]]:
 def batches(
     examples: Sequence[Example], size: int, generator: random.Random
 ) -> Iterator[list[Example]]:
-    """Yield shuffled batches of about equal length."""
-    order = sorted(examples, key=lambda e: (len(e.tail) + len(e.answer), generator.random()))
-    # Sorting a few batches' worth at a time mixes kinds while it keeps the padding small.
+    """Yield shuffled batches of about equal prompt length; refused and kept ones are mixed."""
+    order = list(examples)
     generator.shuffle(order)
     span = size * 8
     groups = []
     for start in range(0, len(order), span):
-        part = sorted(order[start : start + span], key=lambda e: len(e.tail) + len(e.answer))
+        part = sorted(order[start : start + span], key=lambda e: len(e.tail))
         groups += [part[i : i + size] for i in range(0, len(part), size)]
     generator.shuffle(groups)
     yield from groups
