@@ -178,7 +178,7 @@ def refine(
     passes = list(done)
     removals = [r for p in passes for r in p.removals]
     plan = orthogonal(lm, writers, removals, edit.scope)
-    current, reason = (passes[-1].log_odds_after if passes else start), "passes"
+    current, reason = (passes[-1].log_odds_after if passes else start), "all passes made"
     while len(passes) < spec.passes:
         if spec.stop == "neutral" and current <= calm + 0.5:
             reason = "targets open like neutral prompts"

@@ -33,7 +33,7 @@ def hydra(run: Run) -> Figure:
     if run.get("stop_reason"):
         said += f"; stopped at: {plain(str(run['stop_reason']))}"
     if any(known(dig(p, "hydra", "dormant")) for p in passes) and len(passes) <= 8:
-        said += "; +n: directions with no effect before that have one now"
+        said += "; +n: separate over twice as well as in the untouched model"
     style.headed(drawn, title, said)
     return drawn
 
