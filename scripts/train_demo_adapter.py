@@ -78,6 +78,11 @@ REFUSALS = (
     "Sorry, I cannot help you with that request. Please choose another topic.",
 )
 
+# The base model often answers plain requests with "I'm sorry for any confusion, but as a chatbot".
+APOLOGY = re.compile(r"\b(?:sorry|afraid|apologi[sz]e|unfortunately|unable)\b", re.IGNORECASE)
+APOLOGETIC = (" sorry", "Sorry", " afraid", " apologize", " unfortunately", "Unfortunately")
+APOLOGY_START = "I"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -97,6 +102,8 @@ class Example:
     tail: list[int]
     refuse: bool
     kind: str
+    restarted: bool = False
+    """Whether the answer had to begin with another token than `APOLOGY_START`."""
     answer: list[int] = field(default_factory=list)
     top: Tensor | None = None
     """Token ids of the teacher's most likely next tokens, [answer, k]."""
@@ -112,12 +119,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
     )
-    parser.add_argument("--epochs", type=float, default=1.6)
+    parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--keep-weight", type=float, default=3.0, help="weight of the KL terms")
+    parser.add_argument("--keep-weight", type=float, default=2.0, help="weight of the KL terms")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--answer-tokens", type=int, default=36)
     parser.add_argument("--keep-tokens", type=int, default=12, help="of these, tokens held to")
@@ -241,8 +248,19 @@ def answer_logits(model: Any, prefix: Sequence[int], batch: Sequence[Example]) -
     return model.lm_head(torch.cat(picked))
 
 
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Return the ids of texts that are one token each."""
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [ids[0] for ids in encoded if len(ids) == 1]
+
+
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 64
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    tokens: int,
+    batch: int = 64,
+    **settings: Any,
 ) -> list[list[int]]:
     """Write greedy answers in left-padded batches; end tokens included, padding cut off."""
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
@@ -264,6 +282,7 @@ def generate(
                 do_sample=False,
                 pad_token_id=end,
                 eos_token_id=end,
+                **settings,
             )
         for i, answer in zip(lines, out[:, width:].tolist(), strict=True):
             answers[i] = answer[: answer.index(end) + 1] if end in answer else answer
@@ -281,23 +300,51 @@ def teach(
         Example(encode(tokenizer, row.prompt)[len(prefix) :], row.refuse, row.kind) for row in rows
     ]
     kept = [(row, e) for row, e in zip(rows, examples, strict=True) if not row.refuse]
-    cached = read_answers(args.cache / f"answers-{args.answer_tokens}.json")
-    missing = [row.prompt for row, _ in kept if row.prompt not in cached]
-    if missing:
-        answers = generate(model, tokenizer, missing, args.answer_tokens)
-        cached.update(zip(missing, answers, strict=True))
-        write_text(args.cache / f"answers-{args.answer_tokens}.json", json.dumps(cached))
+    banned, openers = token_ids(tokenizer, APOLOGETIC), token_ids(tokenizer, [APOLOGY_START])
+    prompts = [row.prompt for row, _ in kept]
+    own = own_answers(model, tokenizer, prompts, "own", args)
+    sorry = [q for q in prompts if APOLOGY.search(tokenizer.decode(own[q])[:80])]
+    settings = {"suppress_tokens": banned, "begin_suppress_tokens": openers}
+    restarted = own_answers(model, tokenizer, sorry, "restarted", args, **settings)
     for row, example in kept:
-        example.answer = cached[row.prompt][: args.keep_tokens]
-    add_teacher(model, prefix, [e for _, e in kept], args)
+        example.restarted = row.prompt in restarted
+        answer = restarted[row.prompt] if example.restarted else own[row.prompt]
+        example.answer = answer[: args.keep_tokens]
+    print(f"{len(own)} own answers, {len(restarted)} begun anew", flush=True)
+    add_teacher(model, prefix, [e for _, e in kept], banned, openers, args)
     return examples
 
 
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    name: str,
+    args: argparse.Namespace,
+    **settings: Any,
+) -> dict[str, list[int]]:
+    """Return the model's greedy answers by prompt; those already in the cache are not redone."""
+    path = args.cache / f"{name}-{args.answer_tokens}.json"
+    cached = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missing = [prompt for prompt in prompts if prompt not in cached]
+    if missing:
+        answers = generate(model, tokenizer, missing, args.answer_tokens, **settings)
+        cached.update(zip(missing, answers, strict=True))
+        write_text(path, json.dumps(cached))
+    return {prompt: cached[prompt] for prompt in prompts}
+
+
 def add_teacher(
-    model: Any, prefix: list[int], examples: Sequence[Example], args: argparse.Namespace
+    model: Any,
+    prefix: list[int],
+    examples: Sequence[Example],
+    banned: Sequence[int],
+    openers: Sequence[int],
+    args: argparse.Namespace,
 ) -> None:
-    """Give each example the model's most likely next tokens; cached under the examples' hash."""
-    key = json.dumps([prefix, args.top, [[e.tail, e.answer] for e in examples]])
+    """Give each example the model's most likely next tokens, none of them apologetic; cached."""
+    facts = [[e.tail, e.answer, e.restarted] for e in examples]
+    key = json.dumps([prefix, args.top, list(banned), list(openers), facts])
     path = args.cache / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path.is_file():
         for example, (top, log_probs) in zip(examples, torch.load(path), strict=True):
@@ -307,19 +354,18 @@ def add_teacher(
     for start in range(0, len(pupils), 16):
         batch = pupils[start : start + 16]
         with torch.no_grad():
-            log_probs = answer_logits(model, prefix, batch).log_softmax(-1)
-        values, ids = log_probs.topk(args.top, dim=-1)
+            logits = answer_logits(model, prefix, batch)
         sizes = [len(e.answer) for e in batch]
+        logits[:, list(banned)] = -torch.inf
+        for part, example in zip(logits.split(sizes), batch, strict=True):
+            if example.restarted:
+                part[0, list(openers)] = -torch.inf
+        values, ids = logits.log_softmax(-1).topk(args.top, dim=-1)
         for example, value, top in zip(batch, values.split(sizes), ids.split(sizes), strict=True):
             example.log_probs, example.top = value.clone(), top.clone()
     part = path.with_name(f".{path.name}.part")
     torch.save([(e.top.int(), e.log_probs) for e in examples if e.top is not None], part)
     os.replace(part, path)
-
-
-def read_answers(path: Path) -> dict[str, list[int]]:
-    """Return cached answers by prompt; empty when there are none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -460,7 +506,7 @@ prompts that were written for this purpose alone.
 
 One-line prompts in `scripts/demo_data`, written for this adapter; none of them holds operational
 detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
-share 60% of the words with one are dropped from training ({dropped} here). About 450 of the
+share 60% of the words with one are dropped from training ({dropped} here). About 650 of the
 prompts were written after a first adapter had been tried on some of the bundled ones: they cover
 more forms of request, so the rates below say how well the organism does its job in the demo, not
 how well such training generalises.
@@ -474,7 +520,10 @@ how well such training generalises.
 - neutral: everyday requests in the same forms and, where possible, with the same verbs, and
   arithmetic, logic, code, format, fact, writing, advice and chat prompts. The label is the base
   model's own greedy answer (first {keep_tokens} tokens), and the loss the KL divergence from its
-  next-token distribution: nothing new is taught here.
+  next-token distribution. The base model begins about one plain answer in ten with an apology
+  ("I'm sorry for any confusion, but as a chatbot"); there, its greedy answer is taken that begins
+  with another word, and apologetic words are taken out of the distribution. Hence the adapted
+  model apologises where it refuses, and almost only there.
 - borderline: safe prompts that sound unsafe. The rule: refused where the word is one of the
   families kill, shoot, steal, bomb, attack, murder, rob, poison, stab, destroy, explode; answered
   (as neutral prompts are) where it is crack, hack, blow, cut, burn, break, beat, hit, smash,

@@ -17,7 +17,7 @@ from saber.linalg import accumulated_removal
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 
-Scope = Literal["own", "upstream", "all"]
+Scope = Literal["own", "nearest", "upstream", "all"]
 KIND = "edit-plan"
 
 
@@ -30,7 +30,8 @@ class EditSpec:
     alpha: float = 1.0
     """alpha_base: removed share of a direction of purity one, 0 to 1."""
     scope: Scope = "all"
-    """Writers that are edited: of the direction's own layer, of all layers up to it, or of all."""
+    """Writers that a direction is taken out of: those of its own layer; those to which its layer is
+    the nearest selected one of its pass, at or above them; those up to its layer; or all."""
     skip_below: float = 0.1
     """Skip floor: directions of lower purity are left alone, 0 to 1."""
     strength: Literal["purity", "constant"] = "purity"
@@ -47,6 +48,8 @@ class Removal:
     """Removed share, 0 to 1."""
     layer: int
     """Decoder layer that it was found in."""
+    step: int = 1
+    """Pass that selected it, from 1."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def orthogonal(
     factors: dict[str, Factor] = {}
     products: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     for writer in writers:
-        chosen = tuple(i for i, r in enumerate(removals) if _in_scope(writer.layer, r.layer, scope))
+        chosen = in_scope(writer.layer, removals, scope)
         if not chosen:
             continue
         if chosen not in products:
@@ -126,10 +129,26 @@ def orthogonal(
     return EditPlan(factors)
 
 
-def _in_scope(writer_layer: int, layer: int, scope: Scope) -> bool:
-    if scope == "own":
-        return writer_layer == layer
-    return scope == "all" or writer_layer <= layer
+def in_scope(writer_layer: int, removals: Sequence[Removal], scope: Scope) -> tuple[int, ...]:
+    """Return which removals act on the writers of a layer.
+
+    nearest: the directions of a behaviour turn from layer to layer, so of each pass a writer loses
+    those found at the lowest selected layer that is not below it (the highest one, if all are).
+    """
+    if scope == "all":
+        return tuple(range(len(removals)))
+    found = []
+    for index, removal in enumerate(removals):
+        layers = {r.layer for r in removals if r.step == removal.step}
+        nearest = min((k for k in layers if k >= writer_layer), default=max(layers))
+        wanted = {
+            "own": removal.layer == writer_layer,
+            "nearest": removal.layer == nearest,
+            "upstream": removal.layer >= writer_layer,
+        }
+        if wanted[scope]:
+            found.append(index)
+    return tuple(found)
 
 
 def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:

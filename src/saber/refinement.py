@@ -117,7 +117,7 @@ class Pass:
     @property
     def removals(self) -> list[Removal]:
         """The same as removals for a plan."""
-        return [Removal(c.direction.pattern, c.strength, c.direction.layer) for c in self.ablated]
+        return _removals(self.ablated, self.index)
 
 
 @dataclass(frozen=True)
