@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_lm
 
-from saber.ablation import EditPlan, Removal, applied, apply, orthogonal
+from saber.ablation import EditPlan, Removal, applied, apply, in_scope, orthogonal
 from saber.errors import DataError
 from saber.linalg import accumulated_removal, unit
 from saber.lm.writers import find_writers
@@ -107,6 +107,16 @@ def test_only_writers_in_scope_are_edited(llama):
         for scope in ("own", "upstream", "all")
     }
     assert layers == {"own": [1], "upstream": [0, 1], "all": [0, 1, 2, 3]}
+
+
+def test_nearest_scope_takes_each_writers_next_selected_layer_pass_by_pass():
+    made = [
+        Removal(v, 1.0, layer, step)
+        for v, layer, step in zip(directions(3), (1, 2, 0), (1, 1, 2), strict=True)
+    ]
+    assert [in_scope(k, made, "nearest") for k in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [in_scope(k, made, "upstream") for k in range(4)] == [(0, 1, 2), (0, 1), (1,), ()]
+    assert [in_scope(k, made, "own") for k in range(4)] == [(2,), (0,), (1,), ()]
 
 
 def test_fractional_strength_leaves_its_share_behind_any_gain(lm):

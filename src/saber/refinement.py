@@ -207,15 +207,13 @@ def refine(
             reason = "no candidate passes the filters"
             break
         with clock("ablate"):
-            removals += [
-                Removal(c.direction.pattern, c.strength, c.direction.layer) for c in chosen
-            ]
+            removals += _removals(chosen, len(passes) + 1)
             earlier, plan = plan, orthogonal(lm, writers, removals, edit.scope)
         with clock("refine"):
             with applied(lm.model, plan):
                 after = _mean_log_odds(look(data.target_validation, True), readout)
             back = None
-            if edit.scope != "all":
+            if edit.scope in ("own", "upstream"):
                 back = compensation(
                     lm,
                     writers,
@@ -233,6 +231,10 @@ def refine(
         if finished is not None:
             finished(passes[-1])
     return Refinement(tuple(passes), plan, reason, clock.seconds)
+
+
+def _removals(chosen: Sequence[Candidate], step: int) -> list[Removal]:
+    return [Removal(c.direction.pattern, c.strength, c.direction.layer, step) for c in chosen]
 
 
 def choose(

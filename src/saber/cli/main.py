@@ -167,7 +167,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help="directions ablated in a pass")
     add("--alpha", type=float, help="share of a pure direction that is removed")
     add("--passes", type=int, help="most passes")
-    add("--scope", help="writers that are edited: own, upstream or all")
+    add("--scope", help="writers that are edited: own, nearest, upstream or all")
     add("--max-new-tokens", type=int, help="length of judged answers")
 
 

@@ -158,8 +158,8 @@ def _passes(run: Run) -> str:
         "## Pass by pass",
         "Each pass probes the model as the passes before left it. Log-odds of refusal are means "
         "over the validation target prompts, in nats; *dormant woken* counts ablated "
-        "directions that separate over twice as well as in the untouched model; *compensation* is the share of the removed "
-        "contribution that unedited writers make up for.",
+        "directions that separate over twice as well as in the untouched model; *compensation* "
+        "is the share of the removed contribution that unedited writers make up for.",
         markdown(tables.hydra(run)),
         f"Stopped at: {cell(str(run['stop_reason']))}." if run.get("stop_reason") else "",
         *(_plot(run, name) for name in ("hydra", "purity_separability", "entanglement_heatmap")),
