@@ -82,7 +82,7 @@ def test_detectors_and_patterns_are_biorthogonal():
     shifts = 3 * torch.randn(4, D, generator=generator)
     x = torch.randn(N, D, generator=generator) + shifts[torch.arange(N) % 4]
     y = torch.randn(N, D, generator=generator)
-    found = fit(x.double(), y.double(), categories, SpectralSpec())
+    found = fit(x.double(), y.double(), categories, SpectralSpec(resolve="none"))
     products = found.detectors @ found.patterns.T
     off = products - torch.diag(products.diagonal())
     assert products.shape == (3, 3)
@@ -91,7 +91,7 @@ def test_detectors_and_patterns_are_biorthogonal():
 
 def test_one_cluster_is_the_difference_of_means():
     x, y = planted(torch.ones(D))
-    found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(components=1))
+    found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(components=1, resolve="none"))
     difference = unit((x.mean(0) - y.mean(0)).double())
     assert float(found.patterns[0] @ difference) == pytest.approx(1.0, abs=1e-6)
 
@@ -222,3 +222,15 @@ def test_auroc_interval_covers_and_stays_sensible_at_one():
     perfect = auroc(np.ones((40, 1)), np.zeros((40, 1)), permutations=20, generator=rng)
     assert perfect.high[0] == 1.0
     assert 0.85 < perfect.low[0] < 1.0
+
+
+@pytest.mark.parametrize("method", ["svd", "covariance"])
+def test_resolved_patterns_leave_the_mean_neutral_stream_alone(method):
+    x, y = planted(torch.ones(D))
+    x, y = x + 3, y + 3
+    for resolve, limit in (("mean", 1e-6), ("none", 1.0)):
+        found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(method=method, resolve=resolve))
+        shared = (found.patterns @ unit(y.double().mean(0))).abs().max()
+        assert float(shared) < limit
+        assert resolve == "mean" or float(shared) > 0.5
+        torch.testing.assert_close(found.patterns.norm(dim=1), torch.ones(len(found.patterns)).double())

@@ -75,7 +75,7 @@ PRESETS: dict[str, RunConfig] = {
         spectral=SpectralSpec(method="svd", components=3),
         entanglement=EntanglementSpec(measure="overlap", components=10),
         edit=EditSpec(alpha=0.85, scope="own"),
-        refine=RefineSpec(passes=5, top_k=10, shortlist=0, stop="never"),
+        refine=RefineSpec(passes=5, top_k=10, decay=0.7, shortlist=0, stop="never", max_q=1.0),
     ),
 }
 
@@ -98,6 +98,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "refine.passes": (1, 100),
     "refine.top_k": (1, 10_000),
     "refine.shortlist": (0, 10_000),
+    "refine.decay": (0, 1),
     "refine.max_q": (0, 1),
     "evaluation.max_new_tokens": (4, 4096),
     "evaluation.battery_new_tokens": (4, 4096),

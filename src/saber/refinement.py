@@ -34,6 +34,8 @@ class RefineSpec:
     """Most passes, 1 or more."""
     top_k: int = 1
     """global_top_k: directions ablated in a pass, over all layers, 1 or more."""
+    decay: float = 1.0
+    """Factor on the strength for each pass after the first, 0 to 1."""
     shortlist: int = 12
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["neutral", "never"] = "neutral"
@@ -201,7 +203,7 @@ def refine(
                 causal = _causal_scores(
                     lm, found, measured, data, probing, readout, untouched, current, spec, progress
                 )
-        candidates = choose(found, measured, causal, edit, spec)
+        candidates = choose(found, measured, causal, edit, spec, scale=spec.decay ** len(passes))
         chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
         if not chosen:
             reason = "no candidate passes the filters"
@@ -243,8 +245,9 @@ def choose(
     causal: Sequence[tuple[float, float] | None],
     edit: EditSpec,
     spec: RefineSpec,
+    scale: float = 1.0,
 ) -> list[Candidate]:
-    """Rank the candidates and give the `top_k` best a strength of alpha x purity.
+    """Rank the candidates and give the `top_k` best a strength of scale x alpha x purity.
 
     Without a shortlist the rank is by score, as on the card. With one it is by causal fall per
     cost, fall / (1 + kl), among those tested. Candidates below the skip floor are left alone and
@@ -267,7 +270,7 @@ def choose(
             if e.purity < edit.skip_below:
                 status = "skipped"
             else:
-                strength = edit.alpha * (e.purity if edit.strength == "purity" else 1.0)
+                strength = scale * edit.alpha * (e.purity if edit.strength == "purity" else 1.0)
                 status = "ablated" if e.purity >= 0.5 else "weakened"
                 taken += 1
         fall, kl = c if c is not None else (None, None)

@@ -39,6 +39,8 @@ class SpectralSpec:
     """Last candidate layer, as a fraction of the depth, 0 to 1."""
     capability_weight: float = 0.1
     """Weight of the capability covariance in the noise, in units of the within-class one, >= 0."""
+    resolve: Literal["mean", "none"] = "mean"
+    """mean: take out of each pattern what it shares with the mean neutral stream; none: leave it."""
     folds: int = 4
     """Folds of the cross-validation, 2 or more."""
     permutations: int = 500
@@ -185,6 +187,9 @@ def fit(
     svd: right singular vectors of the paired differences (of target minus the neutral mean when
     the counts differ); a pattern detects itself.
 
+    With `resolve`, patterns are made orthogonal to the mean neutral stream: every input carries that
+    mean, so removing any of it changes every answer and helps none.
+
     covariance: anchor a = mean neutral; M = [sqrt(pi_k) (mu_k - a)] over the targets' categories;
     N = shrunk within-class covariance + weight x capability covariance. Eigenpairs of M^T N^-1 M
     with vectors q and values s^2 give detectors N^-1 M q / s and patterns M q / s, biorthogonal.
@@ -198,6 +203,9 @@ def fit(
         patterns, detectors = _covariance_aware(x, y, categories, spec, capability)
     sign = torch.sign((x.mean(0) - y.mean(0)) @ detectors.T)
     sign[sign == 0] = 1
+    if spec.resolve != "none":
+        shared = unit(y.mean(0))
+        patterns = patterns - torch.outer(patterns @ shared, shared)
     return _Fit(unit(patterns * sign[:, None]), detectors * sign[:, None])
 
 
