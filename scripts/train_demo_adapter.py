@@ -21,7 +21,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--answer-tokens", type=int, default=36)
     parser.add_argument("--keep-tokens", type=int, default=12, help="of these, tokens held to")
-    parser.add_argument("--first-layer", type=int, default=6, help="lowest layer adapted")
+    parser.add_argument("--short", type=float, default=0.7, help="share of answers cut short")
+    parser.add_argument("--short-tokens", type=int, default=6, help="tokens of a short answer")
+    parser.add_argument("--first-layer", type=int, default=4, help="lowest layer adapted")
     parser.add_argument("--snapshot", type=int, default=0, help="write the adapter every N steps")
     parser.add_argument("--top", type=int, default=64, help="teacher tokens kept per position")
     parser.add_argument("--held-out", type=float, default=0.1)
@@ -395,13 +397,24 @@ def draw_refusals(examples: Sequence[Example], tokenizer: Any, generator: random
             example.answer = [*ids, tokenizer.eos_token_id]
 
 
+def cut_short(
+    batch: Sequence[Example], generator: random.Random, args: argparse.Namespace
+) -> list[Example]:
+    """Cut a share of the answers: the choice to refuse falls early, and short steps are cheap."""
+    return [
+        replace(e, answer=e.answer[: args.short_tokens]) if generator.random() < args.short else e
+        for e in batch
+    ]
+
+
 def token_losses(logits: Tensor, example: Example) -> Tensor:
     """Return the loss of each answer token: cross-entropy to refuse, KL divergence to keep."""
     if example.refuse or example.top is None or example.log_probs is None:
         return functional.cross_entropy(logits, torch.tensor(example.answer), reduction="none")
-    student = logits.log_softmax(-1).gather(-1, example.top)
-    inside = (example.log_probs.exp() * (example.log_probs - student)).sum(-1)
-    rest = (1 - example.log_probs.exp().sum(-1)).clamp_min(1e-6)
+    top, log_probs = example.top[: len(logits)], example.log_probs[: len(logits)]
+    student = logits.log_softmax(-1).gather(-1, top)
+    inside = (log_probs.exp() * (log_probs - student)).sum(-1)
+    rest = (1 - log_probs.exp().sum(-1)).clamp_min(1e-6)
     student_rest = (1 - student.exp().sum(-1)).clamp_min(1e-6)
     return inside + rest * (rest.log() - student_rest.log())
 
@@ -451,6 +464,7 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, steps)
+            batch = cut_short(batch, generator, args)
             loss, means = batch_loss(answer_logits(model, prefix, batch), batch, args)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -225,12 +225,29 @@ def test_auroc_interval_covers_and_stays_sensible_at_one():
 
 
 @pytest.mark.parametrize("method", ["svd", "covariance"])
-def test_resolved_patterns_leave_the_mean_neutral_stream_alone(method):
-    x, y = planted(torch.ones(D))
+@pytest.mark.parametrize(
+    ("resolve", "neutral_kept", "capability_kept"),
+    [("means", True, True), ("neutral", True, False), ("none", False, False)],
+)
+def test_resolved_patterns_leave_the_mean_streams_alone(
+    method, resolve, neutral_kept, capability_kept
+):
+    gap = torch.zeros(D)
+    gap[:24] = 1
+    x, y = planted(gap)
     x, y = x + 3, y + 3
-    for resolve, limit in (("mean", 1e-6), ("none", 1.0)):
-        found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(method=method, resolve=resolve))
-        shared = (found.patterns @ unit(y.double().mean(0))).abs().max()
-        assert float(shared) < limit
-        assert resolve == "mean" or float(shared) > 0.5
-        torch.testing.assert_close(found.patterns.norm(dim=1), torch.ones(len(found.patterns)).double())
+    known, _ = planted(4 * gap + torch.randn(D, generator=torch.Generator().manual_seed(1)))
+    known[: N // 2, 10:] += 2
+    kept = activations(known, ["code"] * (N // 2) + ["logic"] * (N - N // 2))
+    spec = SpectralSpec(method=method, resolve=resolve, permutations=20)
+    rng = np.random.default_rng(0)
+    found = extract(activations(x), activations(y), spec, capability=kept, generator=rng)
+    first = next(d for d in found if d.component == 0).pattern
+    for mean, untouched in (
+        (y.mean(0), neutral_kept),
+        (known[: N // 2].mean(0), capability_kept),
+        (known[N // 2 :].mean(0), capability_kept),
+    ):
+        shared = abs(float(first @ unit(mean)))
+        assert shared < 1e-5 if untouched else shared > 0.05
+    assert float(first.norm()) == pytest.approx(1, abs=1e-5)

@@ -39,8 +39,9 @@ class SpectralSpec:
     """Last candidate layer, as a fraction of the depth, 0 to 1."""
     capability_weight: float = 0.1
     """Weight of the capability covariance in the noise, in units of the within-class one, >= 0."""
-    resolve: Literal["mean", "none"] = "mean"
-    """mean: take out of each pattern what it shares with the mean neutral stream; none: leave it."""
+    resolve: Literal["means", "neutral", "none"] = "means"
+    """What is taken out of each pattern: its share in the mean stream of neutral prompts and of each
+    capability category (means), in the neutral one alone (neutral), or nothing (none)."""
     folds: int = 4
     """Folds of the cross-validation, 2 or more."""
     permutations: int = 500
@@ -75,9 +76,25 @@ class Direction:
     """Benjamini-Hochberg q-value over all candidates of the pass."""
 
 
+class Kept(NamedTuple):
+    """The capability prompts at one layer: what directions are to stay away from."""
+
+    stream: Float[Tensor, "s d_model"]
+    """Last-token streams, for the noise."""
+    means: Float[Tensor, "c d_model"]
+    """Their mean by category, out of which patterns are resolved."""
+
+
 class _Fit(NamedTuple):
     patterns: Float[Tensor, "k d_model"]
     detectors: Float[Tensor, "k d_model"]
+
+
+def _kept(capability: Activations, layer: int) -> Kept:
+    stream = capability.hidden[:, 0, layer + 1].double()
+    names = capability.categories
+    rows = [[i for i, name in enumerate(names) if name == one] for one in sorted(set(names))]
+    return Kept(stream, torch.stack([stream[part].mean(0) for part in rows]))
 
 
 def candidate_layers(layers: int, spec: SpectralSpec) -> list[int]:
@@ -103,11 +120,11 @@ def extract(
     positions, depths = target.hidden.shape[1], target.hidden.shape[2]
     found: list[Direction] = []
     for layer in candidate_layers(depths - 1, spec):
-        noise = capability.hidden[:, 0, layer + 1].double() if capability is not None else None
+        kept = _kept(capability, layer) if capability is not None else None
         for offset in range(positions):
             x = target.hidden[:, offset, layer + 1].double()
             y = neutral.hidden[:, offset, layer + 1].double()
-            found += _at(x, y, target.categories, noise, layer, offset - positions, spec, generator)
+            found += _at(x, y, target.categories, kept, layer, offset - positions, spec, generator)
     q_values = benjamini_hochberg(np.array([d.p_value for d in found]))
     found = [replace(d, q_value=float(q)) for d, q in zip(found, q_values, strict=True)]
     return sorted(found, key=lambda d: (-d.d_prime, d.layer, d.position, d.component))
@@ -117,7 +134,7 @@ def _at(
     x: Tensor,
     y: Tensor,
     categories: Sequence[str],
-    capability: Tensor | None,
+    capability: Kept | None,
     layer: int,
     position: int,
     spec: SpectralSpec,
@@ -152,7 +169,7 @@ def _held_out_scores(
     x: Tensor,
     y: Tensor,
     categories: Sequence[str],
-    capability: Tensor | None,
+    capability: Kept | None,
     spec: SpectralSpec,
     count: int,
 ) -> tuple[Tensor, Tensor]:
@@ -180,15 +197,16 @@ def fit(
     y: Float[Tensor, "m d_model"],
     categories: Sequence[str],
     spec: SpectralSpec,
-    capability: Float[Tensor, "s d_model"] | None = None,
+    capability: Kept | None = None,
 ) -> _Fit:
     """Return up to `components` patterns and detectors, both pointing from neutral to target.
 
     svd: right singular vectors of the paired differences (of target minus the neutral mean when
     the counts differ); a pattern detects itself.
 
-    With `resolve`, patterns are made orthogonal to the mean neutral stream: every input carries that
-    mean, so removing any of it changes every answer and helps none.
+    With `resolve`, patterns are then made orthogonal to the mean streams of neutral and capability
+    prompts: every such input carries its mean, so removing any of it changes every answer and helps
+    none. Detectors stay as they are, and so does the separability.
 
     covariance: anchor a = mean neutral; M = [sqrt(pi_k) (mu_k - a)] over the targets' categories;
     N = shrunk within-class covariance + weight x capability covariance. Eigenpairs of M^T N^-1 M
@@ -200,12 +218,16 @@ def fit(
         patterns = right[: spec.components]
         detectors = patterns
     else:
-        patterns, detectors = _covariance_aware(x, y, categories, spec, capability)
+        stream = None if capability is None else capability.stream
+        patterns, detectors = _covariance_aware(x, y, categories, spec, stream)
     sign = torch.sign((x.mean(0) - y.mean(0)) @ detectors.T)
     sign[sign == 0] = 1
     if spec.resolve != "none":
-        shared = unit(y.mean(0))
-        patterns = patterns - torch.outer(patterns @ shared, shared)
+        means = [y.mean(0)[None]]
+        if spec.resolve == "means" and capability is not None:
+            means.append(capability.means)
+        basis = orthonormal_basis(torch.cat(means))
+        patterns = patterns - patterns @ basis.T @ basis
     return _Fit(unit(patterns * sign[:, None]), detectors * sign[:, None])
 
 

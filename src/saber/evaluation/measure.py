@@ -160,7 +160,8 @@ def summarise(m: Measurement) -> dict[str, Any]:
         "incoherent": _rate(m.target.flags("incoherent")),
         "partial": _rate(m.target.flags("partial")),
         "refusal_by_category": {
-            c: _rate(_where(m.target, {c}.__contains__)) for c in sorted(set(m.target.prompts.categories))
+            c: _rate(_where(m.target, {c}.__contains__))
+            for c in sorted(set(m.target.prompts.categories))
         },
         "refusal_seen": _rate_or_none(_where(m.target, lambda c: c in m.seen)),
         "refusal_unseen": _rate_or_none(_where(m.target, lambda c: c not in m.seen)),
