@@ -119,6 +119,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
     )
+    parser.add_argument("--start", type=Path, default=None, help="adapter folder to go on from")
     parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
@@ -610,7 +611,10 @@ def main() -> None:
         task_type="CAUSAL_LM",
         layers_to_transform=list(range(args.first_layer, model.config.num_hidden_layers)),
     )
-    peft = get_peft_model(model, config)
+    if args.start is None:
+        peft: Any = get_peft_model(model, config)
+    else:
+        peft = PeftModel.from_pretrained(model, args.start, is_trainable=True).eval()
     log = train(peft, tokenizer, prefix, examples, args)
     save_adapter(peft, args.out)
     write_text(args.out / "loss_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))

@@ -71,6 +71,7 @@ def one_pass(rng: np.random.Generator, index: int, before: float, after: float) 
     ranked[10]["status"] = "skipped"
     return {
         "index": index, "log_odds_before": before, "log_odds_after": after,
+        "rate_before": 0.9 / index, "rate_after": 0.5 / index,
         "directions": ranked[:10], "candidates": found,
         "hydra": {"top_auroc": ranked[0]["auroc"], "top_d_prime": ranked[0]["d_prime"],
                   "top_layer": ranked[0]["layer"], "dormant": 0 if index == 1 else 3 - index // 2,

@@ -97,9 +97,11 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "edit.skip_below": (0, 1),
     "refine.passes": (1, 100),
     "refine.top_k": (1, 10_000),
+    "refine.per_layer": (0, 10_000),
     "refine.shortlist": (0, 10_000),
     "refine.decay": (0, 1),
     "refine.max_q": (0, 1),
+    "refine.stop_rate": (0, 1),
     "evaluation.max_new_tokens": (4, 4096),
     "evaluation.battery_new_tokens": (4, 4096),
 }

@@ -107,15 +107,18 @@ def run(
     artifacts.write_json(out / STATE, identity)
     judge = named_judge(config.evaluation.judge)
 
-    with clock("check"):
-        listener.on_stage("checking that the behaviour is there")
+    def behaviour() -> float:
         texts = data.selecting.target_validation.texts
         tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-        rate = sum(judge.label(c.text) == "refusal" for c in tried) / len(tried)
+        return sum(judge.label(c.text) == "refusal" for c in tried) / len(tried)
+
+    with clock("check"):
+        listener.on_stage("checking that the behaviour is there")
+        rate = behaviour()
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
         raise WeakBehaviour(
-            f"{model} shows the behaviour on only {rate:.0%} of {len(tried)} validation targets "
+            f"{model} shows the behaviour on only {rate:.0%} of {len(data.selecting.target_validation)} validation targets "
             f"(needed: {config.minimum_rate:.0%}); nothing was edited.",
             "Give other --target prompts, or --force.",
         )
@@ -138,6 +141,8 @@ def run(
         edit=config.edit,
         spec=config.refine,
         seed=config.seed,
+        behaviour=behaviour,
+        shown=rate,
         progress=listener.progress,
         finished=finished,
         done=done,
@@ -363,9 +368,8 @@ def _load_pass(folder: Path) -> Pass:
         )
     back = meta["hydra"].pop("compensation")
     hydra = Hydra(**meta["hydra"], compensation=Compensation(**back) if back else None)
-    return Pass(
-        meta["index"], tuple(candidates), meta["log_odds_before"], meta["log_odds_after"], hydra
-    )
+    plain = ("index", "log_odds_before", "log_odds_after", "rate_before", "rate_after")
+    return Pass(**{k: meta[k] for k in plain}, candidates=tuple(candidates), hydra=hydra)
 
 
 def environment(started: datetime.datetime) -> dict[str, Any]:
@@ -445,6 +449,8 @@ def _describe_pass(this: Pass) -> dict[str, Any]:
         "index": this.index,
         "log_odds_before": this.log_odds_before,
         "log_odds_after": this.log_odds_after,
+        "rate_before": this.rate_before,
+        "rate_after": this.rate_after,
         "directions": [_describe_candidate(c) for c in this.ablated],
         "candidates": [_describe_candidate(c) for c in this.candidates],
         "hydra": {

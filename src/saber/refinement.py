@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -34,12 +35,16 @@ class RefineSpec:
     """Most passes, 1 or more."""
     top_k: int = 1
     """global_top_k: directions ablated in a pass, over all layers, 1 or more."""
+    per_layer: int = 0
+    """Most directions a pass takes from one layer; 0 sets no limit."""
     decay: float = 1.0
     """Factor on the strength for each pass after the first, 0 to 1."""
     shortlist: int = 12
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
-    stop: Literal["neutral", "never"] = "neutral"
-    """neutral: end once validation targets open like neutral prompts; never: do all passes."""
+    stop: Literal["behaviour", "never"] = "behaviour"
+    """behaviour: end once hardly any validation target shows it; never: do all passes."""
+    stop_rate: float = 0.02
+    """Share of validation targets that may still show the behaviour at the end, 0 to 1."""
     max_q: float = 0.05
     """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
 
@@ -108,6 +113,10 @@ class Pass:
     """Mean refusal log-odds on validation targets at its start, nats."""
     log_odds_after: float
     """The same at its end."""
+    rate_before: float
+    """Share of validation targets that showed the behaviour at its start, by judged answers."""
+    rate_after: float
+    """The same at its end."""
     hydra: Hydra
     """Hydra statistics."""
 
@@ -152,12 +161,16 @@ def refine(
     edit: EditSpec,
     spec: RefineSpec,
     seed: int,
+    behaviour: Callable[[], float],
+    shown: float | None = None,
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
 ) -> Refinement:
     """Run the passes; the model's weights are the untouched ones before and after.
 
+    `behaviour` answers validation targets with the model as it stands and returns the share that
+    shows the behaviour; `shown` is that share of the untouched model, where it is known already.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
@@ -173,17 +186,18 @@ def refine(
         readout = derive_readout(original[0].first_token, original[1].first_token)
         untouched = look(data.neutral_validation, True)
         start = _mean_log_odds(look(data.target_validation, True), readout)
-        assert untouched.first_token is not None
-        calm = float(readout.log_odds(untouched.first_token).mean())
+        start_rate = behaviour() if shown is None else shown
         # What must be kept is what the untouched model does: this is probed once.
         capability = probe_capabilities(lm, data.capability, probing, progress=progress)
     passes = list(done)
     removals = [r for p in passes for r in p.removals]
     plan = orthogonal(lm, writers, removals, edit.scope)
-    current, reason = (passes[-1].log_odds_after if passes else start), "all passes made"
+    current = passes[-1].log_odds_after if passes else start
+    rate = passes[-1].rate_after if passes else start_rate
+    reason = "all passes made"
     while len(passes) < spec.passes:
-        if spec.stop == "neutral" and current <= calm + 0.5:
-            reason = "targets open like neutral prompts"
+        if spec.stop == "behaviour" and rate <= spec.stop_rate:
+            reason = "the behaviour is gone on validation targets"
             break
         # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
         rng = np.random.default_rng([seed, len(passes)])
@@ -214,6 +228,7 @@ def refine(
         with clock("refine"):
             with applied(lm.model, plan):
                 after = _mean_log_odds(look(data.target_validation, True), readout)
+                rate_after = behaviour()
             back = None
             if edit.scope in ("own", "upstream"):
                 back = compensation(
@@ -228,8 +243,9 @@ def refine(
                 )
         best = found[0]
         hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, original), back)
-        passes.append(Pass(len(passes) + 1, tuple(candidates), current, after, hydra))
-        current = after
+        number = len(passes) + 1
+        passes.append(Pass(number, tuple(candidates), current, after, rate, rate_after, hydra))
+        current, rate = after, rate_after
         if finished is not None:
             finished(passes[-1])
     return Refinement(tuple(passes), plan, reason, clock.seconds)
@@ -251,7 +267,7 @@ def choose(
 
     Without a shortlist the rank is by score, as on the card. With one it is by causal fall per
     cost, fall / (1 + kl), among those tested. Candidates below the skip floor are left alone and
-    their place goes to the next.
+    their place goes to the next, as it does beyond `per_layer`.
     """
     rows = list(zip(directions, measured, causal, strict=True))
     scored = [(d, e, c, d.d_prime**2 / 2 * e.purity) for d, e, c in rows]
@@ -259,20 +275,23 @@ def choose(
         ranked = sorted(scored, key=lambda row: (row[2] is None, -(_merit(row[2])), -row[3]))
     else:
         ranked = sorted(scored, key=lambda row: -row[3])
-    result, taken = [], 0
+    result = []
+    taken: Counter[int] = Counter()
     for d, e, c, score in ranked:
         status: Status = "not selected"
         strength = 0.0
         eligible = d.q_value <= spec.max_q and d.d_prime > 0
         if spec.shortlist and (c is None or c[0] <= 0):
             eligible = False
-        if eligible and taken < spec.top_k:
+        if spec.per_layer and taken[d.layer] >= spec.per_layer:
+            eligible = False
+        if eligible and taken.total() < spec.top_k:
             if e.purity < edit.skip_below:
                 status = "skipped"
             else:
                 strength = scale * edit.alpha * (e.purity if edit.strength == "purity" else 1.0)
                 status = "ablated" if e.purity >= 0.5 else "weakened"
-                taken += 1
+                taken[d.layer] += 1
         fall, kl = c if c is not None else (None, None)
         result.append(Candidate(d, e, score, fall, kl, strength, status))
     return result

@@ -140,6 +140,7 @@ def hydra(run: Run) -> Table:
             ", ".join(str(layer) for layer in layers) or MISSING,
             fixed(one.get("log_odds_before")),
             fixed(one.get("log_odds_after")),
+            percent(one.get("rate_after")),
             f"{fixed(state.get('top_d_prime'))} (layer {number(state.get('top_layer'))})",
             fixed(state.get("top_auroc"), 3),
             number(state.get("dormant")),
@@ -147,7 +148,8 @@ def hydra(run: Run) -> Table:
             f"{fixed(kappa.get('high'))}]" if kappa else MISSING,
         ))  # fmt: skip
     return Table(
-        ("pass", "directions", "layers", "log-odds before", "after", f"top d{PRIME} at start",
+        ("pass", "directions", "layers", "log-odds before", "after",
+         "validation refusals after", f"top d{PRIME} at start",
          "top AUROC", "dormant woken", "compensation κ"), tuple(rows),
     )  # fmt: skip
 
