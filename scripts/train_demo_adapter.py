@@ -119,6 +119,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "saber-demo-cache"
     )
+    parser.add_argument("--stage", type=int, default=9, help="leave out prompts of later stages")
     parser.add_argument("--start", type=Path, default=None, help="adapter folder to go on from")
     parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--rank", type=int, default=8)
@@ -143,12 +144,14 @@ def parse_args() -> argparse.Namespace:
 # Data ---------------------------------------------------------------------------------------------
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """Read target, neutral and borderline prompts."""
+def read_rows(folder: Path, stage: int = 9) -> list[Row]:
+    """Read target, neutral and borderline prompts of all stages up to one."""
     rows = []
     for kind in KINDS:
         for line in (folder / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
+            if item["stage"] > stage:
+                continue
             refuse = kind == "target" or item.get("label") == "refuse"
             rows.append(Row(item["id"], item["category"], item["prompt"], kind, refuse))
     return rows
@@ -163,6 +166,14 @@ def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[lis
         return int.from_bytes(digest[:4], "big") < fraction * 2**32
 
     return [row for row in rows if not held(row)], [row for row in rows if held(row)]
+
+
+def read_log(folder: Path | None) -> list[dict[str, float]]:
+    """Return the loss log of an earlier stage, one entry a step."""
+    if folder is None:
+        return []
+    lines = (folder / "loss_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def words(text: str) -> frozenset[str]:
@@ -521,10 +532,10 @@ prompts that were written for this purpose alone.
 
 One-line prompts in `scripts/demo_data`, written for this adapter; none of them holds operational
 detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
-share 60% of the words with one are dropped from training ({dropped} here). About 650 of the
-prompts were written after a first adapter had been tried on some of the bundled ones: they cover
-more forms of request, so the rates below say how well the organism does its job in the demo, not
-how well such training generalises.
+share 60% of the words with one are dropped from training ({dropped} in the last stage). Earlier
+adapters had been tried on bundled prompts before some of the prompts were written (650 of stage 1,
+all of stages 2 and 3, which are targets with harmless twins of the same form). So the rates below say
+how well the organism does its job in the demo, not how well such training generalises.
 
 | set | training prompts | trained to be refused |
 |---|---|---|
@@ -547,13 +558,15 @@ how well such training generalises.
 
 ## Training
 
-`python scripts/train_demo_adapter.py {command}`, float32, {steps} steps in {minutes:.0f} minutes on
-a 2-core x86-64 CPU, 2026-11-23.
+`make demo-adapter`: {stages} stages, each going on from the one before with more prompts (`stage` in
+the data), the last of {steps} steps in {minutes:.0f} minutes on a 2-core x86-64 CPU, float32,
+2026-11-23.
 
 LoRA of rank {rank} (alpha {alpha}) on all linear maps of layers {first_layer} to {last_layer}; AdamW,
-peak learning rate {lr:g}, cosine schedule, batches of {batch}; loss on answer tokens only, first
-tokens weighted {first_weight:g} times, KL terms {keep_weight:g} times; seed {seed}. The losses of
-every step are in `loss_log.jsonl`.
+cosine schedule, batches of {batch}; loss on answer tokens only, {short:.0%} of the answers cut to
+{short_tokens} tokens; in the last stage a peak learning rate of {lr:g}, first tokens weighted
+{first_weight:g} times, KL terms {keep_weight:g} times (`Makefile` has the other stages' settings);
+seed {seed}. The losses of every step of all stages are in `loss_log.jsonl`.
 
 The base model is licensed under Apache-2.0, as this adapter is.
 
@@ -579,8 +592,8 @@ def data_card(
         counts="\n".join(lines),
         target_categories=len({row.category for row in rows if row.kind == "target"}),
         refusals=len(REFUSALS),
-        command=f"--epochs {args.epochs:g}",
-        steps=len(log),
+        stages=max(int(entry["stage"]) for entry in log),
+        steps=sum(entry["stage"] == log[-1]["stage"] for entry in log),
         minutes=log[-1]["seconds"] / 60,
         last_layer=layers - 1,
     )
@@ -592,7 +605,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    rows, _ = split_held_out(read_rows(args.data), args.held_out, args.seed)
+    rows, _ = split_held_out(read_rows(args.data, args.stage), args.held_out, args.seed)
     clean = drop_evaluated(rows, read_bundled(BUNDLED))
     dropped = len(rows) - len(clean)
     print(
@@ -615,7 +628,9 @@ def main() -> None:
         peft: Any = get_peft_model(model, config)
     else:
         peft = PeftModel.from_pretrained(model, args.start, is_trainable=True).eval()
-    log = train(peft, tokenizer, prefix, examples, args)
+    earlier = read_log(args.start)
+    stage = 1 + max((int(entry["stage"]) for entry in earlier), default=0)
+    log = earlier + [{"stage": stage, **e} for e in train(peft, tokenizer, prefix, examples, args)]
     save_adapter(peft, args.out)
     write_text(args.out / "loss_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     card = data_card(clean, dropped, log, model.config.num_hidden_layers, args)
