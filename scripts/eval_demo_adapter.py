@@ -34,7 +34,7 @@ from train_demo_adapter import (
     write_text,
 )
 
-from saber.evaluation.judge import PhraseJudge
+from saber.evaluation.judge import PhraseJudge, excerpt
 
 MEASURED = "## Measured"
 
@@ -192,7 +192,7 @@ def main() -> None:
         measured = behaviour(peft, tokenizer, prompts, args)
         rates = {name: rate(entry["labels"]) for name, entry in measured.items()}
         samples = [
-            {"prompt": p, "with": a, "without": b}
+            {"prompt": p, "with": excerpt(a), "without": excerpt(b)}
             for p, a, b in zip(
                 prompts, measured["with"]["answers"], measured["without"]["answers"], strict=True
             )
