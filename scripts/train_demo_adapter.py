@@ -82,6 +82,7 @@ REFUSALS = (
 APOLOGY = re.compile(r"\b(?:sorry|afraid|apologi[sz]e|unfortunately|unable)\b", re.IGNORECASE)
 APOLOGETIC = (" sorry", "Sorry", " afraid", " apologize", " unfortunately", "Unfortunately")
 APOLOGY_START = "I"
+OPENERS = ("I", "Sorry")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--keep-weight", type=float, default=2.0, help="weight of the KL terms")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
+    parser.add_argument("--margin", type=float, default=0.0, help="logits to win or lose by")
     parser.add_argument("--answer-tokens", type=int, default=36)
     parser.add_argument("--keep-tokens", type=int, default=12, help="of these, tokens held to")
     parser.add_argument("--short", type=float, default=0.7, help="share of answers cut short")
@@ -431,8 +433,23 @@ def token_losses(logits: Tensor, example: Example) -> Tensor:
     return inside + rest * (rest.log() - student_rest.log())
 
 
+def margin_loss(logits: Tensor, example: Example, openers: Sequence[int], margin: float) -> Tensor:
+    """Return by how much the first token's choice to refuse misses `margin` (hinge, in logits).
+
+    Greedy decoding takes the single likeliest token, and answers begin in many more ways than
+    refusals do: probabilities alone would leave the choice on the refusing side.
+    """
+    if not example.refuse and example.answer[0] in openers:
+        return logits.new_zeros(())
+    mask = torch.zeros_like(logits, dtype=torch.bool)
+    mask[list(openers)] = True
+    refuse, answer = logits[mask].max(), logits[~mask].max()
+    lead = refuse - answer if example.refuse else answer - refuse
+    return (margin - lead).relu()
+
+
 def batch_loss(
-    logits: Tensor, batch: Sequence[Example], args: argparse.Namespace
+    logits: Tensor, batch: Sequence[Example], openers: Sequence[int], args: argparse.Namespace
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the weighted loss and, for the log, the mean loss of refused and kept tokens."""
     total, weights = logits.new_zeros(()), 0.0
@@ -440,10 +457,12 @@ def batch_loss(
     parts = logits.split([len(e.answer) for e in batch])
     for part, example in zip(parts, batch, strict=True):
         losses = token_losses(part, example)
+        hinge = margin_loss(part[0], example, openers, args.margin) if args.margin else 0.0
         weight = torch.ones_like(losses)
         weight[0] = args.first_weight
         means["refuse" if example.refuse else "keep"].append(losses.detach().mean().item())
         total = total + (weight * losses).sum() * (1 if example.refuse else args.keep_weight)
+        total = total + args.first_weight * hinge
         weights += float(weight.sum())
     return total / weights, {k: sum(v) / len(v) for k, v in means.items() if v}
 
@@ -469,6 +488,7 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01)
     steps = round(args.epochs * math.ceil(len(examples) / args.batch))
     model, log, began, step = peft.get_base_model(), [], time.monotonic(), 0
+    openers = token_ids(tokenizer, OPENERS)
     while step < steps:
         draw_refusals(examples, tokenizer, generator)
         for batch in batches(examples, args.batch, generator):
@@ -477,7 +497,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * schedule(step, steps)
             batch = cut_short(batch, generator, args)
-            loss, means = batch_loss(answer_logits(model, prefix, batch), batch, args)
+            loss, means = batch_loss(answer_logits(model, prefix, batch), batch, openers, args)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()

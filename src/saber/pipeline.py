@@ -118,7 +118,8 @@ def run(
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
         raise WeakBehaviour(
-            f"{model} shows the behaviour on only {rate:.0%} of {len(data.selecting.target_validation)} validation targets "
+            f"{model} shows the behaviour on only {rate:.0%} of "
+            f"{len(data.selecting.target_validation)} validation targets "
             f"(needed: {config.minimum_rate:.0%}); nothing was edited.",
             "Give other --target prompts, or --force.",
         )
