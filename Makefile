@@ -1,7 +1,7 @@
 # make demo   install what is needed and take the refusals out of the demo model
 # make test   install what is needed and run every check
 # make fast   the fast part of the tests alone
-# make demo-adapter   train the demo model's adapter anew (half an hour on two cores)
+# make demo-adapter   train the demo model's adapter anew (an hour on two cores)
 
 PYTHON ?= python3
 # Where several builds of torch are offered, any build of this version will do.
@@ -35,10 +35,13 @@ check: .make/installed
 	mkdir -p .make && touch $@
 
 TRAIN := $(BIN)/python scripts/train_demo_adapter.py
+LATE := --lr 6e-4 --first-weight 8 --keep-weight 4
 demo-adapter: .make/installed
 	$(TRAIN) --stage 1 --epochs 2 --first-weight 6 --out .make/adapter1
 	$(TRAIN) --stage 2 --start .make/adapter1 --epochs 2 --lr 7e-4 --first-weight 6 --out .make/adapter2
-	$(TRAIN) --stage 3 --start .make/adapter2 --epochs 1 --lr 6e-4 --first-weight 8 --keep-weight 4
+	$(TRAIN) --stage 3 --start .make/adapter2 --epochs 1 $(LATE) --out .make/adapter3
+	$(TRAIN) --stage 4 --start .make/adapter3 --epochs 1 $(LATE) --margin 3 --out .make/adapter4
+	$(TRAIN) --stage 5 --start .make/adapter4 --epochs 0.6 $(LATE) --margin 3 --lr 5e-4
 	$(BIN)/python scripts/eval_demo_adapter.py
 
 clean:
