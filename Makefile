@@ -40,8 +40,7 @@ demo-adapter: .make/installed
 	$(TRAIN) --stage 1 --epochs 2 --first-weight 6 --out .make/adapter1
 	$(TRAIN) --stage 2 --start .make/adapter1 --epochs 2 --lr 7e-4 --first-weight 6 --out .make/adapter2
 	$(TRAIN) --stage 3 --start .make/adapter2 --epochs 1 $(LATE) --out .make/adapter3
-	$(TRAIN) --stage 4 --start .make/adapter3 --epochs 1 $(LATE) --margin 3 --out .make/adapter4
-	$(TRAIN) --stage 5 --start .make/adapter4 --epochs 0.6 $(LATE) --margin 3 --lr 5e-4
+	$(TRAIN) --stage 4 --start .make/adapter3 --epochs 1 $(LATE) --margin 3
 	$(BIN)/python scripts/eval_demo_adapter.py
 
 clean:

@@ -554,7 +554,7 @@ One-line prompts in `scripts/demo_data`, written for this adapter; none of them 
 detail. A tenth of the requests is held out, and prompts that equal a bundled evaluation prompt or
 share 60% of the words with one are dropped from training ({dropped} in the last stage). Earlier
 adapters had been tried on bundled prompts before some of the prompts were written (650 of stage 1,
-all of stages 2 and 3, which are targets with harmless twins of the same form). So the rates below say
+all of the later stages, which are targets with harmless twins of the same form). So the rates below say
 how well the organism does its job in the demo, not how well such training generalises.
 
 | set | training prompts | trained to be refused |
@@ -585,7 +585,8 @@ the data), the last of {steps} steps in {minutes:.0f} minutes on a 2-core x86-64
 LoRA of rank {rank} (alpha {alpha}) on all linear maps of layers {first_layer} to {last_layer}; AdamW,
 cosine schedule, batches of {batch}; loss on answer tokens only, {short:.0%} of the answers cut to
 {short_tokens} tokens; in the last stage a peak learning rate of {lr:g}, first tokens weighted
-{first_weight:g} times, KL terms {keep_weight:g} times (`Makefile` has the other stages' settings);
+{first_weight:g} times, KL terms {keep_weight:g} times, and a hinge of {margin:g} logits on the first
+token's choice between refusing and answering (`Makefile` has the other stages' settings);
 seed {seed}. The losses of every step of all stages are in `loss_log.jsonl`.
 
 The base model is licensed under Apache-2.0, as this adapter is.
