@@ -73,9 +73,8 @@ PRESETS: dict[str, RunConfig] = {
     "card": RunConfig(
         preset="card",
         spectral=SpectralSpec(method="svd", components=3),
-        entanglement=EntanglementSpec(measure="overlap", components=10),
-        edit=EditSpec(alpha=0.85, scope="own"),
-        refine=RefineSpec(passes=5, top_k=10, decay=0.7, shortlist=0, stop="never", max_q=1.0),
+        edit=EditSpec(alpha=0.85, scope="nearest"),
+        refine=RefineSpec(passes=5, top_k=10, shortlist=0, stop="never", max_q=1.0),
     ),
 }
 

@@ -43,7 +43,7 @@ class RefineSpec:
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""
-    stop_rate: float = 0.02
+    stop_rate: float = 0.05
     """Share of validation targets that may still show the behaviour at the end, 0 to 1."""
     max_q: float = 0.05
     """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
