@@ -8,7 +8,7 @@ from scipy.stats import mannwhitneyu
 from saber.entanglement import EntanglementSpec, entangle
 from saber.linalg import LowRankNoise, auroc, benjamini_hochberg, d_prime, ledoit_wolf, unit
 from saber.probing import Activations
-from saber.spectral import SpectralSpec, candidate_layers, extract, fit
+from saber.spectral import SpectralSpec, candidate_layers, extract, fit, shrunk
 
 D, N = 48, 60
 
@@ -227,7 +227,7 @@ def test_auroc_interval_covers_and_stays_sensible_at_one():
 @pytest.mark.parametrize("method", ["svd", "covariance"])
 @pytest.mark.parametrize(
     ("resolve", "neutral_kept", "capability_kept"),
-    [("means", True, True), ("neutral", True, False), ("none", False, False)],
+    [("means", True, True), ("none", False, False)],
 )
 def test_resolved_patterns_leave_the_mean_streams_alone(
     method, resolve, neutral_kept, capability_kept
@@ -251,3 +251,36 @@ def test_resolved_patterns_leave_the_mean_streams_alone(
         shared = abs(float(first @ unit(mean)))
         assert shared < 1e-5 if untouched else shared > 0.05
     assert float(first.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_energy_resolved_patterns_give_up_what_preserved_streams_use():
+    generator = torch.Generator().manual_seed(3)
+    kept = torch.randn(200, D, generator=generator, dtype=torch.float64) * 0.1
+    kept[:, 0] *= 100
+    pattern = torch.zeros(1, D, dtype=torch.float64)
+    pattern[0, :2] = 1
+    energy = 2.0
+    found = shrunk(pattern, [kept[:80], kept[80:]], energy)
+    moments = sum(part.T @ part / len(part) for part in (kept[:80], kept[80:]))
+    expected = torch.linalg.solve(torch.eye(D, dtype=torch.float64) + moments / energy, pattern.T).T
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert abs(float(found[0, 0])) < 0.02 * float(found[0, 1])
+    assert torch.allclose(shrunk(pattern, [kept], 1e12), pattern, atol=1e-6)
+
+
+def test_energy_resolving_with_more_weight_costs_the_preserved_less():
+    gap = torch.zeros(D)
+    gap[:12] = 1
+    x, y = planted(gap)
+    y[:, :4] += 3 * torch.randn(N, 4, generator=torch.Generator().manual_seed(5))
+    energies = [
+        float(
+            (y.double() @ fit(x.double(), y.double(), ["one"] * N, spec).patterns[0]).pow(2).mean()
+        )
+        for spec in (
+            SpectralSpec(components=1, resolve="none"),
+            SpectralSpec(components=1, resolve_energy=1.0),
+            SpectralSpec(components=1, resolve_energy=0.01),
+        )
+    ]
+    assert energies[0] > 1.2 * energies[1] > 1.2 * energies[2]

@@ -29,7 +29,7 @@ class EditSpec:
     """orthogonal: W' = (I - U A U^T) W, for all inputs alike."""
     alpha: float = 1.0
     """alpha_base: removed share of a direction of purity one, 0 to 1."""
-    scope: Scope = "all"
+    scope: Scope = "nearest"
     """Writers that a direction is taken out of: those of its own layer; those to which its layer is
     the nearest selected one of its pass, at or above them; those up to its layer; or all."""
     skip_below: float = 0.1

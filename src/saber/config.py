@@ -73,8 +73,10 @@ PRESETS: dict[str, RunConfig] = {
     "card": RunConfig(
         preset="card",
         spectral=SpectralSpec(method="svd", components=3),
-        edit=EditSpec(alpha=0.85, scope="nearest"),
-        refine=RefineSpec(passes=5, top_k=10, shortlist=0, stop="never", max_q=1.0),
+        edit=EditSpec(alpha=0.85),
+        refine=RefineSpec(
+            passes=5, top_k=10, per_layer=0, decay=0.15, shortlist=0, stop="never", max_q=1.0
+        ),
     ),
 }
 
@@ -87,6 +89,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "spectral.depth_low": (0, 1),
     "spectral.depth_high": (0, 1),
     "spectral.capability_weight": (0, 1e6),
+    "spectral.resolve_energy": (1e-6, 1e6),
     "spectral.folds": (2, 20),
     "spectral.permutations": (20, 100_000),
     "entanglement.components": (1, 512),

@@ -33,13 +33,13 @@ class RefineSpec:
 
     passes: int = 3
     """Most passes, 1 or more."""
-    top_k: int = 1
+    top_k: int = 10
     """global_top_k: directions ablated in a pass, over all layers, 1 or more."""
-    per_layer: int = 0
+    per_layer: int = 1
     """Most directions a pass takes from one layer; 0 sets no limit."""
     decay: float = 1.0
     """Factor on the strength for each pass after the first, 0 to 1."""
-    shortlist: int = 12
+    shortlist: int = 20
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""

@@ -39,9 +39,13 @@ class SpectralSpec:
     """Last candidate layer, as a fraction of the depth, 0 to 1."""
     capability_weight: float = 0.1
     """Weight of the capability covariance in the noise, in units of the within-class one, >= 0."""
-    resolve: Literal["means", "neutral", "none"] = "means"
-    """What is taken out of each pattern: its share in the mean stream of neutral prompts and of each
-    capability category (means), in the neutral one alone (neutral), or nothing (none)."""
+    resolve: Literal["energy", "means", "none"] = "energy"
+    """How patterns are kept off what neutral and capability prompts use. energy: shrunk in proportion
+    to the energy of their streams; means: made orthogonal to the mean stream of the neutral prompts
+    and of each capability category; none: not at all."""
+    resolve_energy: float = 0.03
+    """Energy of preserved streams at which half of a pattern's component is given up, in units of
+    the squared distance between the target and the neutral mean, above 0 (resolve = energy)."""
     folds: int = 4
     """Folds of the cross-validation, 2 or more."""
     permutations: int = 500
@@ -80,7 +84,7 @@ class Kept(NamedTuple):
     """The capability prompts at one layer: what directions are to stay away from."""
 
     stream: Float[Tensor, "s d_model"]
-    """Last-token streams, for the noise."""
+    """Their streams, at the last prompt token and at answer tokens."""
     means: Float[Tensor, "c d_model"]
     """Their mean by category, out of which patterns are resolved."""
 
@@ -204,9 +208,8 @@ def fit(
     svd: right singular vectors of the paired differences (of target minus the neutral mean when
     the counts differ); a pattern detects itself.
 
-    With `resolve`, patterns are then made orthogonal to the mean streams of neutral and capability
-    prompts: every such input carries its mean, so removing any of it changes every answer and helps
-    none. Detectors stay as they are, and so does the separability.
+    With `resolve`, patterns then keep off the streams of neutral and capability prompts, see
+    `shrunk`. Detectors stay as they are, and so does the separability.
 
     covariance: anchor a = mean neutral; M = [sqrt(pi_k) (mu_k - a)] over the targets' categories;
     N = shrunk within-class covariance + weight x capability covariance. Eigenpairs of M^T N^-1 M
@@ -222,13 +225,30 @@ def fit(
         patterns, detectors = _covariance_aware(x, y, categories, spec, stream)
     sign = torch.sign((x.mean(0) - y.mean(0)) @ detectors.T)
     sign[sign == 0] = 1
-    if spec.resolve != "none":
-        means = [y.mean(0)[None]]
-        if spec.resolve == "means" and capability is not None:
-            means.append(capability.means)
+    if spec.resolve == "energy":
+        kept = [y] if capability is None else [y, capability.stream]
+        gap = (x.mean(0) - y.mean(0)).pow(2).sum()
+        patterns = shrunk(patterns, kept, float(spec.resolve_energy * gap))
+    elif spec.resolve == "means":
+        means = [y.mean(0)[None]] if capability is None else [y.mean(0)[None], capability.means]
         basis = orthonormal_basis(torch.cat(means))
         patterns = patterns - patterns @ basis.T @ basis
     return _Fit(unit(patterns * sign[:, None]), detectors * sign[:, None])
+
+
+def shrunk(
+    patterns: Float[Tensor, "k d_model"], kept: Sequence[Float[Tensor, "n d_model"]], energy: float
+) -> Float[Tensor, "k d_model"]:
+    """Return (I + S / energy)^-1 v for each pattern v, S the sum of the sets' second moments.
+
+    It is the u that minimises |u - v|^2 + u^T S u / energy: near to v, and small on what the sets'
+    streams contain, their means included. Along an eigenvector of S with value s a component falls
+    to energy / (energy + s) of itself, the Wiener gain. Solved in sample space.
+    """
+    rows = torch.cat([x / len(x) ** 0.5 for x in kept])
+    gram = rows @ rows.T
+    gram.diagonal().add_(max(energy, 1e-9 * float(gram.diagonal().mean())))
+    return patterns - (rows.T @ torch.linalg.solve(gram, rows @ patterns.T)).T
 
 
 def _covariance_aware(
