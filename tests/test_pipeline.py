@@ -19,7 +19,8 @@ SMALL = {
     "data": {"limit": 4},
     "spectral": {"permutations": 50},
     "entanglement": {"null_draws": 20, "weight": 0.0},
-    "refine": {"passes": 2, "shortlist": 0, "stop": "never", "max_q": 1.0},
+    "edit": {"scope": "all"},
+    "refine": {"passes": 2, "top_k": 1, "shortlist": 0, "stop": "never", "max_q": 1.0},
     "evaluation": {"max_new_tokens": 6, "battery_new_tokens": 4},
     "load": {"device": "cpu", "dtype": "float32"},
 }

@@ -31,7 +31,7 @@ class EditSpec:
     """alpha_base: removed share of a direction of purity one, 0 to 1."""
     scope: Scope = "nearest"
     """Writers that a direction is taken out of: those of its own layer; those to which its layer is
-    the nearest selected one of its pass, at or above them; those up to its layer; or all."""
+    the nearest selected one of its pass at or above them; those up to its layer; or all."""
     skip_below: float = 0.1
     """Skip floor: directions of lower purity are left alone, 0 to 1."""
     strength: Literal["purity", "constant"] = "purity"
@@ -133,14 +133,15 @@ def in_scope(writer_layer: int, removals: Sequence[Removal], scope: Scope) -> tu
     """Return which removals act on the writers of a layer.
 
     nearest: the directions of a behaviour turn from layer to layer, so of each pass a writer loses
-    those found at the lowest selected layer that is not below it (the highest one, if all are).
+    those found at the lowest selected layer that is not below it. What writes above all of them is
+    left alone.
     """
     if scope == "all":
         return tuple(range(len(removals)))
     found = []
     for index, removal in enumerate(removals):
         layers = {r.layer for r in removals if r.step == removal.step}
-        nearest = min((k for k in layers if k >= writer_layer), default=max(layers))
+        nearest = min((k for k in layers if k >= writer_layer), default=None)
         wanted = {
             "own": removal.layer == writer_layer,
             "nearest": removal.layer == nearest,

@@ -230,7 +230,7 @@ def refine(
                 after = _mean_log_odds(look(data.target_validation, True), readout)
                 rate_after = behaviour()
             back = None
-            if edit.scope in ("own", "upstream"):
+            if edit.scope != "all":
                 back = compensation(
                     lm,
                     writers,

@@ -237,7 +237,7 @@ def fit(
 
 
 def shrunk(
-    patterns: Float[Tensor, "k d_model"], kept: Sequence[Float[Tensor, "n d_model"]], energy: float
+    patterns: Float[Tensor, "k d_model"], kept: Sequence[Float[Tensor, "_ d_model"]], energy: float
 ) -> Float[Tensor, "k d_model"]:
     """Return (I + S / energy)^-1 v for each pattern v, S the sum of the sets' second moments.
 
