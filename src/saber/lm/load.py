@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -46,7 +48,8 @@ def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:
     Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
     not a causal language model.
     """
-    with _quiet_transformers(gguf=name == "demo" or name.endswith(".gguf")):
+    gguf = name == "demo" or name.endswith(".gguf")
+    with _quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
         return _load(name, spec)
 
 
@@ -222,3 +225,16 @@ def _quiet_transformers(*, gguf: bool) -> Iterator[None]:
     finally:
         transformers.logging.enable_progress_bar()
         transformers.logging.set_verbosity(before)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keep what `gguf` has parsed: transformers parses the file four times, and the names per module."""
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    with (
+        patch.object(gguf, "GGUFReader", functools.cache(reader)),
+        patch.object(gguf, "get_tensor_name_map", functools.cache(names)),
+    ):
+        yield
