@@ -122,7 +122,7 @@ def test_nearest_scope_takes_each_writers_next_selected_layer_pass_by_pass():
 def test_fractional_strength_leaves_its_share_behind_any_gain(lm):
     direction = directions(1)[0]
     writer = find_writers(lm)[0]
-    module = lm.model.get_submodule(writer.module)
+    module = lm.model.get_submodule(writer.name)
     read = direction if writer.gain is None else direction * writer.gain
 
     def written():

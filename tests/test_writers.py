@@ -23,16 +23,16 @@ NAMES = {
 def test_two_writers_a_layer_are_found_and_no_others(family):
     lm = make_lm(family)
     writers = find_writers(lm)
-    assert [(w.layer, w.module.split(".", 3)[-1]) for w in writers] == [
+    assert [(w.layer, w.name.split(".", 3)[-1]) for w in writers] == [
         (layer, name) for layer in range(4) for name in NAMES[family]
     ]
     assert {w.axis for w in writers} == {1 if family == "gpt2" else 0}
-    assert all(w.bias == (family == "gpt2") for w in writers)
+    assert all((w.bias is not None) == (family == "gpt2") for w in writers)
     assert all((w.gain is not None) == family.startswith("gemma") for w in writers)
 
 
 def test_square_query_projection_is_no_writer():
-    assert not any("q_proj" in w.module for w in find_writers(make_lm("llama")))
+    assert not any("q_proj" in w.weight for w in find_writers(make_lm("llama")))
 
 
 @pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("gemma3", 1.0)])
@@ -43,7 +43,7 @@ def test_gains_are_read_off_without_knowing_their_convention(family, offset):
         "mlp.down_proj": "post_feedforward_layernorm",
     }
     for writer in find_writers(lm):
-        norm = norms[writer.module.split(".", 3)[-1]]
+        norm = norms[writer.name.split(".", 3)[-1]]
         expected = offset + lm.layers[writer.layer].get_submodule(norm).weight
         torch.testing.assert_close(unit(writer.gain), unit(expected), atol=1e-4, rtol=1e-3)
 

@@ -54,29 +54,36 @@ class Removal:
 
 @dataclass(frozen=True)
 class Factor:
-    """A low-rank change of one writer: its map (d_in -> d_model) gains left @ right."""
+    """A low-rank change of one writer: its map (d_in -> d_model) gains left @ right.
+
+    A fused weight of experts has one map an expert; all share the output side.
+    """
 
     left: Float[Tensor, "d_model k"]
     """Output side."""
-    right: Float[Tensor, "k d_in"]
-    """Input side."""
-    bias: Float[Tensor, " d_model"] | None
+    right: Float[Tensor, "k *inputs"]
+    """Input side: the axes of the weight without that of d_model, in their order."""
+    bias: Float[Tensor, "*experts d_model"] | None
     """Change of the bias, where the writer has one."""
     axis: int
-    """Axis of the stored weight along which d_model lies; at 1 the change is transposed."""
+    """Axis of the stored weight along which d_model lies."""
+    weight: str = ""
+    """Name of the weight's parameter; empty for `<factor's name>.weight`."""
+    bias_name: str = ""
+    """Name of the bias's parameter; empty for `<factor's name>.bias`."""
 
     def delta(self) -> Tensor:
         """Return the change in the layout of the stored weight."""
-        change = self.left @ self.right
-        return change if self.axis == 0 else change.T
+        change = self.left @ self.right.reshape(self.right.shape[0], -1)
+        return change.reshape(-1, *self.right.shape[1:]).movedim(0, self.axis)
 
 
 @dataclass(frozen=True)
 class EditPlan:
-    """Low-rank changes by module name: all that an edit is."""
+    """Low-rank changes by the writer's name: all that an edit is."""
 
     factors: Mapping[str, Factor] = field(default_factory=dict)
-    """Module path in memory -> its change."""
+    """Name of the writer in memory -> its change."""
 
     def save(self, folder: Path, meta: Mapping[str, Any]) -> None:
         """Save the factors in float32 with some meta data."""
@@ -86,12 +93,18 @@ class EditPlan:
             if factor.bias is not None:
                 tensors[f"{name}.bias"] = factor.bias
         axes = {name: factor.axis for name, factor in self.factors.items()}
-        artifacts.save(folder, KIND, tensors, {**meta, "axes": axes})
+        names = {
+            name: [factor.weight, factor.bias_name]
+            for name, factor in self.factors.items()
+            if factor.weight or factor.bias_name
+        }
+        artifacts.save(folder, KIND, tensors, {**meta, "axes": axes, "names": names})
 
     @classmethod
     def load(cls, folder: Path) -> EditPlan:
         """Load a saved plan; raises `DataError` when the folder holds none."""
         tensors, meta = artifacts.load(folder, KIND)
+        names = meta.get("names", {})
         return cls(
             {
                 name: Factor(
@@ -99,10 +112,18 @@ class EditPlan:
                     tensors[f"{name}.right"],
                     tensors.get(f"{name}.bias"),
                     axis,
+                    *names.get(name, ()),
                 )
                 for name, axis in meta["axes"].items()
             }
         )
+
+    def changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each parameter that the plan changes, with its change, both as they are stored."""
+        for name, factor in self.factors.items():
+            yield model.get_parameter(factor.weight or f"{name}.weight"), factor.delta()
+            if factor.bias is not None:
+                yield model.get_parameter(factor.bias_name or f"{name}.bias"), factor.bias
 
 
 def orthogonal(
@@ -125,7 +146,7 @@ def orthogonal(
             stacked = torch.stack([removals[i].direction.double() for i in chosen])
             strengths = torch.tensor([removals[i].strength for i in chosen], dtype=torch.float64)
             products[chosen] = accumulated_removal(stacked, strengths)
-        factors[writer.module] = _factor(lm, writer, *products[chosen])
+        factors[writer.name] = _factor(lm, writer, *products[chosen])
     return EditPlan(factors)
 
 
@@ -153,15 +174,21 @@ def in_scope(writer_layer: int, removals: Sequence[Removal], scope: Scope) -> tu
 
 
 def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:
-    module = lm.model.get_submodule(writer.module)
-    weight = module.weight.detach().float()
-    weight = weight if writer.axis == 0 else weight.T
-    gained = q if writer.gain is None else q * writer.gain.double()
+    weight = lm.model.get_parameter(writer.weight).detach().float().movedim(writer.axis, 0)
+    gained = writer.read(q)
     left = (-torch.linalg.pinv(gained) @ s).to(weight)
     read = gained.to(weight)
-    bias = left @ (read @ module.bias.detach().float()) if writer.bias else None
+    right = (read @ weight.reshape(weight.shape[0], -1)).reshape(-1, *weight.shape[1:])
+    bias = None
+    if writer.bias is not None:
+        bias = lm.model.get_parameter(writer.bias).detach().float() @ read.T @ left.T
     return Factor(
-        left.cpu(), (read @ weight).cpu(), bias.cpu() if bias is not None else None, writer.axis
+        left.cpu(),
+        right.cpu(),
+        None if bias is None else bias.cpu(),
+        writer.axis,
+        "" if writer.weight == f"{writer.name}.weight" else writer.weight,
+        "" if writer.bias in (None, f"{writer.name}.bias") else writer.bias,
     )
 
 
@@ -170,14 +197,9 @@ def applied(model: Any, plan: EditPlan) -> Iterator[None]:
     """Hold a plan in force: change the weights in place, and put the very same bits back at the end."""
     kept: list[tuple[Tensor, Tensor]] = []
     try:
-        for name, factor in plan.factors.items():
-            module = model.get_submodule(name)
-            changes = [(module.weight, factor.delta())]
-            if factor.bias is not None:
-                changes.append((module.bias, factor.bias))
-            for parameter, delta in changes:
-                kept.append((parameter, parameter.detach().to("cpu", copy=True)))
-                add_in_place(parameter, delta)
+        for parameter, delta in plan.changes(model):
+            kept.append((parameter, parameter.detach().to("cpu", copy=True)))
+            add_in_place(parameter, delta)
         yield
     finally:
         with torch.no_grad():
@@ -193,8 +215,5 @@ def add_in_place(parameter: Tensor, delta: Tensor) -> None:
 
 def apply(model: Any, plan: EditPlan) -> None:
     """Change the weights for good."""
-    for name, factor in plan.factors.items():
-        module = model.get_submodule(name)
-        add_in_place(module.weight, factor.delta())
-        if factor.bias is not None:
-            add_in_place(module.bias, factor.bias)
+    for parameter, delta in plan.changes(model):
+        add_in_place(parameter, delta)

@@ -47,12 +47,27 @@ class OutputError(UsageError):
 class UnprovenWriter(SaberError):
     """The residual writers found in a model fail one of the two completeness laws."""
 
-    def __init__(self, law: str, layer: int, residual: float, limit: float) -> None:
-        self.law, self.layer, self.residual = law, layer, residual
+    def __init__(
+        self,
+        law: str,
+        layer: int,
+        residual: float,
+        limit: float,
+        module: str = "",
+        renormalised: bool = False,
+    ) -> None:
+        self.law, self.layer, self.residual, self.renormalised = law, layer, residual, renormalised
+        reason = (
+            "a norm stands on the residual stream itself, so no edit of writers can keep a direction "
+            "out of it"
+            if renormalised
+            else "the residual writers found are not all of them"
+        )
         super().__init__(
-            f"the residual writers found are not all of them: the {law} law fails at layer "
-            f"{layer} (residual {residual:.2e}, limit {limit:.0e}).",
-            "SABER does not edit what it cannot prove; please report this architecture.",
+            f"{reason}: the {law} law fails at layer {layer}"
+            f"{f' ({module}.{layer})' if module else ''} (residual {residual:.2e}, limit {limit:.0e}).",
+            "SABER does not edit what it cannot prove. Pass --allow-unproven to edit the writers that "
+            "were found, or --layers-path if these are not the decoder's layers.",
         )
 
 

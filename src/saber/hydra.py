@@ -98,23 +98,23 @@ def _contributions(
 
     with ExitStack() as stack:
         for writer in writers:
-            module = lm.model.get_submodule(writer.module)
-            stack.callback(module.register_forward_hook(record(writer.module)).remove)
+            module = lm.model.get_submodule(writer.name)
+            stack.callback(module.register_forward_hook(record(writer.name)).remove)
         for batch, _ in forward(lm, [e.ids for e in encoded], [[] for _ in encoded]):
             last = torch.tensor([length - 1 for length in batch.lengths])
             line = torch.arange(len(last))
             for column, writer in enumerate(writers):
-                given, output = seen[writer.module]
+                given, output = seen[writer.name]
                 out = output.reshape(len(last), -1, output.shape[-1])[line, last].float().cpu()
                 read = _read_vector(writer, direction)
                 scale = 1.0 if writer.gain is None else out.pow(2).mean(-1).sqrt().clamp_min(1e-12)
                 values[batch.rows, column] = ((out @ read) / scale).double().numpy()
-                whole = inputs.setdefault(writer.module, torch.zeros(len(texts), given.shape[-1]))
+                whole = inputs.setdefault(writer.name, torch.zeros(len(texts), given.shape[-1]))
                 whole[batch.rows] = (
                     given.reshape(len(last), -1, given.shape[-1])[line, last].float().cpu()
                 )
                 if writer.gain is not None:
-                    inputs.setdefault(f"{writer.module}.rms", torch.ones(len(texts)))[
+                    inputs.setdefault(f"{writer.name}.rms", torch.ones(len(texts)))[
                         batch.rows
                     ] = scale
     return values, inputs
@@ -133,13 +133,13 @@ def _frozen(
     for column, writer in enumerate(writers):
         read = _read_vector(writer, direction)
         for plan, sign in ((after, 1.0), (before, -1.0)):
-            factor = plan.factors.get(writer.module)
+            factor = plan.factors.get(writer.name)
             if factor is None:
                 continue
-            change = (inputs[writer.module] @ factor.right.T) @ (factor.left.T @ read)
+            change = (inputs[writer.name] @ factor.right.T) @ (factor.left.T @ read)
             if factor.bias is not None:
                 change = change + factor.bias @ read
             if writer.gain is not None:
-                change = change / inputs[f"{writer.module}.rms"]
+                change = change / inputs[f"{writer.name}.rms"]
             frozen[:, column] += sign * change.double().numpy()
     return frozen

@@ -38,7 +38,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
                 "layer": w.layer,
                 "kind": w.kind,
                 "axis": w.axis,
-                "bias": w.bias,
+                "bias": w.bias is not None,
                 "gain": None if w.gain is None else f"sd {float(w.gain.std()):.3f}",
             }
             for w in writers

@@ -40,6 +40,8 @@ class LoadSpec:
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
+    allow_unproven: bool = False
+    """Edit the writers that were found even where they cannot be proved to be all."""
 
 
 def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:
@@ -103,6 +105,7 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
         base=demo.BASE if source == "demo" else (name if source == "hub" else None),
         stored_dtype=stored,
         layers_path=layers_path,
+        allow_unproven=spec.allow_unproven,
     )
 
 

@@ -40,6 +40,8 @@ class LanguageModel:
     """The checkpoint's own dtype, in which an edited model is saved."""
     layers_path: str
     """Dotted path of the text decoder's layer list inside `model`."""
+    allow_unproven: bool = False
+    """Edit the writers that were found even where they cannot be proved to be all."""
     work: Work = field(default_factory=Work)
     """Forward work done so far."""
 

@@ -1,259 +1,298 @@
-"""Find every module that writes to the residual stream, by substitution, and prove the list.
+"""Find every parameter that writes to the residual stream, by substitution, and prove the list.
 
-A *writer* is a linear map whose output reaches a layer's output by addition, as it is or through a
-norm with a gain. Its name says nothing; what it does to the stream says all:
+A *writer* is a weight whose output reaches a layer's output by addition, as it is or through norms
+with gains. Its name says nothing; what it does to the stream says all (`lm/substitution.py`):
 
-* Candidates are the linear modules of a layer with `d_model` outputs, in the order in which they
-  run. They are tested from the last to the first, with the writers already found held at zero.
-* To test one, its output is replaced by noise z and the change f of the layer's output is watched.
-  A writer gives `f[t, j] / z[t, j] = a[t] g[j]`: every token scales by itself (a norm's 1/rms, or
-  one) and every coordinate by a fixed gain. Anything else mixes coordinates or tokens.
-* `g` is the gain that follows the writer, read off numerically: nested norms multiply, and neither
-  "the gain is the weight" nor "one plus the weight" needs to be known.
+* Candidates are all parameters of a layer with an axis of length `d_model`, along each such axis.
+  Those found are held at zero while the rest is tried, until the layer passes its input on.
+* Where several writers share one norm, none of them can be tried beside the others. Then each
+  candidate is tried alone, with everything at zero that its own path to the stream does not need.
+* Experts that the router left out while testing are found by their siblings.
 
-Two laws then prove the list complete (`prove`): with all writers at zero a layer returns its input
-up to a scale, and after a full edit of a direction no layer changes the stream along it.
+Two laws prove the list complete: with all writers at zero a layer returns its input up to a scale
+(`zeroed_law`), and after a full edit of a direction, a layer that gets a stream without it returns
+one without it (`ablated_law`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from saber.errors import UnprovenWriter
+from saber.lm.disk import disk_names
 from saber.lm.layers import stream, with_stream
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import Bench, Fit, layer_calls
 
-Kind = Literal["attention", "mlp", "other"]
-TOLERANCE = 1e-3
+Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "other"]
 LAW_LIMIT, LOW_PRECISION_LIMIT = 1e-4, 5e-2
+UNIFORM, LOW_PRECISION_UNIFORM = 1e-3, 2e-2
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A linear map that writes to the residual stream."""
+    """A weight that writes to the residual stream."""
 
-    module: str
-    """Dotted path of the module in memory."""
+    weight: str
+    """Dotted name of the parameter in memory."""
     layer: int
-    """Decoder layer, counted from 0."""
+    """Decoder layer, counted from 0 (the first one, where layers share the weight)."""
     kind: Kind
-    """A hint for reports, from the path; nothing depends on it."""
+    """A hint for reports, from the name and shape; nothing depends on it."""
     axis: int
-    """Axis of the weight along which the d_model outputs lie: 0 for Linear, 1 for Conv1D."""
-    bias: bool
-    """Whether the module adds a bias."""
+    """Axis of the weight along which the d_model outputs lie."""
+    bias: str | None
+    """Dotted name of the bias that goes with it, if any."""
     gain: Float[Tensor, " d_model"] | None
-    """Gain of the norm between the writer and the stream, up to scale; None where there is none."""
+    """Gain of the norms between the writer and the stream, up to scale; None where there is none."""
+    convention: str = ""
+    """How the gain comes from the layer's parameters, where that is known ("1 + post_norm.weight")."""
+    centred: bool = False
+    """Whether a norm takes the mean over the coordinates off on the way."""
+    experts: int | None = None
+    """Experts along axis 0 of a fused weight; None for a plain one."""
+    scale: float = 1.0
+    """What the layer multiplies the stream with as a whole (a layer scalar)."""
+    disk: tuple[str, ...] = ()
+    """Names of the weight in the checkpoint's files."""
 
     @property
-    def weight(self) -> str:
-        """Name of the weight."""
-        return f"{self.module}.weight"
+    def name(self) -> str:
+        """What the writer is called in edit plans: its module, or the parameter where it has no module."""
+        return self.weight.removesuffix(".weight")
 
-
-def find_writers(lm: LanguageModel) -> list[Writer]:
-    """Return the writers of all layers, in order of depth and then of running.
-
-    Raises `UnprovenWriter` when the zeroed law fails with the writers found.
-    """
-    paths = {id(m): name for name, m in lm.model.named_modules()}
-    found: list[Writer] = []
-    for index, (layer, call) in enumerate(zip(lm.layers, _layer_calls(lm), strict=True)):
-        found += _layer_writers(lm, index, layer, call, paths)
-    return found
+    def read(self, basis: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
+        """Return what reads, off the writer's own output, its share along a basis of the stream."""
+        gained = basis if self.gain is None else basis * self.gain.to(basis)
+        return gained - gained.mean(-1, keepdim=True) if self.centred else gained
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments with which a layer was called."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, layer: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return stream(layer(*self.args, **self.kwargs)).double()
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
+class _Candidate:
+    name: str
+    parameter: nn.Parameter
+    axis: int
 
 
-def _layer_calls(lm: LanguageModel, tokens: int = 6) -> list[_Call]:
-    """Record how each layer is called on random tokens."""
-    calls: list[_Call] = []
+def find_writers(lm: LanguageModel) -> list[Writer]:
+    """Return the writers of all layers, in order of depth and then of name.
 
-    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(args, kwargs))
-
-    with ExitStack() as stack:
-        for layer in lm.layers:
-            handle = layer.register_forward_pre_hook(record, with_kwargs=True)
-            stack.callback(handle.remove)
-        with torch.no_grad():
-            lm.model(input_ids=random_tokens(lm, tokens), use_cache=False)
-    return calls
-
-
-def random_tokens(lm: LanguageModel, tokens: int, rows: int = 1) -> Tensor:
-    """Return reproducible random token ids (rows, tokens) on the model's device."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, int(lm.text_config.vocab_size), (rows, tokens), generator=generator)
-    return ids.to(lm.device)
-
-
-def _output_axis(module: nn.Module, d_model: int) -> int | None:
-    """Return the output axis of a linear module with d_model outputs; None for other modules."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
-        return None
-    if isinstance(module, Conv1D):
-        return 1 if weight.shape[1] == d_model else None
-    return 0 if isinstance(module, nn.Linear) and weight.shape[0] == d_model else None
-
-
-def _layer_writers(
-    lm: LanguageModel, index: int, layer: nn.Module, call: _Call, paths: dict[int, str]
-) -> list[Writer]:
-    order: list[nn.Module] = []
-    with ExitStack() as stack:
-        for module in layer.modules():
-            if _output_axis(module, lm.d_model) is not None:
-                handle = module.register_forward_hook(lambda m, _i, _o: order.append(m))
-                stack.callback(handle.remove)
-        call.run(layer)
-    # A shared module that runs twice is tested once, at its last run.
-    candidates = list(dict.fromkeys(reversed(order)))
-    found: list[Writer] = []
-    with ExitStack() as stack:
-        for module in candidates:
-            gain = _substitution_gain(layer, module, call)
-            if gain is None:
-                continue
-            stack.enter_context(replaced_output(module, None))
-            path = paths[id(module)]
-            axis = _output_axis(module, lm.d_model)
-            assert axis is not None
-            uniform = bool((gain / gain.mean() - 1).abs().max() < TOLERANCE)
-            found.append(
-                Writer(
-                    module=path,
-                    layer=index,
-                    kind=_kind(path),
-                    axis=axis,
-                    bias=getattr(module, "bias", None) is not None,
-                    gain=None if uniform else gain.float().cpu(),
-                )
+    Raises `UnprovenWriter` when the zeroed law fails with the writers found, unless the model was
+    loaded with `allow_unproven`.
+    """
+    names = {id(p): name for name, p in lm.model.named_parameters(remove_duplicate=True)}
+    writers: list[Writer] = []
+    known: dict[int, Writer] = {}
+    for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
+        bench = Bench(layer, call)
+        found, leftover = _search(bench, lm.d_model, names)
+        limit = law_limit(lm)
+        if leftover > limit and not lm.allow_unproven:
+            raise UnprovenWriter(
+                "zeroed", index, leftover, limit, lm.layers_path, bench.renormalises()
             )
-        residual = _zeroed_residual(layer, call)
-    limit = LAW_LIMIT if call.hidden.dtype == torch.float32 else LOW_PRECISION_LIMIT
-    if residual > limit:
-        raise UnprovenWriter("zeroed", index, residual, limit)
-    return found[::-1]
+        for writer in _records(bench, index, found, names):
+            if id_ := next((i for i, n in names.items() if n == writer.weight), None):
+                if id_ in known:
+                    continue
+                known[id_] = writer
+            writers.append(writer)
+    return [replace(w, disk=disk_names(lm.model, w.weight)) for w in writers]
 
 
-def _substitution_gain(layer: nn.Module, module: nn.Module, call: _Call) -> Tensor | None:
-    """Return the gain (d_model,) with which a module's output reaches the stream, or None."""
-    generator = torch.Generator().manual_seed(1)
-    hidden = call.hidden
-    shape = tuple(hidden.shape)
-    # Bounded away from zero, so that ratios are well conditioned.
-    noise = torch.randn(shape, generator=generator)
-    noise = (noise.sign() * (0.5 + noise.abs())).to(hidden)
-    with replaced_output(module, None):
-        base = call.run(layer)
-    with replaced_output(module, noise):
-        change = call.run(layer) - base
-    ratio = (change / noise.double()).reshape(-1, shape[-1])
-    if not bool(torch.isfinite(ratio).all()) or float(ratio.abs().max()) < 1e-9:
-        return None
-    per_token = ratio.norm(dim=1, keepdim=True)
-    gain = (ratio / per_token.clamp_min(1e-30)).mean(0)
-    if bool((per_token < 1e-9).any()):
-        return None
-    misfit = (ratio / per_token - gain).norm(dim=1).max()
-    limit = TOLERANCE if hidden.dtype == torch.float32 else LOW_PRECISION_LIMIT
-    return gain / gain.norm() * len(gain) ** 0.5 if float(misfit) < limit else None
+def law_limit(lm: LanguageModel) -> float:
+    """Return the residual up to which a law counts as kept, by the compute dtype."""
+    return LAW_LIMIT if lm.dtype == torch.float32 else LOW_PRECISION_LIMIT
 
 
-def _zeroed_residual(layer: nn.Module, call: _Call) -> float:
-    """With the writers held at zero: distance of a layer's output from its scaled input."""
-    out, hidden = call.run(layer), call.hidden.double()
-    scale = (out * hidden).sum() / (hidden * hidden).sum()
-    return float((out - scale * hidden).norm() / hidden.norm())
+def _candidates(layer: nn.Module, d_model: int, names: dict[int, str]) -> list[_Candidate]:
+    """Return the layer's parameters with an axis of length d_model, weights before vectors."""
+    found = [
+        _Candidate(names[id(p)], p, axis)
+        for p in dict.fromkeys(layer.parameters())
+        if p.dtype.is_floating_point
+        for axis, size in enumerate(p.shape)
+        if size == d_model
+    ]
+    # Later modules first: what they do to an earlier one's output would hide it.
+    return sorted(reversed(found), key=lambda c: c.parameter.ndim < 2)
+
+
+def _search(
+    bench: Bench, d_model: int, names: dict[int, str]
+) -> tuple[list[tuple[_Candidate, Fit]], float]:
+    """Return the writers among a layer's parameters, and what is left of the output without them."""
+    rest = _candidates(bench.layer, d_model, names)
+    found: list[tuple[_Candidate, Fit]] = []
+    leftover = bench.leftover([])
+    limit = LAW_LIMIT if bench.call.hidden.dtype == torch.float32 else LOW_PRECISION_LIMIT
+    for alone in (False, True):
+        again = True
+        while again and leftover > 0.1 * limit:
+            again = False
+            for candidate in list(rest):
+                zero = [c.parameter for c, _ in found]
+                zero += _vectors_beside(candidate, rest)
+                if alone:
+                    others = dict.fromkeys(c.parameter for c in rest)
+                    zero += bench.isolated(candidate.parameter, candidate.axis, list(others))
+                fit = bench.fit(candidate.parameter, candidate.axis, zero)
+                if fit is None:
+                    continue
+                found.append((candidate, fit))
+                rest = [c for c in rest if c.parameter is not candidate.parameter]
+                again = True
+                leftover = bench.leftover([c.parameter for c, _ in found])
+                if leftover <= 0.1 * limit:
+                    break
+    found += _siblings(found, rest)
+    return found, leftover
+
+
+def _vectors_beside(candidate: _Candidate, rest: Sequence[_Candidate]) -> list[nn.Parameter]:
+    """Return the vectors of a weight's own module, among them its bias."""
+    module = candidate.name.rpartition(".")[0]
+    return [
+        c.parameter
+        for c in rest
+        if c.name.rpartition(".")[0] == module
+        and c.parameter.ndim < candidate.parameter.ndim
+        and c.axis == c.parameter.ndim - 1
+    ]
+
+
+def _siblings(
+    found: Sequence[tuple[_Candidate, Fit]], rest: Sequence[_Candidate]
+) -> list[tuple[_Candidate, Fit]]:
+    """Return candidates that differ from a writer by a number in their name alone.
+
+    Members of a list of experts that no token was routed to have no effect that could be tested.
+    """
+
+    def pattern(c: _Candidate) -> tuple[str, tuple[int, ...], int]:
+        return re.sub(r"\d+", "#", c.name), tuple(c.parameter.shape), c.axis
+
+    fits = {pattern(c): fit for c, fit in found}
+    return [(c, fits[pattern(c)]) for c in rest if pattern(c) in fits]
+
+
+def _records(
+    bench: Bench, index: int, found: Sequence[tuple[_Candidate, Fit]], names: dict[int, str]
+) -> list[Writer]:
+    """Turn what was found in a layer into records, each bias with its weight, in order of name."""
+    order = {names[id(p)]: i for i, p in enumerate(dict.fromkeys(bench.layer.parameters()))}
+    biases: dict[str, str] = {}
+    for weight, _ in found:
+        for vector, _ in found:
+            shape = weight.parameter.shape
+            fitting = vector.parameter.shape == (
+                *shape[: vector.parameter.ndim - 1],
+                shape[weight.axis],
+            )
+            same = vector.name.rpartition(".")[0] == weight.name.rpartition(".")[0]
+            if same and fitting and vector.parameter.ndim == weight.parameter.ndim - 1:
+                biases[weight.name] = vector.name
+    out, given = _passed(bench, found)
+    scale = float((out * given).sum() / (given * given).sum())
+    records = []
+    for candidate, fit in found:
+        if candidate.name in biases.values():
+            continue
+        gain, convention = _gain(bench, fit, candidate.parameter.dtype, names)
+        fused = candidate.parameter.ndim == 3
+        records.append(
+            Writer(
+                weight=candidate.name,
+                layer=index,
+                kind=_kind(candidate.name, fused, candidate.parameter.ndim),
+                axis=candidate.axis,
+                bias=biases.get(candidate.name),
+                gain=gain,
+                convention=convention,
+                centred=fit.centred,
+                experts=candidate.parameter.shape[0] if fused else None,
+                scale=scale,
+            )
+        )
+    return sorted(records, key=lambda w: order[w.weight])
+
+
+def _passed(bench: Bench, found: Sequence[tuple[_Candidate, Fit]]) -> tuple[Tensor, Tensor]:
+    """Return output and input of a layer with its writers at zero."""
+    from saber.lm.substitution import held, zeros
+
+    with held(zeros(c.parameter for c, _ in found)):
+        return bench.call.run(bench.layer), bench.call.rows
+
+
+def _gain(
+    bench: Bench, fit: Fit, dtype: torch.dtype, names: dict[int, str]
+) -> tuple[Tensor | None, str]:
+    """Return the gain with the layer's parameters that it comes from; the measured one if none fit."""
+    limit = UNIFORM if dtype == torch.float32 else LOW_PRECISION_UNIFORM
+    gain = fit.gain
+    if bool((gain / gain.mean() - 1).abs().max() < limit):
+        return None, ""
+    terms: dict[str, Tensor] = {"": torch.ones_like(gain)}
+    for parameter in dict.fromkeys(bench.layer.parameters()):
+        if tuple(parameter.shape) == tuple(gain.shape):
+            name = names[id(parameter)]
+            terms[name], terms[f"(1 + {name})"] = parameter.double(), 1 + parameter.double()
+    for a, b in combinations_with_replacement(terms, 2):
+        product = terms[a] * terms[b]
+        exact = product * (product @ gain).sign() / product.pow(2).mean().sqrt().clamp_min(1e-30)
+        if bool((exact - gain).pow(2).mean().sqrt() < limit):
+            return exact.float().cpu(), " * ".join(n for n in (a, b) if n)
+    return gain.float().cpu(), ""
+
+
+_KINDS: tuple[tuple[str, Kind], ...] = (
+    (r"mamba|ssm|mixer|conv|recurrent|delta|linear_attn|time_mix", "mixer"),
+    (r"attn|attention", "attention"),
+    (r"mlp|ffn|feed|dense_4h|shared", "mlp"),
+)
+
+
+def _kind(name: str, fused: bool, ndim: int) -> Kind:
+    """Guess what a writer belongs to, for tables alone."""
+    if ndim == 1:
+        return "bias"
+    lowered = ".".join(name.lower().split(".")[-4:])
+    if fused or re.search(r"experts?\.\d+\.|experts", lowered):
+        return "expert" if "shared" not in lowered else "mlp"
+    return next((kind for pattern, kind in _KINDS if re.search(pattern, lowered)), "other")
 
 
 def zeroed_law(lm: LanguageModel, writers: Sequence[Writer]) -> float:
-    """Return the worst layer's |out - s in| / |in| with all its writers held at zero."""
-    worst = 0.0
-    for index, (layer, call) in enumerate(zip(lm.layers, _layer_calls(lm), strict=True)):
-        with ExitStack() as stack:
-            for writer in writers:
-                if writer.layer == index:
-                    module = lm.model.get_submodule(writer.module)
-                    stack.enter_context(replaced_output(module, None))
-            worst = max(worst, _zeroed_residual(layer, call))
-    return worst
-
-
-@contextmanager
-def replaced_output(module: nn.Module, value: Tensor | None) -> Iterator[None]:
-    """Hold a module's output at `value`, or at zero."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if value is None:
-            return torch.zeros_like(output)
-        return value.reshape(output.shape).to(output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _kind(path: str) -> Kind:
-    """Guess what a writer belongs to, for tables alone."""
-    parts = path.lower().split(".")[-2:]
-    if any("attn" in part or "attention" in part for part in parts):
-        return "attention"
-    return (
-        "mlp"
-        if any("mlp" in part or "ffn" in part or "feed" in part for part in parts)
-        else "other"
-    )
+    """Return the worst layer's |out - s in| / |in| with all writers held at zero."""
+    names = {n for w in writers for n in (w.weight, w.bias) if n}
+    parameters = [p for n, p in lm.model.named_parameters() if n in names]
+    benches = [
+        Bench(layer, call) for layer, call in zip(lm.layers, layer_calls(lm), strict=True)
+    ]
+    return max(bench.leftover(parameters) for bench in benches)
 
 
 def ablated_law(lm: LanguageModel, direction: Float[Tensor, " d_model"]) -> list[float]:
-    """Return, for each layer, the root mean square of r.(out - s in) on random tokens.
+    """Return, for each layer, the root mean square of r.out for a stream that goes in without r.
 
     Compare the values before and after a full-strength edit of r.
     """
     values: list[float] = []
-    inputs: list[Tensor] = []
-
-    def before(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(_m: nn.Module, _a: Any, output: Any) -> None:
-        out, hidden = stream(output).double(), inputs[-1].double()
-        r = direction.to(out)
-        values.append(float(((out - hidden) @ r).pow(2).mean().sqrt()))
-
-    with ExitStack() as stack:
-        for layer in lm.layers:
-            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(after).remove)
-        with torch.no_grad():
-            lm.model(input_ids=random_tokens(lm, 8, rows=2), use_cache=False)
+    for layer, call in zip(lm.layers, layer_calls(lm), strict=True):
+        r = direction.to(call.hidden)
+        without = call.hidden - (call.hidden @ r)[..., None] * r
+        out = call.on(without).run(layer)
+        values.append(float((out @ direction.to(out)).pow(2).mean().sqrt()))
     return values
 
 

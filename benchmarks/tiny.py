@@ -1,0 +1,153 @@
+"""Build a small random model of any decoder family that transformers knows, from its config class.
+
+No family is described here. Sizes are shrunk by what a setting's name says it is (a width, a count
+of layers, heads, experts, ...); per-layer lists keep one layer of every kind that occurs in them.
+The few families that this cannot serve are in `OVERRIDES`, each with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 160
+LAYERS = 4
+
+#: Settings by what their name says; the first pattern that fits decides. Vision and audio parts of a
+#: model go by the same rules.
+RULES: tuple[tuple[str, int], ...] = (
+    (r"(patch|temporal|spatial|pool|merge|conv|kernel|stride|window_size$|downsample|shuffle)", -1),
+    (r"^(num_channels|in_channels|in_chans|out_channels|num_mel_bins|type_vocab_size)$", -1),
+    (r"(image_size|img_size)$", -1),
+    (r"(first_k_dense|num_dense_layers|moe_layer_start|num_hash_layers)", 1),
+    (r"layer_period$|layers_period$|_step$|_interval$|_frequency$|every_n|_pattern$", 2),
+    (r"layer_offset$", 1),
+    (r"n_group$|topk_group$|n_groups$|num_nextn", 1),
+    (r"(kv|key_value)_heads$|num_kv_heads|multi_query_group_num|num_query_groups", KV_HEADS),
+    (r"(n_head|num_heads|attention_heads|n_heads|_heads)$", HEADS),
+    (r"(num_)?experts_per_tok|moe_top_?k|top_k_experts|num_selected_experts|moe_topk|^moe_k$", 2),
+    (r"n_shared_experts|num_shared_experts|shared_expert_count|moe_num_shared", 1),
+    (r"(num_|n_)?(local_|routed_|total_)?experts$|moe_num_experts|zero_expert_num", 4),
+    (r"num_key_value_shared|num_kv_shared_layers", 2),
+    (r"qk_rope_head_dim$", 8),
+    (r"qk_nope_head_dim$", 16),
+    (r"(head_dim|head_size|d_kv|v_head_dim|head_dim_.*|d_head)$", HEAD_DIM),
+    (r"rank$|lora_dim", 16),
+    (r"vocab_size.*|n_vocab", VOCAB),
+    (r"state_size$|d_state$|ssm_state", 16),
+    (r"(inter|intermediate|ffn|ffw|mlp|feed).*(size|dim|hidden)$|n_inner|d_ff$|ffn_dim$", 96),
+    (r"(hidden_size|d_model|n_embd|^dim$|embed_dim|embedding_size|hidden_dim|lru_width)$", WIDTH),
+    (r"(hidden_size|hidden_dim|embed_dim|_dim|_width)$", WIDTH),
+    (r"(num_|n_)?(hidden_|decoder_|encoder_|text_|transformer_)?(layers?|blocks)$|depth$", LAYERS),
+    (r"max_position|n_positions|n_ctx|max_seq|max_sequence", 256),
+)
+
+#: What the rules cannot know, by model type: settings that depend on one another in a way of their own.
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+def families() -> dict[str, Any]:
+    """Return model type -> auto class for every causal-LM and image-text-to-text family, by name."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    vision = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    found = {name: transformers.AutoModelForImageTextToText for name in vision}
+    found.update({name: transformers.AutoModelForCausalLM for name in causal if name not in vision})
+    return dict(sorted(found.items()))
+
+
+def _kept_layers(settings: Mapping[str, Any], count: int) -> list[int]:
+    """Return which layers to keep so that every combination of per-layer settings stays."""
+    lists = [v for v in settings.values() if isinstance(v, (list, tuple)) and len(v) == count]
+    seen: dict[str, int] = {}
+    for index in range(count):
+        seen.setdefault(repr([v[index] for v in lists]), index)
+    kept = set(list(seen.values())[:8])
+    for index in range(count):
+        if len(kept) >= min(LAYERS, count):
+            break
+        kept.add(index)
+    return sorted(kept)
+
+
+def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of one config made small."""
+    small = dict(settings)
+    for depth_name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        count = settings.get(depth_name)
+        if isinstance(count, int) and count > 1:
+            kept = _kept_layers(settings, count)
+            for name, value in settings.items():
+                if isinstance(value, (list, tuple)) and len(value) == count:
+                    small[name] = [value[i] for i in kept]
+            small[depth_name] = len(kept)
+            break
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            small[name] = shrunk(value) if name.endswith("config") else value
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+                continue
+            for pattern, size in RULES:
+                if re.search(pattern, name):
+                    small[name] = value if size < 0 else min(value, size)
+                    break
+        if re.fullmatch(r"(bos|eos|pad|image|audio|video|boi|eoi|boa|eoa|\w*_token)_?\w*(id|index)", name):
+            if isinstance(value, int) and value >= VOCAB:
+                small[name] = VOCAB - 1 - (sum(map(ord, name)) % 20)
+            elif isinstance(value, list):
+                small[name] = [VOCAB - 1 - i for i in range(len(value))] if value else value
+    return small
+
+
+def tiny_config(model_type: str, **changes: Any) -> Any:
+    """Return a small configuration of a family."""
+    cls = CONFIG_MAPPING[model_type]
+    settings = shrunk(cls().to_dict())
+    for name in ("transformers_version", "model_type", "architectures"):
+        settings.pop(name, None)
+    for name, value in {**OVERRIDES.get(model_type, {}), **changes}.items():
+        target = settings
+        *parents, leaf = name.split(".")
+        for part in parents:
+            target = target[part]
+        target[leaf] = value
+    config = cls(**settings)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    return config
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """Move norm gains, biases and everything that starts at a constant far from where it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if parameter.ndim < 2:
+                parameter.add_((0.1 if "bias" in name else 0.4) * noise)
+            elif parameter.shape[-1] > 1:
+                spread = float(parameter.float().std())
+                if not spread < 10 or spread == 0:
+                    parameter.copy_(0.1 * noise)
+                elif spread < 0.05:
+                    parameter.mul_(0.12 / spread)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """Return a small random model of a family, with gains and biases that matter."""
+    torch.manual_seed(seed)
+    auto = families()[model_type]
+    config = tiny_config(model_type, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = auto.from_config(copy.deepcopy(config))
+    return randomised(model.float(), seed)

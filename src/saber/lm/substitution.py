@@ -1,0 +1,228 @@
+"""Watch what a layer does to the stream while some of its parameters are held at other values.
+
+A parameter *writes* to the residual stream when, held at `z v^T` (z over its d_model axis, v over
+all others), it changes the layer's output by
+
+    change[t, j] = a[t] g[j] z[j]
+
+for every z: each token by a number of its own (what v meets there, a routing weight, a norm's
+1/rms), each coordinate by a fixed gain g. Anything that comes before another matrix mixes
+coordinates, and anything that is no factor of a sum (a norm's own gain, a convolution over tokens)
+lets t and j depend on one another; neither fits with one g for two different z. So the test finds
+the parameter, proves which of its axes the outputs lie along, and reads off the gain, whatever
+the module is called and however its experts are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saber.lm.layers import stream
+from saber.lm.model import LanguageModel
+
+TOKENS = 7
+"""Tokens of a recorded call: a number that no other axis of a stream has."""
+FIT_LIMIT, LOW_PRECISION_FIT = 1e-3, 5e-2
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments with which a layer was called, its stream replaced by random tokens."""
+
+    args: tuple[Any, ...]
+    """Positional arguments."""
+    kwargs: dict[str, Any]
+    """Keyword arguments."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """The stream that goes in."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def on(self, hidden: Tensor) -> Call:
+        """Return the same call on another stream."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
+
+    def run(self, layer: nn.Module) -> Float[Tensor, "tokens streams d_model"]:
+        """Return the layer's output in float64, one row of streams a token."""
+        # A layer may add to its input in place, or leave states behind for later layers.
+        fresh = self.on(self.hidden.clone())
+        kwargs = {k: dict(v) if type(v) is dict else v for k, v in fresh.kwargs.items()}
+        with torch.no_grad():
+            return by_token(stream(layer(*fresh.args, **kwargs)))
+
+    @property
+    def rows(self) -> Float[Tensor, "tokens streams d_model"]:
+        """The stream that goes in, in float64, one row of streams a token."""
+        return by_token(self.hidden)
+
+
+def by_token(hidden: Tensor) -> Float[Tensor, "tokens streams d_model"]:
+    """Bring a stream of any shape into rows by token; several streams of a token are kept apart."""
+    axis = list(hidden.shape[:-1]).index(TOKENS)
+    return hidden.movedim(axis, 0).reshape(TOKENS, -1, hidden.shape[-1]).double()
+
+
+def random_tokens(lm: LanguageModel, tokens: int, rows: int = 1) -> Tensor:
+    """Return reproducible random token ids (rows, tokens) on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(lm.text_config.vocab_size), (rows, tokens), generator=generator)
+    return ids.to(lm.device)
+
+
+def layer_calls(lm: LanguageModel) -> list[Call]:
+    """Record how each layer is called, and put random streams of unit variance into the calls."""
+    calls: list[Call] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(Call(args, {k: dict(v) if type(v) is dict else v for k, v in kwargs.items()}))
+
+    with ExitStack() as stack:
+        for layer in lm.layers:
+            handle = layer.register_forward_pre_hook(record, with_kwargs=True)
+            stack.callback(handle.remove)
+        with torch.no_grad():
+            lm.model(input_ids=random_tokens(lm, TOKENS), use_cache=False)
+    generator = torch.Generator().manual_seed(2)
+    return [c.on(torch.randn(c.hidden.shape, generator=generator).to(c.hidden)) for c in calls]
+
+
+@contextmanager
+def held(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Hold parameters at other values; the very same storage comes back at the end."""
+    kept = [(parameter, parameter.data) for parameter in values]
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.to(parameter.data).contiguous()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def zeros(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Return zeros for parameters, to hold them at."""
+    return {p: torch.zeros_like(p.data) for p in parameters}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a parameter reaches the stream."""
+
+    gain: Float[Tensor, " d_model"]
+    """Gain behind it, of mean square one."""
+    centred: bool
+    """Whether its mean over the coordinates is taken off on the way."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A layer with one recorded call, on which parameters are tried."""
+
+    layer: nn.Module
+    """The decoder layer."""
+    call: Call
+    """How it is called."""
+
+    @property
+    def floor(self) -> float:
+        """The least change of the output, relative to it, that is no rounding error."""
+        return 16 * float(torch.finfo(self.call.hidden.dtype).eps)
+
+    def changes(
+        self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter], seeds: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return (z, change of the output) for each seed; seed -1 takes z = 1. Empty: no effect."""
+        size = float(self.call.rows.norm())
+        with held({**zeros(zero), **zeros([parameter])}):
+            base = self.call.run(self.layer)
+        factor = 1.0
+        found: list[tuple[Tensor, Tensor]] = []
+        for seed in seeds:
+            for attempt in range(3):
+                z, value = _substitute(parameter, axis, seed)
+                with held({**zeros(zero), parameter: factor * value}):
+                    change = self.call.run(self.layer) - base
+                share = float(change.norm()) / size
+                if seed == -1 or attempt == 2 or not share < 0.5:
+                    break
+                # Too small to be read off precisely, or at all, beside the stream.
+                factor *= 1 / share if share > self.floor else 100.0
+            if not bool(torch.isfinite(change).all()):
+                return []
+            if seed != -1 and share <= self.floor:
+                return []
+            found.append((z, change))
+        return found
+
+    def fit(self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter]) -> Fit | None:
+        """Return how a parameter writes to the stream, with others held at zero; None if it does not."""
+        tried = self.changes(parameter, axis, zero, (11, 12))
+        if not tried:
+            return None
+        d_model = parameter.shape[axis]
+        ratio = torch.cat([(change / z).reshape(-1, d_model) for z, change in tried])
+        low_precision = self.call.hidden.dtype != torch.float32
+        _, values, right = torch.linalg.svd(ratio, full_matrices=False)
+        misfit = float((values[1:].pow(2).sum() / values.pow(2).sum()).sqrt())
+        if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
+            return None
+        gain = right[0] * right[0].sum().sign() * d_model**0.5
+        ones = self.changes(parameter, axis, zero, (11, -1))
+        centred = bool(ones) and float(ones[1][1].norm()) < 0.02 * float(ones[0][1].norm())
+        return Fit(gain, centred)
+
+    def isolated(self, parameter: nn.Parameter, axis: int, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of the others that can all be zero while the parameter still has an effect.
+
+        What is left is the parameter's own path to the stream, without the summands beside it.
+        """
+        zero: list[nn.Parameter] = []
+        for other in others:
+            if other is not parameter and self.changes(parameter, axis, [*zero, other], (11,)):
+                zero.append(other)
+        return zero
+
+    def leftover(self, zero: Sequence[nn.Parameter]) -> float:
+        """With parameters held at zero: the share of the output that is no multiple of the input.
+
+        The output of a token is compared with the span of its input streams, of which most
+        architectures have one.
+        """
+        with held(zeros(zero)):
+            out = self.call.run(self.layer)
+        given = self.call.rows
+        carried = out @ torch.linalg.pinv(given) @ given
+        return float((out - carried).norm() / given.norm())
+
+    def renormalises(self) -> bool:
+        """Whether the output hardly grows with the input, because a norm stands on the stream itself."""
+        large = self.call.on(self.call.hidden * 100).run(self.layer).norm()
+        return bool(large < 10 * self.call.run(self.layer).norm())
+
+
+def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return z (d_model) and z v^T in the parameter's layout; z has mean zero and no small entries."""
+    generator = torch.Generator().manual_seed(abs(seed))
+    d_model = parameter.shape[axis]
+    rest = [n for i, n in enumerate(parameter.shape) if i != axis]
+    half = 0.5 + torch.randn(d_model // 2, generator=generator).abs()
+    z = torch.cat([half, -half])[torch.randperm(d_model // 2 * 2, generator=generator)]
+    if d_model % 2:
+        z = torch.cat([z[:-2], torch.tensor([1.0, 1.0, -2.0])])
+        z = z - z.mean()
+    if seed == -1:
+        z = torch.ones(d_model)
+        generator.manual_seed(11)
+    v = torch.randn(rest, generator=generator) / rest[-1] ** 0.5 if rest else torch.ones(())
+    value = torch.outer(z, v.reshape(-1)).reshape(d_model, *rest).movedim(0, axis)
+    return z.double().to(parameter.device), value.to(parameter.device)
