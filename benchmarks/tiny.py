@@ -21,12 +21,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 160
 LAYERS = 4
 
-#: Settings by what their name says; the first pattern that fits decides. Vision and audio parts of a
-#: model go by the same rules.
+#: Settings by what their name says; the first pattern that fits decides, -1 leaves a setting as it
+#: is. Vision and audio parts of a model go by the same rules.
 RULES: tuple[tuple[str, int], ...] = (
-    (r"(patch|temporal|spatial|pool|merge|conv|kernel|stride|window_size$|downsample|shuffle)", -1),
+    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"mamba_d_head|mamba_head_dim", 16),
+    (r"mamba_d_ssm", 2 * WIDTH),
+    (r"(patch|temporal|spatial|pool|merge|conv|kernel|stride|downsample|shuffle)", -1),
     (r"^(num_channels|in_channels|in_chans|out_channels|num_mel_bins|type_vocab_size)$", -1),
     (r"(image_size|img_size)$", -1),
+    (r"sliding_window$|window_size$", 128),
     (r"(first_k_dense|num_dense_layers|moe_layer_start|num_hash_layers)", 1),
     (r"layer_period$|layers_period$|_step$|_interval$|_frequency$|every_n|_pattern$", 2),
     (r"layer_offset$", 1),
@@ -37,8 +41,9 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"n_shared_experts|num_shared_experts|shared_expert_count|moe_num_shared", 1),
     (r"(num_|n_)?(local_|routed_|total_)?experts$|moe_num_experts|zero_expert_num", 4),
     (r"num_key_value_shared|num_kv_shared_layers", 2),
-    (r"qk_rope_head_dim$", 8),
+    (r"qk_rope_head_dim$|rotary_dim$", 8),
     (r"qk_nope_head_dim$", 16),
+    (r"qk_head_dim$", 24),
     (r"(head_dim|head_size|d_kv|v_head_dim|head_dim_.*|d_head)$", HEAD_DIM),
     (r"rank$|lora_dim", 16),
     (r"vocab_size.*|n_vocab", VOCAB),
@@ -50,8 +55,52 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"max_position|n_positions|n_ctx|max_seq|max_sequence", 256),
 )
 
-#: What the rules cannot know, by model type: settings that depend on one another in a way of their own.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+
+def _rope(sections: list[int] | None = None, partial: float = 1.0) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if sections:
+        rope |= {"mrope_section": sections, "partial_rotary_factor": partial}
+    return rope
+
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+#: What the rules cannot know, by model type: settings without a usable default, and those that
+#: depend on one another in a way of their own. `~name` removes a setting.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # Defaults that are no model: a count or a list that every checkpoint sets.
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
+    "granite4_vision": {"deepstack_layer_map": []},
+    "step3p7": {"text_config.sliding_window": 128},
+    "qwen4_exp": {},
+    # Sections of the rotary embedding, where the default lies in the code.
+    **{
+        name: {"text_config.rope_parameters": _rope(sections, partial)}
+        for name, sections, partial in (
+            ("glm4v", [2, 1, 1], 0.5),
+            ("glm46v", [2, 1, 1], 0.5),
+            ("glmga", [2, 1, 1], 0.5),
+            ("glm_ocr", [2, 3, 3], 1.0),
+            ("glm4v_moe", [1, 1, 0], 0.25),
+            ("ernie4_5_vl_moe", [3, 3, 2], 1.0),
+        )
+    },
+    # Rotary settings by layer type.
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _rope(), "sliding_attention": _rope()}},
+    "cohere_compass": {
+        "text_config.rope_parameters": {"full_attention": _rope([2, 3, 3]), "sliding_attention": _rope([2, 3, 3])}
+    },
+    # Head sizes that must fit one another.
+    "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
+    "dots3_note": {"text_config.swa_head_dim": 24},
+    "dots3_note_text": {"swa_head_dim": 24},
+    "bailing_hybrid": {"n_group": 2, "topk_group": 1, "num_experts": 8},
+    "mistral4": {"text_config.rope_parameters": {**_rope(), "partial_rotary_factor": 8 / 24}},
+}
 
 
 def families() -> dict[str, Any]:
@@ -80,31 +129,56 @@ def _kept_layers(settings: Mapping[str, Any], count: int) -> list[int]:
 def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of one config made small."""
     small = dict(settings)
-    for depth_name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+    for depth_name in DEPTHS:
         count = settings.get(depth_name)
         if isinstance(count, int) and count > 1:
             kept = _kept_layers(settings, count)
             for name, value in settings.items():
                 if isinstance(value, (list, tuple)) and len(value) == count:
                     small[name] = [value[i] for i in kept]
+                elif name.startswith("per_layer") and isinstance(value, dict):
+                    small[name] = {kept.index(int(k)): v for k, v in value.items() if int(k) in kept}
             small[depth_name] = len(kept)
             break
     for name, value in settings.items():
         if isinstance(value, dict):
-            small[name] = shrunk(value) if name.endswith("config") else value
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-                continue
-            for pattern, size in RULES:
-                if re.search(pattern, name):
-                    small[name] = value if size < 0 else min(value, size)
-                    break
-        if re.fullmatch(r"(bos|eos|pad|image|audio|video|boi|eoi|boa|eoa|\w*_token)_?\w*(id|index)", name):
+            small[name] = shrunk(value) if name.endswith("config") and "per_layer" not in name else small[name]
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0 and name not in DEPTHS:
+            size = _size(name)
+            small[name] = value if size is None or size < 0 else min(value, size)
+        elif value is None and (_size(name) or 0) > 0 and re.search(r"head_dim$|kv_heads$|key_value_heads$", name):
+            small[name] = _size(name)
+        if re.fullmatch(r"\w*(bos|eos|pad|image|audio|video|boi|eoi|boa|eoa|token)_?\w*(id|index)", name):
             if isinstance(value, int) and value >= VOCAB:
                 small[name] = VOCAB - 1 - (sum(map(ord, name)) % 20)
             elif isinstance(value, list):
                 small[name] = [VOCAB - 1 - i for i in range(len(value))] if value else value
+    _reconcile(small)
     return small
+
+
+def _size(name: str) -> int | None:
+    return next((size for pattern, size in RULES if re.search(pattern, name)), None)
+
+
+def _reconcile(small: dict[str, Any]) -> None:
+    """Make settings agree that are bound to one another by what they mean."""
+    if small.get("kv_lora_rank"):
+        # Latent attention has a key for every query head; its head_dim is that of the rotary part.
+        for name in ("num_key_value_heads", "head_dim"):
+            if name in small:
+                small[name] = HEADS if name.startswith("num") else small.get("qk_rope_head_dim", 8)
+    if "expand" in small and "num_heads" in small and "state_size" in small:
+        small["num_heads"] = small["expand"] * WIDTH // HEAD_DIM
+    for value in small.values():
+        # Sections of a rotary embedding share out half the (rotated part of the) head.
+        tables = [value, *value.values()] if isinstance(value, dict) else []
+        for table in tables:
+            if isinstance(table, dict) and table.get("mrope_section"):
+                half = (small.get("head_dim") or HEAD_DIM) // 2
+                half = int(half * (table.get("partial_rotary_factor") or 1))
+                third = half // 3
+                table["mrope_section"] = [half - 2 * third, third, third]
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
