@@ -56,7 +56,7 @@ class UnprovenWriter(SaberError):
         module: str = "",
         renormalised: bool = False,
     ) -> None:
-        self.law, self.layer, self.residual, self.renormalised = law, layer, residual, renormalised
+        self.law, self.layer, self.residual, self.by_design = law, layer, residual, renormalised
         reason = (
             "a norm stands on the residual stream itself, so no edit of writers can keep a direction "
             "out of it"

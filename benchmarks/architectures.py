@@ -1,0 +1,228 @@
+"""Hold SABER against every decoder family that the installed transformers can build.
+
+    python benchmarks/architectures.py [FAMILY ...] [--results FILE] [--fresh] [--write]
+
+For each family of transformers' auto-mappings a small random model (`tiny.py`) goes through: finding
+layers and writers, both laws, a full-strength edit of two random directions, saving, loading in
+plain transformers and comparing logits, and one pass of the whole pipeline. Every family runs in a
+process of its own under a time limit, and results are appended to a file of JSON lines, so that a
+crash or an interruption costs one family. `--write` turns that file into docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+import tiny
+import torch
+import transformers
+from conftest import make_tokenizer
+
+from saber import pipeline
+from saber.ablation import Removal, applied, apply, orthogonal
+from saber.config import override, preset
+from saber.errors import ModelError, SaberError, UnprovenWriter
+from saber.linalg import unit
+from saber.lm.layers import find_layers
+from saber.lm.model import LanguageModel
+from saber.lm.writers import ablated_law, find_writers, law_limit, zeroed_law
+
+SECONDS = 120
+SMALL = {
+    "data": {"limit": 2},
+    "spectral": {"permutations": 20},
+    "entanglement": {"null_draws": 20, "weight": 0.0},
+    "refine": {"passes": 1, "shortlist": 0, "stop": "never", "max_q": 1.0},
+    "evaluation": {"max_new_tokens": 2, "battery_new_tokens": 2},
+    "load": {"device": "cpu", "dtype": "float32"},
+}
+
+
+def language_model(family: str, **changes: Any) -> LanguageModel:
+    """Return a small random model of a family, ready for SABER."""
+    model = tiny.tiny_model(family, **changes)
+    return LanguageModel(
+        model=model,
+        tokenizer=make_tokenizer(),
+        name=family,
+        source="folder",
+        base=None,
+        stored_dtype=torch.float32,
+        layers_path=find_layers(model),
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Return a model's logits for fixed tokens."""
+    ids = torch.arange(6, 22).reshape(2, 8)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def ablated_residual(lm: LanguageModel, writers: Any, directions: torch.Tensor) -> float:
+    """Return the worst layer's share of a direction that a full edit leaves in what it writes."""
+    before = [ablated_law(lm, r) for r in directions]
+    removals = [Removal(r, 1.0, 0) for r in directions]
+    with applied(lm.model, orthogonal(lm, writers, removals, "all")):
+        after = [ablated_law(lm, r) for r in directions]
+    return max(a / b for x, y in zip(after, before, strict=True) for a, b in zip(x, y, strict=True) if b)
+
+
+def saved_difference(lm: LanguageModel, writers: Any, directions: torch.Tensor, auto: Any) -> float:
+    """Edit for good, save, load in plain transformers; return the largest change of a logit, relative."""
+    plan = orthogonal(lm, writers, [Removal(r, 1.0, 0) for r in directions], "all")
+    untouched = logits(lm.model)
+    with applied(lm.model, plan):
+        edited = logits(lm.model)
+    if not torch.equal(untouched, logits(lm.model)):
+        raise RuntimeError("undoing the edit did not restore the model")
+    apply(lm.model, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        lm.model.save_pretrained(folder)
+        again = logits(auto.from_pretrained(folder).eval())
+    if torch.equal(untouched, edited):
+        raise RuntimeError("the edit changed nothing")
+    return float((again - edited).abs().max() / (edited - untouched).abs().max())
+
+
+def whole_pipeline(family: str) -> None:
+    """Save a small model with its tokenizer and let one pass of the pipeline edit it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        tiny.tiny_model(family).save_pretrained(path / "model")
+        make_tokenizer().save_pretrained(path / "model")
+        config = override(preset("default"), SMALL)
+        pipeline.run(str(path / "model"), path / "run", config, force=True, export=("merged",))
+
+
+def check(family: str) -> dict[str, Any]:
+    """Return everything that is found out about one family."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    started, record = time.perf_counter(), {"family": family, "verdict": "failed", "stage": "build"}
+    try:
+        model = tiny.tiny_model(family)
+        record |= {"model": type(model).__name__, "stage": "run"}
+        if not bool(torch.isfinite(logits(model)).all()):
+            raise RuntimeError("logits are not finite")
+        record["stage"] = "layers"
+        lm = language_model(family)
+        record |= {"layers": len(lm.layers), "path": lm.layers_path, "stage": "writers"}
+        writers = find_writers(lm)
+        record["writers"] = list(
+            dict.fromkeys(_short(w.weight, lm.layers_path) + ("*" if w.gain is not None else "") for w in writers)
+        )
+        record["stage"] = "laws"
+        directions = unit(torch.randn(2, lm.d_model, generator=torch.Generator().manual_seed(0)))
+        record["zeroed"] = zeroed_law(lm, writers)
+        record["ablated"] = ablated_residual(lm, writers, directions)
+        for law in ("zeroed", "ablated"):
+            if record[law] > law_limit(lm):
+                raise UnprovenWriter(law, -1, record[law], law_limit(lm))
+        record["stage"] = "save"
+        record["saved"] = saved_difference(lm, writers, directions, tiny.families()[family])
+        if record["saved"] > 1e-4:
+            raise RuntimeError(f"the reloaded model differs ({record['saved']:.1e})")
+        record["stage"] = "pipeline"
+        whole_pipeline(family)
+        record |= {"verdict": "proved", "stage": "done"}
+    except UnprovenWriter as error:
+        record |= {"verdict": "by design" if error.by_design else "failed", "reason": error.problem}
+        record.setdefault(error.law, error.residual)
+    except Exception as error:  # noqa: BLE001 - any failure of a family is a row of the table
+        record["reason"] = _reason(error)
+        if record["stage"] in ("build", "run"):
+            record["verdict"] = "not built" if record["stage"] == "build" else "not run"
+        elif isinstance(error, ModelError) and "not causal" in str(error):
+            record["verdict"] = "no decoder"
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    return record
+
+
+def _short(weight: str, layers_path: str) -> str:
+    return re.sub(r"^\.\d+\.", "", weight.removeprefix(layers_path)).removesuffix(".weight")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, SaberError):
+        return error.problem
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where, trace = "", error.__traceback__
+    while trace is not None:
+        where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {' '.join(lines)[:240]} ({where})"
+
+
+def _job(family: str, queue: Any) -> None:
+    queue.put(check(family))
+
+
+def run_all(names: list[str], results: Path) -> None:
+    """Check families one by one, each in a process of its own, and append what comes out."""
+    context = multiprocessing.get_context("fork")
+    for family in names:
+        queue = context.Queue()
+        process = context.Process(target=_job, args=(family, queue), daemon=True)
+        process.start()
+        start, record = time.perf_counter(), None
+        while record is None and time.perf_counter() - start < SECONDS:
+            try:
+                record = queue.get(timeout=0.2)
+            except Exception:  # noqa: BLE001 - an empty queue; a dead process ends the wait
+                if not process.is_alive():
+                    break
+        process.kill()
+        process.join()
+        if record is None:
+            reason = f"crashed or took more than {SECONDS} s"
+            record = {"family": family, "verdict": "not built", "stage": "?", "reason": reason}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{family:26s} {record['verdict']:10s} {record.get('seconds', '')} {record.get('reason', '')}")
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last record of each family."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {r["family"]: r for r in records}
+
+
+def main() -> None:
+    """Check the families that have no result yet, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "architectures.jsonl")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    given.results.parent.mkdir(parents=True, exist_ok=True)
+    if given.fresh:
+        given.results.unlink(missing_ok=True)
+    done = read_results(given.results)
+    names = given.families or [f for f in tiny.families() if f not in done]
+    run_all([n for n in names if n], given.results)
+
+
+if __name__ == "__main__":
+    main()
