@@ -49,7 +49,7 @@ SMALL = {
     "spectral": {"permutations": 20},
     "entanglement": {"null_draws": 20, "weight": 0.0},
     "refine": {"passes": 1, "shortlist": 0, "stop": "never", "max_q": 1.0},
-    "evaluation": {"max_new_tokens": 2, "battery_new_tokens": 2},
+    "evaluation": {"max_new_tokens": 4, "battery_new_tokens": 4},
     "load": {"device": "cpu", "dtype": "float32"},
 }
 
