@@ -71,6 +71,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # Defaults that are no model: a count or a list that every checkpoint sets.
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "bamba": {"attn_layer_indices": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
@@ -90,9 +91,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         )
     },
     # Rotary settings by layer type.
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _rope(), "sliding_attention": _rope()}},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _rope(), "sliding_attention": _rope()}
+    },
     "cohere_compass": {
-        "text_config.rope_parameters": {"full_attention": _rope([2, 3, 3]), "sliding_attention": _rope([2, 3, 3])}
+        "text_config.rope_parameters": {
+            "full_attention": _rope([2, 3, 3]),
+            "sliding_attention": _rope([2, 3, 3]),
+        }
     },
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
@@ -107,7 +113,7 @@ def families() -> dict[str, Any]:
     """Return model type -> auto class for every causal-LM and image-text-to-text family, by name."""
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     vision = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    found = {name: transformers.AutoModelForImageTextToText for name in vision}
+    found = dict.fromkeys(vision, transformers.AutoModelForImageTextToText)
     found.update({name: transformers.AutoModelForCausalLM for name in causal if name not in vision})
     return dict(sorted(found.items()))
 
@@ -137,18 +143,35 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(value, (list, tuple)) and len(value) == count:
                     small[name] = [value[i] for i in kept]
                 elif name.startswith("per_layer") and isinstance(value, dict):
-                    small[name] = {kept.index(int(k)): v for k, v in value.items() if int(k) in kept}
+                    small[name] = {
+                        kept.index(int(k)): v for k, v in value.items() if int(k) in kept
+                    }
             small[depth_name] = len(kept)
             break
     for name, value in settings.items():
         if isinstance(value, dict):
-            small[name] = shrunk(value) if name.endswith("config") and "per_layer" not in name else small[name]
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 0 and name not in DEPTHS:
+            small[name] = (
+                shrunk(value)
+                if name.endswith("config") and "per_layer" not in name
+                else small[name]
+            )
+        elif (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > 0
+            and name not in DEPTHS
+        ):
             size = _size(name)
             small[name] = value if size is None or size < 0 else min(value, size)
-        elif value is None and (_size(name) or 0) > 0 and re.search(r"head_dim$|kv_heads$|key_value_heads$", name):
+        elif (
+            value is None
+            and (_size(name) or 0) > 0
+            and re.search(r"head_dim$|kv_heads$|key_value_heads$", name)
+        ):
             small[name] = _size(name)
-        if re.fullmatch(r"\w*(bos|eos|pad|image|audio|video|boi|eoi|boa|eoa|token)_?\w*(id|index)", name):
+        if re.fullmatch(
+            r"\w*(bos|eos|pad|image|audio|video|boi|eoi|boa|eoa|token)_?\w*(id|index)", name
+        ):
             if isinstance(value, int) and value >= VOCAB:
                 small[name] = VOCAB - 1 - (sum(map(ord, name)) % 20)
             elif isinstance(value, list):

@@ -61,7 +61,7 @@ class Factor:
 
     left: Float[Tensor, "d_model k"]
     """Output side."""
-    right: Float[Tensor, "k *inputs"]
+    right: Float[Tensor, k * d_in]
     """Input side: the axes of the weight without that of d_model, in their order."""
     bias: Float[Tensor, "*experts d_model"] | None
     """Change of the bias, where the writer has one."""

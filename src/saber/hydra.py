@@ -47,9 +47,11 @@ def compensation(
 
     D is a writer's target-minus-neutral contribution along `direction` at the last prompt token;
     frozen means the edited weights on the inputs from before. Edited writers are those whose
-    contribution that changes. None when no writer is left unedited or nothing was removed
-    (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXiv 2402.15390).
+    contribution that changes; fused experts are left out. None when no writer is left unedited or
+    nothing was removed (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXiv 2402.15390).
     """
+    # An expert's share of a fused weight has no module whose input and output could be read.
+    writers = [w for w in writers if w.experts is None and w.weight.endswith(".weight")]
     texts = [*target, *neutral]
     with applied(lm.model, before):
         pre, inputs = _contributions(lm, writers, texts, direction)
@@ -78,7 +80,7 @@ def compensation(
 
 
 def _read_vector(writer: Writer, direction: Tensor) -> Tensor:
-    return direction if writer.gain is None else direction * writer.gain
+    return writer.read(direction[None])[0]
 
 
 def _contributions(
@@ -114,9 +116,9 @@ def _contributions(
                     given.reshape(len(last), -1, given.shape[-1])[line, last].float().cpu()
                 )
                 if writer.gain is not None:
-                    inputs.setdefault(f"{writer.name}.rms", torch.ones(len(texts)))[
-                        batch.rows
-                    ] = scale
+                    inputs.setdefault(f"{writer.name}.rms", torch.ones(len(texts)))[batch.rows] = (
+                        scale
+                    )
     return values, inputs
 
 

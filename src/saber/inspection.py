@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,40 +11,84 @@ import torch
 from saber.ablation import Removal, applied, orthogonal
 from saber.errors import UnprovenWriter
 from saber.linalg import unit
+from saber.lm.forward import TOKENS_PER_BATCH
 from saber.lm.model import LanguageModel
-from saber.lm.writers import LAW_LIMIT, LOW_PRECISION_LIMIT, ablated_law, find_writers, zeroed_law
+from saber.lm.writers import Writer, ablated_law, find_writers, law_limit, zeroed_law
 
 
 def inspect(lm: LanguageModel) -> dict[str, Any]:
-    """Return layers, writers, both laws' residuals, and whether they prove the list complete."""
+    """Return layers, writers, both laws' residuals, and whether they prove the list complete.
+
+    A model whose writers cannot be proved is reported with the reason and what was found of it.
+    """
+    reason = ""
     try:
         writers = find_writers(lm)
-        zeroed = zeroed_law(lm, writers)
     except UnprovenWriter as error:
-        writers, zeroed = [], error.residual
+        writers, reason = find_writers(replace(lm, allow_unproven=True)), str(error)
+    zeroed = zeroed_law(lm, writers)
     direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
     before = ablated_law(lm, direction)
     with applied(lm.model, orthogonal(lm, writers, [Removal(direction, 1.0, 0)], "all")):
         after = ablated_law(lm, direction)
     ablated = max(a / max(b, 1e-30) for a, b in zip(after, before, strict=True))
-    limit = LAW_LIMIT if lm.dtype == torch.float32 else LOW_PRECISION_LIMIT
+    carried = next((w for w in writers if w.carried), None)
+    if carried is not None and not reason:
+        reason = (
+            f"layer {carried.layer} passes the stream through {carried.carried} in place: no writer "
+            f"writes an edited direction, but up to {ablated:.0%} of it can come back that way."
+        )
+    limit = law_limit(lm)
     return {
         "model_type": lm.model.config.model_type,
         "layers": len(lm.layers),
+        "layers_path": lm.layers_path,
         "d_model": lm.d_model,
         "parameters": sum(p.numel() for p in lm.model.parameters()),
+        "stored_dtype": str(lm.stored_dtype).removeprefix("torch."),
         "compute_dtype": str(lm.dtype).removeprefix("torch."),
-        "writers": [
-            {
-                "name": w.weight,
-                "layer": w.layer,
-                "kind": w.kind,
-                "axis": w.axis,
-                "bias": w.bias is not None,
-                "gain": None if w.gain is None else f"sd {float(w.gain.std()):.3f}",
-            }
-            for w in writers
-        ],
+        "memory": memory(lm, writers),
+        "writers": [_row(w) for w in writers],
+        "coverage": _coverage(lm, writers),
         "laws": {"zeroed": zeroed, "ablated": ablated},
-        "proved": bool(writers) and zeroed < limit and ablated < limit,
+        "proved": bool(writers) and not reason and zeroed < limit and ablated < limit,
+        "reason": reason,
+    }
+
+
+def memory(lm: LanguageModel, writers: Sequence[Writer]) -> dict[str, int]:
+    """Return estimates in bytes of what probing and editing hold in memory at their peak.
+
+    Probing: the weights, and the activations of one batch of tokens. Editing: the weights, a copy of
+    the writers so that the edit can be undone, and the largest writer twice in float32.
+    """
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    sizes = [lm.model.get_parameter(w.weight) for w in writers]
+    activations = 4 * TOKENS_PER_BATCH * lm.d_model * (len(lm.layers) + 16)
+    copies = sum(p.numel() * p.element_size() for p in sizes)
+    largest = max((4 * p.numel() for p in sizes), default=0)
+    return {"probe": weights + activations, "edit": weights + copies + 2 * largest}
+
+
+def _coverage(lm: LanguageModel, writers: Sequence[Writer]) -> dict[str, Any]:
+    """Return in how many layers writers were found, and their share of the layers' parameters."""
+    total = sum(p.numel() for p in lm.layers.parameters())
+    written = sum(lm.model.get_parameter(w.weight).numel() for w in writers)
+    return {"layers": len({w.layer for w in writers}), "share": written / max(total, 1)}
+
+
+def _row(writer: Writer) -> dict[str, Any]:
+    gain = None
+    if writer.gain is not None:
+        gain = writer.convention or f"measured, sd {float(writer.gain.std()):.3f}"
+    return {
+        "name": writer.weight,
+        "disk": list(writer.disk),
+        "layer": writer.layer,
+        "kind": writer.kind,
+        "axis": writer.axis,
+        "bias": writer.bias,
+        "experts": writer.experts,
+        "gain": gain,
+        "scale": writer.scale,
     }

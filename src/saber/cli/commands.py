@@ -117,16 +117,27 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
 def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """`saber inspect`."""
     out, _ = consoles(arguments)
-    report = inspect(load(arguments.model, config.load))
+    report = inspect(load(arguments.model, config.load, tokenizer=False))
     if arguments.json:
         print(json.dumps(report))
     else:
         out.print(tables.writers_table(report))
-        laws = report["laws"]
+        laws, memory = report["laws"], report["memory"]
+        out.print(
+            f"{report['parameters']:,} parameters, stored in {report['stored_dtype']}, computed in "
+            f"{report['compute_dtype']}; memory to probe {memory['probe'] / 2**30:.2f} GiB, "
+            f"to edit {memory['edit'] / 2**30:.2f} GiB"
+        )
+        out.print(
+            f"writers in {report['coverage']['layers']} of {report['layers']} layers, "
+            f"{report['coverage']['share']:.1%} of the layers' parameters"
+        )
         out.print(
             f"laws: zeroed {laws['zeroed']:.1e}, ablated {laws['ablated']:.1e} -> "
             f"{'proved' if report['proved'] else 'NOT proved'}"
         )
+        if report["reason"]:
+            out.print(report["reason"])
     return 0 if report["proved"] else 1
 
 

@@ -139,6 +139,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="run code that comes with the model",
     )
+    parser.add_argument(
+        "--allow-unproven",
+        action="store_true",
+        default=None,
+        help="edit the writers that were found even if they cannot be proved to be all",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -191,6 +197,7 @@ _FLAGS = {
     "chat_template": "load.chat_template",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
+    "allow_unproven": "load.allow_unproven",
 }
 
 

@@ -100,7 +100,7 @@ def writers_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"{report['model_type']}: {report['layers']} layers, {len(report['writers'])} writers"
     )
-    for name in ("layer", "writer", "kind", "axis", "bias", "gain"):
+    for name in ("layer", "writer", "kind", "axis", "experts", "bias", "gain"):
         table.add_column(name)
     for w in report["writers"]:
         table.add_row(
@@ -108,6 +108,7 @@ def writers_table(report: Mapping[str, Any]) -> Table:
             w["name"],
             w["kind"],
             str(w["axis"]),
+            str(w["experts"] or ""),
             "yes" if w["bias"] else "",
             w["gain"] or "",
         )

@@ -59,6 +59,8 @@ def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | Non
     shareable = (DynamicLayer, DynamicSlidingWindowLayer)
     if cache.layers and any(type(layer) not in shareable for layer in cache.layers):
         return None
+    if cache.layers and len(cache.layers) < len(lm.layers):
+        return None
     window = getattr(lm.text_config, "sliding_window", None)
     if window is not None and len(prefix) >= window:
         return None

@@ -81,7 +81,8 @@ def _generate_batch(
             out = lm.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **state
             )
-        state = {"past_key_values": out.past_key_values}
+        kept = getattr(out, "past_key_values", None)
+        state = {"past_key_values": kept}
         tokens = out.logits[0].argmax(-1)
         keep = []
         for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
@@ -94,7 +95,12 @@ def _generate_batch(
                 keep.append(line)
         if not keep or step == max_new_tokens - 1:
             return
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
+        later = positions[:, -1:] + 1
+        if kept is None:
+            # States of another kind are not carried over: the whole text runs again.
+            ids, positions = torch.cat([ids, tokens[:, None]], 1), torch.cat([positions, later], 1)
+        else:
+            ids, positions = tokens[:, None], later
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         if len(keep) < SHRINK_BELOW * len(active) and hasattr(
             state["past_key_values"], "batch_select_indices"

@@ -44,19 +44,19 @@ class LoadSpec:
     """Edit the writers that were found even where they cannot be proved to be all."""
 
 
-def load(name: str, spec: LoadSpec = LoadSpec()) -> LanguageModel:
-    """Load `name`: `demo`, a `.gguf` file, a local folder, or a hub id.
+def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> LanguageModel:
+    """Load `name`: `demo`, a `.gguf` file, a local folder, or a hub id; without its tokenizer if wanted.
 
     Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
     not a causal language model.
     """
     gguf = name == "demo" or name.endswith(".gguf")
     with _quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
-        return _load(name, spec)
+        return _load(name, spec, with_tokenizer=tokenizer)
 
 
-def _load(name: str, spec: LoadSpec) -> LanguageModel:
-    source, location, gguf = _locate(name)
+def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
+    source, location, gguf = _locate(name, with_tokenizer=with_tokenizer)
     device = choose_device(spec.device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     trusted = {"trust_remote_code": spec.trust_remote_code}
@@ -64,19 +64,12 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
         f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted
     )
     auto_class = _auto_class(name, config)
+    _refuse_quantized(name, config)
     stored = torch.float16 if gguf else (_stored_dtype(config) or torch.float32)
     dtype = choose_dtype(spec.dtype, device, stored)
-    tokenizer = _read(
-        f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **files, **trusted
-    )
-    if spec.chat_template:
-        tokenizer.chat_template = _read_template(Path(spec.chat_template))
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{name!r} has no chat template.", "Pass one with --chat-template FILE.jinja."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = None
+    if with_tokenizer:
+        tokenizer = _tokenizer(name, location, spec, {**files, **trusted})
     placement = {"device_map": spec.device_map} if spec.device_map else {}
     if gguf:
         files["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -109,7 +102,43 @@ def _load(name: str, spec: LoadSpec) -> LanguageModel:
     )
 
 
-def _locate(name: str) -> tuple[Source, str, str]:
+def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:
+    """Return the tokenizer, with a chat template and a padding token."""
+    tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **options)
+    if spec.chat_template:
+        tokenizer.chat_template = _read_template(Path(spec.chat_template))
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name!r} has no chat template.", "Pass one with --chat-template FILE.jinja."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _refuse_quantized(name: str, config: Any) -> None:
+    """Refuse weights that are packed: an edit of rank k has no exact place in them."""
+    for part in (config, config.get_text_config(decoder=True)):
+        packed = getattr(part, "quantization_config", None)
+        if packed:
+            given = packed if isinstance(packed, dict) else packed.to_dict()
+            method = given.get("quant_method", "an unnamed method")
+            method = str(getattr(method, "value", method))
+            raise ModelError(
+                f"the weights of {name!r} are quantised ({method}); SABER edits plain ones.",
+                "Give the checkpoint it was quantised from, or load this one with "
+                f"{_DEQUANTIZE.get(method, 'dequantisation')} and save it, edit that, and quantise again.",
+            )
+
+
+_DEQUANTIZE = {
+    "mxfp4": "transformers' Mxfp4Config(dequantize=True)",
+    "fp8": "transformers' FineGrainedFP8Config(dequantize=True)",
+    "bitsandbytes": "model.dequantize()",
+}
+
+
+def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str]:
     """Return the source, the folder or hub id, and the GGUF file name (empty when none)."""
     if name == "demo":
         path = demo.base_gguf()
@@ -120,7 +149,7 @@ def _locate(name: str) -> tuple[Source, str, str]:
             raise ModelError(f"no such file: {name}.", "Check the path of the .gguf file.")
         return "gguf", str(path.parent), path.name
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, with_tokenizer=with_tokenizer)
         return "folder", str(path), ""
     if path.is_file():
         raise ModelError(
@@ -134,7 +163,7 @@ def _locate(name: str) -> tuple[Source, str, str]:
     return "hub", name, ""
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
     def has(*patterns: str) -> bool:
         return any(True for pattern in patterns for _ in path.glob(pattern))
 
@@ -144,7 +173,9 @@ def _check_folder(path: Path) -> None:
     if not has("*.safetensors", "*.safetensors.index.json"):
         hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
         raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
-    if not has("tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"):
+    if with_tokenizer and not has(
+        "tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"
+    ):
         raise ModelError(
             f"{path} has no tokenizer.", "Copy the tokenizer files of the model into it."
         )

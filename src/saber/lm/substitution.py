@@ -181,7 +181,9 @@ class Bench:
         centred = bool(ones) and float(ones[1][1].norm()) < 0.02 * float(ones[0][1].norm())
         return Fit(gain, centred)
 
-    def isolated(self, parameter: nn.Parameter, axis: int, others: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    def isolated(
+        self, parameter: nn.Parameter, axis: int, others: Sequence[nn.Parameter]
+    ) -> list[nn.Parameter]:
         """Return those of the others that can all be zero while the parameter still has an effect.
 
         What is left is the parameter's own path to the stream, without the summands beside it.
@@ -192,17 +194,51 @@ class Bench:
                 zero.append(other)
         return zero
 
-    def leftover(self, zero: Sequence[nn.Parameter]) -> float:
+    def leftover(
+        self, zero: Sequence[nn.Parameter], carriers: Sequence[Float[Tensor, " d_model"]] = ()
+    ) -> float:
         """With parameters held at zero: the share of the output that is no multiple of the input.
 
         The output of a token is compared with the span of its input streams, of which most
-        architectures have one.
+        architectures have one; with `carriers`, also with the streams times the first of them, and
+        with the carriers themselves (what a norm's mean leaves behind).
         """
         with held(zeros(zero)):
             out = self.call.run(self.layer)
         given = self.call.rows
+        if carriers:
+            fixed = torch.stack([*carriers, torch.ones_like(carriers[0])])
+            spread = fixed.expand(given.shape[0], -1, -1)
+            given = torch.cat([given, given * carriers[0], spread], 1)
         carried = out @ torch.linalg.pinv(given) @ given
-        return float((out - carried).norm() / given.norm())
+        return float((out - carried).norm() / self.call.rows.norm())
+
+    def gains(self, names: Mapping[int, str]) -> dict[str, Float[Tensor, " d_model"]]:
+        """Return the gains that norms of this layer can apply, by what they are made of."""
+        width = self.call.hidden.shape[-1]
+        found: dict[str, Tensor] = {}
+        for parameter in dict.fromkeys(self.layer.parameters()):
+            if tuple(parameter.shape) == (width,):
+                name = names[id(parameter)]
+                found[name] = parameter.detach().double()
+                found[f"(1 + {name})"] = 1 + found[name]
+        return found
+
+    def carried(self, zero: Sequence[nn.Parameter], names: Mapping[int, str]) -> tuple[float, str]:
+        """Return what is left when the stream may pass through a gain in place, and that gain's name.
+
+        Some layers add their normed input back to the stream, or norm the stream itself. No writer
+        does that, and no edit of writers undoes it; but it accounts for what they do not.
+        """
+        best = (self.leftover(zero), "")
+        gains = self.gains(names)
+        for a, b in [(a, "") for a in gains] + [(a, b) for a in gains for b in gains if a < b]:
+            product = gains[a] * gains[b] if b else gains[a]
+            vectors = [product, gains[a], *([gains[b]] if b else [])]
+            residual = self.leftover(zero, vectors)
+            if residual < 0.1 * best[0]:
+                best = (residual, f"{a} * {b}" if b else a)
+        return best
 
     def renormalises(self) -> bool:
         """Whether the output hardly grows with the input, because a norm stands on the stream itself."""

@@ -31,7 +31,7 @@ from saber.errors import UnprovenWriter
 from saber.lm.disk import disk_names
 from saber.lm.layers import stream, with_stream
 from saber.lm.model import LanguageModel
-from saber.lm.substitution import Bench, Fit, layer_calls
+from saber.lm.substitution import Bench, Fit, held, layer_calls, zeros
 
 Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "other"]
 LAW_LIMIT, LOW_PRECISION_LIMIT = 1e-4, 5e-2
@@ -62,6 +62,9 @@ class Writer:
     """Experts along axis 0 of a fused weight; None for a plain one."""
     scale: float = 1.0
     """What the layer multiplies the stream with as a whole (a layer scalar)."""
+    carried: str = ""
+    """Gain through which the layer passes the stream itself in place, so that an edit of writers
+    cannot keep a direction out of it; empty where it passes on as it is."""
     disk: tuple[str, ...] = ()
     """Names of the weight in the checkpoint's files."""
 
@@ -96,11 +99,15 @@ def find_writers(lm: LanguageModel) -> list[Writer]:
         bench = Bench(layer, call)
         found, leftover = _search(bench, lm.d_model, names)
         limit = law_limit(lm)
-        if leftover > limit and not lm.allow_unproven:
+        carried = ""
+        if leftover > limit:
+            residual, carried = bench.carried([c.parameter for c, _ in found], names)
+            carried = carried if residual <= limit else ""
+        if leftover > limit and not carried and not lm.allow_unproven:
             raise UnprovenWriter(
                 "zeroed", index, leftover, limit, lm.layers_path, bench.renormalises()
             )
-        for writer in _records(bench, index, found, names):
+        for writer in _records(bench, index, found, names, carried):
             if id_ := next((i for i, n in names.items() if n == writer.weight), None):
                 if id_ in known:
                     continue
@@ -124,7 +131,7 @@ def _candidates(layer: nn.Module, d_model: int, names: dict[int, str]) -> list[_
         if size == d_model
     ]
     # Later modules first: what they do to an earlier one's output would hide it.
-    return sorted(reversed(found), key=lambda c: c.parameter.ndim < 2)
+    return sorted(found[::-1], key=lambda c: c.parameter.ndim < 2)
 
 
 def _search(
@@ -186,7 +193,11 @@ def _siblings(
 
 
 def _records(
-    bench: Bench, index: int, found: Sequence[tuple[_Candidate, Fit]], names: dict[int, str]
+    bench: Bench,
+    index: int,
+    found: Sequence[tuple[_Candidate, Fit]],
+    names: dict[int, str],
+    carried: str,
 ) -> list[Writer]:
     """Turn what was found in a layer into records, each bias with its weight, in order of name."""
     order = {names[id(p)]: i for i, p in enumerate(dict.fromkeys(bench.layer.parameters()))}
@@ -221,6 +232,7 @@ def _records(
                 centred=fit.centred,
                 experts=candidate.parameter.shape[0] if fused else None,
                 scale=scale,
+                carried=carried,
             )
         )
     return sorted(records, key=lambda w: order[w.weight])
@@ -228,8 +240,6 @@ def _records(
 
 def _passed(bench: Bench, found: Sequence[tuple[_Candidate, Fit]]) -> tuple[Tensor, Tensor]:
     """Return output and input of a layer with its writers at zero."""
-    from saber.lm.substitution import held, zeros
-
     with held(zeros(c.parameter for c, _ in found)):
         return bench.call.run(bench.layer), bench.call.rows
 
@@ -242,11 +252,7 @@ def _gain(
     gain = fit.gain
     if bool((gain / gain.mean() - 1).abs().max() < limit):
         return None, ""
-    terms: dict[str, Tensor] = {"": torch.ones_like(gain)}
-    for parameter in dict.fromkeys(bench.layer.parameters()):
-        if tuple(parameter.shape) == tuple(gain.shape):
-            name = names[id(parameter)]
-            terms[name], terms[f"(1 + {name})"] = parameter.double(), 1 + parameter.double()
+    terms = {"": torch.ones_like(gain), **bench.gains(names)}
     for a, b in combinations_with_replacement(terms, 2):
         product = terms[a] * terms[b]
         exact = product * (product @ gain).sign() / product.pow(2).mean().sqrt().clamp_min(1e-30)
@@ -273,13 +279,22 @@ def _kind(name: str, fused: bool, ndim: int) -> Kind:
 
 
 def zeroed_law(lm: LanguageModel, writers: Sequence[Writer]) -> float:
-    """Return the worst layer's |out - s in| / |in| with all writers held at zero."""
-    names = {n for w in writers for n in (w.weight, w.bias) if n}
-    parameters = [p for n, p in lm.model.named_parameters() if n in names]
-    benches = [
-        Bench(layer, call) for layer, call in zip(lm.layers, layer_calls(lm), strict=True)
-    ]
-    return max(bench.leftover(parameters) for bench in benches)
+    """Return the worst layer's |out - s in| / |in| with all writers held at zero.
+
+    Where a layer passes the stream through a gain in place (`Writer.carried`), that is allowed for.
+    """
+    names = {id(p): name for name, p in lm.model.named_parameters()}
+    zero = {n for w in writers for n in (w.weight, w.bias) if n}
+    parameters = [p for n, p in lm.model.named_parameters() if n in zero]
+    gained = {w.layer for w in writers if w.carried}
+    worst = 0.0
+    for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
+        bench = Bench(layer, call)
+        residual = bench.leftover(parameters)
+        if index in gained:
+            residual = bench.carried(parameters, names)[0]
+        worst = max(worst, residual)
+    return worst
 
 
 def ablated_law(lm: LanguageModel, direction: Float[Tensor, " d_model"]) -> list[float]:
