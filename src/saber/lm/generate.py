@@ -102,14 +102,18 @@ def _generate_batch(
         else:
             ids, positions = tokens[:, None], later
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if len(keep) < SHRINK_BELOW * len(active) and hasattr(
-            state["past_key_values"], "batch_select_indices"
-        ):
+        if len(keep) < SHRINK_BELOW * len(active) and _selectable(kept):
             chosen = torch.tensor(keep, device=device)
             state["past_key_values"].batch_select_indices(chosen)
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
             active = [active[line] for line in keep]
         lm.work.tokens += len(keep)
+
+
+def _selectable(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: not every kind of layer state allows it."""
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 def _is_settled(

@@ -52,6 +52,10 @@ def find_layers(model: Any, path: str = "") -> str:
     }
     if not valid:
         raise ModelError("no list of decoder layers found.", "Name it with --layers-path.")
+    if logits.shape[:2] != ids.shape:
+        raise ModelError(
+            "this model gives no logits for the tokens that go in (an encoder-decoder?)."
+        )
     noise = 1e-4 if model.dtype == torch.float32 else 2e-2
     if (logits[0, :-1] - logits[1, :-1]).abs().max() > noise * logits.abs().mean():
         raise ModelError(

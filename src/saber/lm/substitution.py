@@ -138,6 +138,10 @@ class Bench:
         """The least change of the output, relative to it, that is no rounding error."""
         return 16 * float(torch.finfo(self.call.hidden.dtype).eps)
 
+    def quiet(self) -> Bench:
+        """Return the same bench with a stream so weak that whatever is written drowns it."""
+        return replace(self, call=self.call.on(self.call.hidden * 1e-3))
+
     def changes(
         self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter], seeds: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -194,24 +198,15 @@ class Bench:
                 zero.append(other)
         return zero
 
-    def leftover(
-        self, zero: Sequence[nn.Parameter], carriers: Sequence[Float[Tensor, " d_model"]] = ()
-    ) -> float:
+    def leftover(self, zero: Sequence[nn.Parameter]) -> float:
         """With parameters held at zero: the share of the output that is no multiple of the input.
 
         The output of a token is compared with the span of its input streams, of which most
-        architectures have one; with `carriers`, also with the streams times the first of them, and
-        with the carriers themselves (what a norm's mean leaves behind).
+        architectures have one.
         """
         with held(zeros(zero)):
             out = self.call.run(self.layer)
-        given = self.call.rows
-        if carriers:
-            fixed = torch.stack([*carriers, torch.ones_like(carriers[0])])
-            spread = fixed.expand(given.shape[0], -1, -1)
-            given = torch.cat([given, given * carriers[0], spread], 1)
-        carried = out @ torch.linalg.pinv(given) @ given
-        return float((out - carried).norm() / self.call.rows.norm())
+        return _outside(out, self.call.rows, self.call.rows)
 
     def gains(self, names: Mapping[int, str]) -> dict[str, Float[Tensor, " d_model"]]:
         """Return the gains that norms of this layer can apply, by what they are made of."""
@@ -230,12 +225,17 @@ class Bench:
         Some layers add their normed input back to the stream, or norm the stream itself. No writer
         does that, and no edit of writers undoes it; but it accounts for what they do not.
         """
-        best = (self.leftover(zero), "")
+        with held(zeros(zero)):
+            out = self.call.run(self.layer)
+        given = self.call.rows
+        best = (_outside(out, given, given), "")
         gains = self.gains(names)
         for a, b in [(a, "") for a in gains] + [(a, b) for a in gains for b in gains if a < b]:
             product = gains[a] * gains[b] if b else gains[a]
-            vectors = [product, gains[a], *([gains[b]] if b else [])]
-            residual = self.leftover(zero, vectors)
+            # A norm's mean leaves the gains themselves behind.
+            fixed = torch.stack([product, gains[a], gains[b or a], torch.ones_like(product)])
+            spread = fixed.expand(given.shape[0], -1, -1)
+            residual = _outside(out, torch.cat([given, given * product, spread], 1), given)
             if residual < 0.1 * best[0]:
                 best = (residual, f"{a} * {b}" if b else a)
         return best
@@ -244,6 +244,12 @@ class Bench:
         """Whether the output hardly grows with the input, because a norm stands on the stream itself."""
         large = self.call.on(self.call.hidden * 100).run(self.layer).norm()
         return bool(large < 10 * self.call.run(self.layer).norm())
+
+
+def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
+    """Return how much of the rows of `out` lies outside `span`, token by token, relative to `given`."""
+    carried = out @ torch.linalg.pinv(span) @ span
+    return float((out - carried).norm() / given.norm())
 
 
 def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ with gains. Its name says nothing; what it does to the stream says all (`lm/subs
 * Candidates are all parameters of a layer with an axis of length `d_model`, along each such axis.
   Those found are held at zero while the rest is tried, until the layer passes its input on.
 * Where several writers share one norm, none of them can be tried beside the others. Then each
-  candidate is tried alone, with everything at zero that its own path to the stream does not need.
+  candidate is tried alone, with everything at zero that its own path to the stream does not need;
+  at last on a stream close to zero, so that what the layer does to the stream itself (mixing several
+  streams by what they hold) is not taken for what the candidate writes.
 * Experts that the router left out while testing are found by their siblings.
 
 Two laws prove the list complete: with all writers at zero a layer returns its input up to a scale
@@ -131,7 +133,8 @@ def _candidates(layer: nn.Module, d_model: int, names: dict[int, str]) -> list[_
         if size == d_model
     ]
     # Later modules first: what they do to an earlier one's output would hide it.
-    return sorted(found[::-1], key=lambda c: c.parameter.ndim < 2)
+    later = found[::-1]
+    return [c for c in later if c.parameter.ndim > 1] + [c for c in later if c.parameter.ndim < 2]
 
 
 def _search(
@@ -142,7 +145,12 @@ def _search(
     found: list[tuple[_Candidate, Fit]] = []
     leftover = bench.leftover([])
     limit = LAW_LIMIT if bench.call.hidden.dtype == torch.float32 else LOW_PRECISION_LIMIT
-    for alone in (False, True):
+    for trial, alone in ((bench, False), (bench, True), (bench.quiet(), True)):
+        # What is left may be no writer's doing.
+        zeroed = [c.parameter for c, _ in found]
+        if alone and (bench.renormalises() or bench.carried(zeroed, names)[0] <= limit):
+            break
+        own_path: dict[tuple[str, int], list[nn.Parameter]] = {}
         again = True
         while again and leftover > 0.1 * limit:
             again = False
@@ -150,9 +158,12 @@ def _search(
                 zero = [c.parameter for c, _ in found]
                 zero += _vectors_beside(candidate, rest)
                 if alone:
-                    others = dict.fromkeys(c.parameter for c in rest)
-                    zero += bench.isolated(candidate.parameter, candidate.axis, list(others))
-                fit = bench.fit(candidate.parameter, candidate.axis, zero)
+                    key = (candidate.name, candidate.axis)
+                    if key not in own_path:
+                        others = list(dict.fromkeys(c.parameter for c in rest))
+                        own_path[key] = trial.isolated(candidate.parameter, candidate.axis, others)
+                    zero += own_path[key]
+                fit = trial.fit(candidate.parameter, candidate.axis, zero)
                 if fit is None:
                     continue
                 found.append((candidate, fit))

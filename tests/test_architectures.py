@@ -1,0 +1,246 @@
+"""Every kind of residual writer that occurs among architectures is found, proved and edited."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import tiny
+
+from saber.ablation import EditPlan, Removal, applied, apply, orthogonal
+from saber.config import override, preset
+from saber.errors import ModelError, UnprovenWriter
+from saber.inspection import inspect
+from saber.linalg import unit
+from saber.lm.layers import find_layers
+from saber.lm.load import LoadSpec, load
+from saber.lm.model import LanguageModel
+from saber.lm.writers import ablated_law, find_writers, zeroed_law
+
+# Varied on purpose: dense, fused and shared experts, latent and linear attention, state spaces, short
+# convolutions, gains of both conventions, parallel blocks, Conv1D, biases, several streams, vision.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {},
+    "qwen3_next": {},
+    "gemma2": {},
+    "gemma3": {},
+    "gemma4": {
+        "text_config.enable_moe_block": True,
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 3,
+        "per_layer_config": {2: {"head_dim": 32}, 5: {"head_dim": 32}},
+    },
+    "gpt_oss": {},
+    "deepseek_v3": {},
+    "llama4_text": {},
+    "mixtral": {},
+    "phi3": {},
+    "olmo2": {},
+    "falcon_h1": {},
+    "jamba": {},
+    "lfm2": {},
+    "granitemoehybrid": {},
+    "mamba2": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "bloom": {},
+    "cohere2": {},
+    "glm4_moe": {},
+}
+
+
+def language_model(family, **changes):
+    model = tiny.tiny_model(family, **changes)
+    return LanguageModel(
+        model=model,
+        tokenizer=make_tokenizer(),
+        name=family,
+        source="folder",
+        base=None,
+        stored_dtype=torch.float32,
+        layers_path=find_layers(model),
+    )
+
+
+def direction(d_model, seed=0):
+    return unit(torch.randn(d_model, generator=torch.Generator().manual_seed(seed)))
+
+
+def leftover(lm, writers, r):
+    """The worst layer's share of r that a full edit leaves in what it writes."""
+    before = ablated_law(lm, r)
+    with applied(lm.model, orthogonal(lm, writers, [Removal(r, 1.0, 0)], "all")):
+        return max(a / b for a, b in zip(ablated_law(lm, r), before, strict=True))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(6, 22).reshape(2, 8), use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_laws_hold_and_what_is_saved_is_what_was_edited(family, tmp_path):
+    lm = language_model(family, **FAMILIES[family])
+    writers = find_writers(lm)
+    r = direction(lm.d_model)
+    assert zeroed_law(lm, writers) < 1e-4
+    assert leftover(lm, writers, r) < 1e-4
+    assert zeroed_law(lm, writers[1:]) > 1e-3
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    plan = orthogonal(lm, writers, [Removal(r, 0.9, 0)], "all")
+    with applied(lm.model, plan):
+        edited = logits(lm.model)
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    plan.save(tmp_path / "plan", {})
+    apply(lm.model, EditPlan.load(tmp_path / "plan"))
+    lm.model.save_pretrained(tmp_path / "model")
+    again = logits(type(lm.model).from_pretrained(tmp_path / "model").eval())
+    assert (again - edited).abs().max() < 1e-4 * edited.abs().max()
+
+
+def suffixes(writers):
+    return {w.weight.split(".layers.")[1].partition(".")[2] for w in writers}
+
+
+def test_fused_experts_are_edited_along_the_axis_of_their_outputs():
+    axes = {}
+    for family in ("gpt_oss", "llama4_text", "mixtral"):
+        # Square experts: a shape says nothing about the axis.
+        writers = find_writers(language_model(family, intermediate_size=64))
+        (axes[family],) = {w.axis for w in writers if w.experts}
+        assert {w.experts for w in writers} == {None, 4}
+    assert axes == {"gpt_oss": 2, "llama4_text": 2, "mixtral": 1}
+
+
+def test_expert_biases_belong_to_their_experts_and_are_edited():
+    lm = language_model("gpt_oss")
+    writer = next(w for w in find_writers(lm) if w.experts)
+    assert writer.bias == f"{writer.weight}_bias"
+    r = direction(lm.d_model)
+    with applied(lm.model, orthogonal(lm, [writer], [Removal(r, 1.0, 0)], "all")):
+        bias = lm.model.get_parameter(writer.bias)
+        assert bias.shape[0] == 4
+        assert (bias @ r).abs().max() < 1e-5
+    assert (lm.model.get_parameter(writer.bias) @ r).abs().max() > 1e-2
+
+
+def test_names_on_disk_are_those_that_saving_writes(tmp_path):
+    from safetensors import safe_open
+
+    lm = language_model("mixtral")
+    lm.model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    writers = find_writers(lm)
+    assert all(set(w.disk) <= stored for w in writers)
+    assert {len(w.disk) for w in writers} == {1, 4}
+
+
+def test_experts_behind_one_norm_are_told_apart():
+    """Two summands under one norm: neither can be tried beside the other."""
+    writers = find_writers(language_model("gemma4", **FAMILIES["gemma4"]))
+    assert {"mlp.down_proj.weight", "experts.down_proj", "per_layer_projection.weight"} <= suffixes(
+        writers
+    )
+    nested = next(w for w in writers if w.experts)
+    assert " * " in nested.convention
+
+
+def test_several_streams_with_a_gain_in_place_are_complete_but_not_proved():
+    lm = language_model("gemma3n_text")
+    report = inspect(lm)
+    assert suffixes(find_writers(lm)) == {
+        "self_attn.o_proj.weight",
+        "mlp.down_proj.weight",
+        "laurel.linear_right.weight",
+        "per_layer_projection.weight",
+    }
+    assert report["laws"]["zeroed"] < 1e-4
+    assert not report["proved"]
+    assert "input_layernorm" in report["reason"]
+
+
+def test_a_norm_on_the_stream_is_named_as_the_reason():
+    lm = language_model("bart")
+    with pytest.raises(
+        UnprovenWriter, match=r"norm stands on the residual stream.*--allow-unproven"
+    ):
+        find_writers(lm)
+    assert find_writers(replace(lm, allow_unproven=True)) is not None
+
+
+def test_vision_tower_is_not_taken_for_the_decoder():
+    lm = language_model("gemma3")
+    assert "vision" not in lm.layers_path
+    assert all("vision" not in w.weight for w in find_writers(lm))
+
+
+def test_quantised_weights_are_refused_by_name(tmp_path):
+    model = tiny.tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    packed = '{"quantization_config": {"quant_method": "gptq", "bits": 4},'
+    (tmp_path / "config.json").write_text(text.replace("{", packed, 1))
+    with pytest.raises(ModelError, match="gptq"):
+        load(str(tmp_path), LoadSpec(device="cpu"), tokenizer=False)
+
+
+def test_inspect_needs_no_tokenizer(tmp_path):
+    tiny.tiny_model("llama").save_pretrained(tmp_path)
+    report = inspect(load(str(tmp_path), LoadSpec(device="cpu"), tokenizer=False))
+    assert report["proved"]
+    assert report["coverage"]["layers"] == report["layers"]
+    weights = 4 * report["parameters"]
+    assert report["memory"]["probe"] > weights
+    assert weights < report["memory"]["edit"] < 4 * weights
+
+
+def e2b_like(folder):
+    """A small model with the layer pattern of the model that the card describes."""
+    kinds = (["sliding_attention"] * 4 + ["full_attention"]) * 7
+    model = tiny.tiny_model(
+        "gemma4_text",
+        num_hidden_layers=35,
+        layer_types=kinds,
+        num_kv_shared_layers=20,
+        hidden_size_per_layer_input=16,
+        per_layer_config={
+            i: {"head_dim": 32} for i, k in enumerate(kinds) if k == "full_attention"
+        },
+    )
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def test_card_preset_has_the_cards_counts_on_its_own_model(tmp_path):
+    from saber.pipeline import run
+
+    e2b_like(tmp_path / "model")
+    small = {
+        "data": {"limit": 2},
+        "spectral": {"permutations": 20},
+        # A random model shows no behaviour, so purity would skip directions at random.
+        "entanglement": {"null_draws": 20, "weight": 0.0},
+        "refine": {"shortlist": 0, "stop": "never", "max_q": 1.0},
+        "evaluation": {"max_new_tokens": 4, "battery_new_tokens": 4},
+        "load": {"device": "cpu", "dtype": "float32"},
+    }
+    config = override(preset("card"), small)
+    record = run(str(tmp_path / "model"), tmp_path / "run", config, force=True, export=()).record
+    assert record["directions_ablated"] == 50
+    assert [len(p["directions"]) for p in record["passes"]] == [10] * 5
+    layers = {c["layer"] for c in record["passes"][0]["candidates"]}
+    assert len(layers) == 22
