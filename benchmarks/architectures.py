@@ -12,9 +12,11 @@ crash or an interruption costs one family. `--write` turns that file into docs/a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -218,6 +220,123 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return {r["family"]: r for r in records}
 
 
+def share_left(lm: LanguageModel, writers: Any) -> float:
+    """Return what a full edit leaves of a random direction in what all layers write, 0 to 1 or more."""
+    r = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
+    before = torch.tensor(ablated_law(lm, r))
+    with applied(lm.model, orthogonal(lm, writers, [Removal(r, 1.0, 0)], "all")):
+        after = torch.tensor(ablated_law(lm, r))
+    return float(after.norm() / before.norm())
+
+
+COMPARED = (
+    "llama",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "mixtral",
+    "gpt_oss",
+    "qwen3_next",
+    "falcon_h1",
+)
+
+
+def comparison(family: str) -> dict[str, Any]:
+    """Return what is left of a direction with three ways to edit the same model."""
+    moe = {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+    }
+    changes = {f"text_config.{k}": v for k, v in moe.items()} if family == "gemma4" else {}
+    lm = language_model(family, **changes)
+    writers = find_writers(lm)
+    named = [w for w in writers if re.search(r"\.(o_proj|down_proj)\.weight$", w.weight)]
+    blind = [dataclasses.replace(w, gain=None, centred=False) for w in named]
+    gainless = [dataclasses.replace(w, gain=None, centred=False) for w in writers]
+    return {
+        "family": family,
+        "writers": len(writers),
+        "named": len(named),
+        "names only": share_left(lm, blind),
+        "all writers, no gain": share_left(lm, gainless),
+        "SABER": share_left(lm, writers),
+    }
+
+
+VERDICTS = {
+    "proved": "both laws below 1e-4, reloaded model equal, one pass of the pipeline done",
+    "by design": "a norm or gain on the stream itself: no edit of writers can hold the second law",
+    "failed": "a decoder that SABER does not handle yet",
+    "no decoder": "not causal, or no logits for the tokens that go in",
+    "not run": "does not run on text tokens alone, at least not as built here",
+    "not built": "no small model could be built from its configuration class here",
+}
+
+
+def document(records: dict[str, dict[str, Any]], compared: list[dict[str, Any]]) -> str:
+    """Return docs/architectures.md from the results."""
+    count = {v: sum(r["verdict"] == v for r in records.values()) for v in VERDICTS}
+    tried = count["proved"] + count["failed"]
+    lines = [
+        "# Architectures",
+        "",
+        "Written by `benchmarks/architectures.py`; do not edit by hand.",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, float32. Small random models "
+        "(width 64, norm gains and biases moved far from where they start) of every family in "
+        "transformers' causal-LM and image-text-to-text mappings.",
+        "",
+        f"**{count['proved']} of {tried}** families ({count['proved'] / max(tried, 1):.1%}) that build, run "
+        f"on text and let the stream pass are proved; {count['by design']} more renormalise the stream "
+        "in place.",
+        "",
+        "| verdict | families | meaning |",
+        "|---|---|---|",
+        *(f"| {v} | {count[v]} | {meaning} |" for v, meaning in VERDICTS.items()),
+        "",
+        "Zeroed: what is left of a layer's output, beside its scaled input, with all writers at zero. "
+        "Ablated: what a full edit of a random direction leaves of it in what a layer writes, the worst "
+        "of two directions and all layers. A star marks a writer behind a norm with a gain.",
+        "",
+        "## What the gain and the other writers matter",
+        "",
+        "Share of a random direction that stays in what the layers write after a full edit (root mean "
+        "square over layers). *Names only*: `o_proj` and `down_proj`, no gain.",
+        "",
+        "| family | writers | of these by name | names only | all writers, no gain | SABER |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {c['family']} | {c['writers']} | {c['named']} | {c['names only']:.1%} | "
+            f"{c['all writers, no gain']:.1%} | {c['SABER']:.1e} |"
+            for c in compared
+        ),
+        "",
+        "## Families",
+        "",
+        "| family | verdict | layers | writers | zeroed | ablated | reason |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def number(record: dict[str, Any], law: str) -> str:
+        return f"{record[law]:.0e}" if law in record else ""
+
+    for verdict in VERDICTS:
+        for family, r in records.items():
+            if r["verdict"] == verdict:
+                writers = ", ".join(f"`{w}`" for w in r.get("writers", []))
+                reason = re.sub(r"/tmp/\S+", "...", r.get("reason", "")).replace("|", "/")
+                stage = f"{r['stage']}: " if verdict == "failed" else ""
+                lines.append(
+                    f"| {family} | {verdict} | {r.get('layers', '')} | {writers} | "
+                    f"{number(r, 'zeroed')} | {number(r, 'ablated')} | {stage + reason if reason else ''} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Check the families that have no result yet, or those named."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -233,7 +352,12 @@ def main() -> None:
         given.results.unlink(missing_ok=True)
     done = read_results(given.results)
     names = given.families or [f for f in tiny.families() if f not in done]
-    run_all([n for n in names if n], given.results)
+    run_all(names, given.results)
+    if given.write:
+        torch.set_num_threads(1)
+        records = dict(sorted(read_results(given.results).items()))
+        text = document(records, [comparison(f) for f in COMPARED])
+        (ROOT / "docs" / "architectures.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

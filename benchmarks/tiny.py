@@ -78,7 +78,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "granite4_vision": {"deepstack_layer_map": []},
     "step3p7": {"text_config.sliding_window": 128},
-    "qwen4_exp": {},
     # Sections of the rotary embedding, where the default lies in the code.
     **{
         name: {"text_config.rope_parameters": _rope(sections, partial)}
@@ -87,6 +86,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             ("glm46v", [2, 1, 1], 0.5),
             ("glmga", [2, 1, 1], 0.5),
             ("glm_ocr", [2, 3, 3], 1.0),
+            ("qwen2_vl", [2, 3, 3], 1.0),
+            ("qwen2_5_vl", [2, 3, 3], 1.0),
+            ("qwen2_5_omni_thinker", [2, 3, 3], 1.0),
+            ("paddleocr_vl", [2, 3, 3], 1.0),
             ("glm4v_moe", [1, 1, 0], 0.25),
             ("ernie4_5_vl_moe", [3, 3, 2], 1.0),
         )
@@ -101,12 +104,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention": _rope([2, 3, 3]),
         }
     },
+    "dbrx": {"attn_config.rope_theta": 10000.0},
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
     "dots3_note": {"text_config.swa_head_dim": 24},
     "dots3_note_text": {"swa_head_dim": 24},
     "bailing_hybrid": {"n_group": 2, "topk_group": 1, "num_experts": 8},
-    "mistral4": {"text_config.rope_parameters": {**_rope(), "partial_rotary_factor": 8 / 24}},
+    "mistral4": {"rope_parameters": {**_rope(), "partial_rotary_factor": 8 / 24}},
 }
 
 

@@ -140,7 +140,7 @@ class Bench:
 
     def quiet(self) -> Bench:
         """Return the same bench with a stream so weak that whatever is written drowns it."""
-        return replace(self, call=self.call.on(self.call.hidden * 1e-3))
+        return replace(self, call=self.call.on(self.call.hidden * 1e-4))
 
     def changes(
         self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter], seeds: Sequence[int]
