@@ -104,13 +104,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "sliding_attention": _rope([2, 3, 3]),
         }
     },
-    "dbrx": {"attn_config.rope_theta": 10000.0},
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
-    "dots3_note": {"text_config.swa_head_dim": 24},
-    "dots3_note_text": {"swa_head_dim": 24},
-    "bailing_hybrid": {"n_group": 2, "topk_group": 1, "num_experts": 8},
-    "mistral4": {"rope_parameters": {**_rope(), "partial_rotary_factor": 8 / 24}},
+    "dots3_note": {"text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8},
+    "dots3_note_text": {"swa_head_dim": 24, "qk_rope_head_dim": 8},
+    "bailing_hybrid": {"n_group": 2, "topk_group": 2, "num_experts": 8},
+    "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "mistral4": {
+        "rope_parameters": {
+            **_rope(),
+            "partial_rotary_factor": 8 / 24,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 256,
+        }
+    },
 }
 
 

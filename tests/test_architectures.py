@@ -14,9 +14,10 @@ import tiny
 from saber.ablation import EditPlan, Removal, applied, apply, orthogonal
 from saber.config import override, preset
 from saber.errors import ModelError, UnprovenWriter
-from saber.inspection import inspect
+from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
-from saber.lm.layers import find_layers
+from saber.lm.chat import encode
+from saber.lm.layers import find_layers, stream
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import LanguageModel
 from saber.lm.writers import ablated_law, find_writers, zeroed_law
@@ -111,6 +112,49 @@ def test_both_laws_hold_and_what_is_saved_is_what_was_edited(family, tmp_path):
     assert (again - edited).abs().max() < 1e-4 * edited.abs().max()
 
 
+def test_a_writer_behind_a_filter_over_tokens_is_refused_with_the_way_out():
+    """A short convolution behind a writer gives it another gain at every lag; one gain is no proof."""
+    lm = language_model("inkling_text")
+    writers = find_writers(lm)
+    with pytest.raises(UnprovenWriter, match=r"ablated law.*model\.layers\.\d.*residual") as error:
+        require_ablated(lm, writers)
+    assert "--allow-unproven" in error.value.remedy
+    assert "--layers-path" in error.value.remedy
+    require_ablated(replace(lm, allow_unproven=True), writers)
+    report = inspect(lm)
+    assert not report["proved"]
+    assert "ablated law" in report["reason"]
+
+
+def test_a_gain_on_the_stream_is_measured_where_no_parameter_is_one():
+    """The layer scales every coordinate of the stream by a function of a parameter."""
+    lm = language_model("muse_spark")
+    writers = find_writers(lm)
+    assert zeroed_law(lm, writers) < 1e-4
+    assert all(w.carried for w in writers)
+    require_ablated(lm, writers)
+
+
+def test_several_streams_are_read_as_their_mean():
+    from saber.lm.substitution import streams_axis
+    from saber.probing import ProbeSpec, probe
+    from saber.prompts import Prompt, PromptSet
+
+    lm = language_model("hy_v4")
+    axis = streams_axis(lm)
+    assert axis is not None
+    prompts = PromptSet("p", tuple(Prompt(str(i), "c", f"tell {i}") for i in range(3)))
+    hidden = probe(lm, prompts, ProbeSpec()).hidden
+    assert hidden.shape == (3, 1, len(lm.layers) + 1, lm.d_model)
+    seen = []
+    handle = lm.layers[1].register_forward_hook(lambda _m, _a, o: seen.append(stream(o)))
+    ids = torch.tensor([encode(lm, ["tell 1"])[0].ids])
+    with torch.no_grad():
+        lm.model(input_ids=ids, use_cache=False)
+    handle.remove()
+    torch.testing.assert_close(hidden[1, 0, 2], seen[0].mean(axis)[0, -1], atol=1e-4, rtol=1e-3)
+
+
 def suffixes(writers):
     return {w.weight.split(".layers.")[1].partition(".")[2] for w in writers}
 
@@ -188,14 +232,53 @@ def test_vision_tower_is_not_taken_for_the_decoder():
     assert all("vision" not in w.weight for w in find_writers(lm))
 
 
-def test_quantised_weights_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("gptq", "quantised from"),
+        ("awq", "quantised from"),
+        ("bitsandbytes", r"model\.dequantize\(\)"),
+        ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
+        ("fp8", r"FineGrainedFP8Config\(dequantize=True\)"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name(tmp_path, method, remedy):
     model = tiny.tiny_model("llama")
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
-    packed = '{"quantization_config": {"quant_method": "gptq", "bits": 4},'
+    packed = f'{{"quantization_config": {{"quant_method": "{method}", "bits": 4}},'
     (tmp_path / "config.json").write_text(text.replace("{", packed, 1))
-    with pytest.raises(ModelError, match="gptq"):
+    with pytest.raises(ModelError, match=rf"{method}.*{remedy}"):
         load(str(tmp_path), LoadSpec(device="cpu"), tokenizer=False)
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_checkpoint_runs_only_when_asked_for(tmp_path):
+    model = tiny.tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(CUSTOM)
+    text = (tmp_path / "config.json").read_text().replace('"llama"', '"own"')
+    text = text.replace("LlamaForCausalLM", "OwnForCausalLM")
+    mapped = (
+        '"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},'
+    )
+    (tmp_path / "config.json").write_text(text.replace("{", "{" + mapped, 1))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load(str(tmp_path), LoadSpec(device="cpu"), tokenizer=False)
+    trusting = LoadSpec(device="cpu", trust_remote_code=True)
+    lm = load(str(tmp_path), trusting, tokenizer=False)
+    assert type(lm.model).__name__ == "OwnForCausalLM"
+    assert inspect(lm)["proved"]
 
 
 def test_inspect_needs_no_tokenizer(tmp_path):

@@ -57,12 +57,16 @@ class UnprovenWriter(SaberError):
         renormalised: bool = False,
     ) -> None:
         self.law, self.layer, self.residual, self.by_design = law, layer, residual, renormalised
-        reason = (
-            "a norm stands on the residual stream itself, so no edit of writers can keep a direction "
-            "out of it"
-            if renormalised
-            else "the residual writers found are not all of them"
-        )
+        reason = "the residual writers found are not all of them"
+        if law == "ablated":
+            reason = (
+                "what the writers write is changed on its way to the stream by more than a gain"
+            )
+        if renormalised:
+            reason = (
+                "a norm stands on the residual stream itself, so no edit of writers can keep a "
+                "direction out of it"
+            )
         super().__init__(
             f"{reason}: the {law} law fails at layer {layer}"
             f"{f' ({module}.{layer})' if module else ''} (residual {residual:.2e}, limit {limit:.0e}).",

@@ -27,11 +27,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
     except UnprovenWriter as error:
         writers, reason = find_writers(replace(lm, allow_unproven=True)), str(error)
     zeroed = zeroed_law(lm, writers)
-    direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
-    before = ablated_law(lm, direction)
-    with applied(lm.model, orthogonal(lm, writers, [Removal(direction, 1.0, 0)], "all")):
-        after = ablated_law(lm, direction)
-    ablated = max(a / max(b, 1e-30) for a, b in zip(after, before, strict=True))
+    ablated = max(shares_left(lm, writers))
     carried = next((w for w in writers if w.carried), None)
     if carried is not None and not reason:
         reason = (
@@ -39,6 +35,9 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
             f"writes an edited direction, but up to {ablated:.0%} of it can come back that way."
         )
     limit = law_limit(lm)
+    if ablated >= limit and not reason:
+        layer = _worst(shares_left(lm, writers))
+        reason = str(UnprovenWriter("ablated", layer, ablated, limit, lm.layers_path))
     return {
         "model_type": lm.model.config.model_type,
         "layers": len(lm.layers),
@@ -54,6 +53,37 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
         "proved": bool(writers) and not reason and zeroed < limit and ablated < limit,
         "reason": reason,
     }
+
+
+def shares_left(lm: LanguageModel, writers: Sequence[Writer]) -> list[float]:
+    """Return for each layer the share of a random direction that a full edit leaves in what it writes.
+
+    r.out for a stream that goes in without r, root mean square over tokens, after the edit relative
+    to before; 0 where nothing is left, 1 where the edit did nothing.
+    """
+    direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
+    before = ablated_law(lm, direction)
+    with applied(lm.model, orthogonal(lm, writers, [Removal(direction, 1.0, 0)], "all")):
+        after = ablated_law(lm, direction)
+    return [a / max(b, 1e-30) for a, b in zip(after, before, strict=True)]
+
+
+def require_ablated(lm: LanguageModel, writers: Sequence[Writer]) -> None:
+    """Raise `UnprovenWriter` when a full edit of a direction leaves some of it in what a layer writes.
+
+    Not asked of a stream that passes a gain in place, as no edit can keep the law there, nor below
+    float32, where the stream's own rounding hides what is left; nor under `allow_unproven`.
+    """
+    if lm.allow_unproven or lm.dtype != torch.float32 or any(w.carried for w in writers):
+        return
+    shares, limit = shares_left(lm, writers), law_limit(lm)
+    layer = _worst(shares)
+    if shares[layer] > limit:
+        raise UnprovenWriter("ablated", layer, shares[layer], limit, lm.layers_path)
+
+
+def _worst(shares: Sequence[float]) -> int:
+    return max(range(len(shares)), key=lambda i: shares[i])
 
 
 def memory(lm: LanguageModel, writers: Sequence[Writer]) -> dict[str, int]:

@@ -32,6 +32,7 @@ from saber.evaluation.measure import (
     measure,
     summarise,
 )
+from saber.inspection import require_ablated
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import generate
 from saber.lm.load import load
@@ -102,6 +103,7 @@ def run(
         lm = load(model, config.load)
         mark = fingerprint(lm.model)
         writers = find_writers(lm)
+        require_ablated(lm, writers)
     identity = {"model": mark, "config": resolved(config), "version": __version__}
     done = _resume_state(out, identity) if resume else []
     artifacts.write_json(out / STATE, identity)

@@ -16,6 +16,7 @@ from saber.lm.chat import Encoded, encode, encode_answers, measure_template
 from saber.lm.forward import Progress, forward, silent
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import streams_axis
 from saber.prompts import PromptSet
 
 
@@ -94,11 +95,12 @@ def _read(
     logprobs: list[Tensor] = [torch.empty(0)] * len(encoded)
     wanted = [[e.prompt_length - 1] if first_token else [] for e in encoded]
     earliest = min(min(w) for w in where)
+    axis = streams_axis(lm)
     with _streams(lm) as captured:
         for batch, _ in forward(
             lm, [e.ids for e in encoded], wanted, progress=progress, label=label, earliest=earliest
         ):
-            depth = torch.stack([c.float().cpu() for c in captured], dim=2)
+            depth = torch.stack([_one(c, axis).float().cpu() for c in captured], dim=2)
             captured.clear()
             pieces = batch.split(batch.logits)
             for line, row in enumerate(batch.rows):
@@ -107,6 +109,11 @@ def _read(
                     logprobs[row] = pieces[line][0].log_softmax(-1).cpu()
             _check_finite(depth, batch.lengths)
     return rows, torch.stack(logprobs) if first_token else None
+
+
+def _one(hidden: Tensor, axis: int | None) -> Tensor:
+    """Return (batch, time, d_model): the mean where a token has several streams."""
+    return hidden.mean(axis) if axis is not None and hidden.ndim > 3 else hidden
 
 
 def _check_finite(depth: Tensor, lengths: Sequence[int]) -> None:

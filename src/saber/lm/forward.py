@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +52,20 @@ class Batch:
         return list(values.split([len(w) for w in self.wanted]))
 
 
+def cacheable(lm: LanguageModel) -> bool:
+    """Whether a text can go through the model in pieces, by a cache of keys and values.
+
+    Not where it keeps states in a way of its own, nor where the configuration counts other layers
+    than the decoder has, as then transformers builds a cache that does not fit.
+    """
+    counted = getattr(lm.text_config, "num_hidden_layers", len(lm.layers))
+    taken = inspect.signature(lm.model.forward).parameters
+    return counted == len(lm.layers) and "past_key_values" in taken
+
+
 def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | None:
     """Run the shared prefix once; None where the model's cache cannot be shared that way."""
-    if not prefix:
+    if not prefix or not cacheable(lm):
         return None
     cache = DynamicCache(config=lm.text_config)
     shareable = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -68,7 +80,8 @@ def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | Non
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)), torch.no_grad():
         lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
     lm.work.tokens += len(prefix)
-    return cache
+    # A model with states of a kind of its own does not look at this cache.
+    return cache if cache.get_seq_length() == len(prefix) else None
 
 
 def expanded(cache: DynamicCache | None, rows: int) -> DynamicCache | None:
@@ -101,7 +114,7 @@ def gathered_head(
         lm.work.head_tokens += len(chosen)
         return (chosen[None], *args[1:])
 
-    handle = lm.model.get_output_embeddings().register_forward_pre_hook(gather)
+    handle = lm.head.register_forward_pre_hook(gather)
     try:
         yield seen
     finally:
@@ -174,8 +187,8 @@ def forward(
                 lm.model(
                     input_ids=ids.to(lm.device),
                     attention_mask=mask.to(lm.device),
-                    position_ids=torch.arange(offset, offset + width, device=lm.device).expand(
-                        len(rows), -1
+                    position_ids=torch.arange(offset, offset + width, device=lm.device).repeat(
+                        len(rows), 1
                     ),
                     past_key_values=expanded(cache, len(rows)),
                     use_cache=cache is not None,

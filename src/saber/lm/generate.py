@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saber.lm.chat import common_prefix, encode
-from saber.lm.forward import Progress, expanded, gathered_head, prefix_cache, silent
+from saber.lm.forward import Progress, cacheable, expanded, gathered_head, prefix_cache, silent
 from saber.lm.model import LanguageModel
 
 ROWS_PER_BATCH = 128
@@ -71,18 +71,24 @@ def _generate_batch(
     ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=device)
     real = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=device)
     mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:]
-    state: dict[str, Any] = {"past_key_values": expanded(prefix, count)}
-    active = list(rows)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
+    state: dict[str, Any] = {}
+    if prefix is not None:
+        state["past_key_values"] = expanded(prefix, count)
+    active, piecewise = list(rows), cacheable(lm)
     lm.work.tokens += int(real.sum())
     for step in range(max_new_tokens):
         last = torch.arange(1, len(active) + 1, device=device) * ids.shape[1] - 1
         with gathered_head(lm, last), torch.no_grad():
             out = lm.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **state
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=piecewise,
+                **state,
             )
-        kept = getattr(out, "past_key_values", None)
-        state = {"past_key_values": kept}
+        kept = getattr(out, "past_key_values", None) if piecewise else None
+        state = {} if kept is None else {"past_key_values": kept}
         tokens = out.logits[0].argmax(-1)
         keep = []
         for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):

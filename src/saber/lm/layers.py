@@ -51,7 +51,7 @@ def find_layers(model: Any, path: str = "") -> str:
         and all(o.ndim > 1 and o.shape[-1] == text.hidden_size for o in outputs[name])
     }
     if not valid:
-        raise ModelError("no list of decoder layers found.", "Name it with --layers-path.")
+        raise ModelError(_why_none(candidates, outputs, text), "Name it with --layers-path.")
     if logits.shape[:2] != ids.shape:
         raise ModelError(
             "this model gives no logits for the tokens that go in (an encoder-decoder?)."
@@ -63,6 +63,20 @@ def find_layers(model: Any, path: str = "") -> str:
             "Give a decoder-only chat model.",
         )
     return max(valid, key=lambda name: (len(valid[name]), _parameters(valid[name])))
+
+
+def _why_none(
+    candidates: dict[str, nn.ModuleList], outputs: dict[str, list[Tensor]], text: Any
+) -> str:
+    """Say what the list that comes nearest does instead of running once."""
+    for name, seen in sorted(outputs.items(), key=lambda item: -len(item[1])):
+        if seen and all(o.ndim > 1 and o.shape[-1] == text.hidden_size for o in seen):
+            count = len(candidates[name])
+            return (
+                f"no list of decoder layers found: {name} has {count} members, of which "
+                f"{len(seen)} runs were seen on plain text, where each should run once."
+            )
+    return "no list of decoder layers found."
 
 
 def _parameters(module: nn.Module) -> int:

@@ -188,13 +188,14 @@ def _auto_class(name: str, config: Any) -> Any:
     claimed = set(getattr(config, "architectures", None) or [])
     if config.is_encoder_decoder:
         raise ModelError(f"{name!r} is an encoder-decoder model; SABER edits causal decoders.")
-    if claimed & set(causal.values()) or (not claimed and config.model_type in causal):
+    kind = config.model_type
+    if kind in causal and (not claimed or claimed & set(causal.values())):
         return transformers.AutoModelForCausalLM
-    if claimed & set(vision.values()) or config.model_type in vision:
+    if kind in vision:
         return transformers.AutoModelForImageTextToText
-    if getattr(config, "auto_map", None):
+    if claimed & set(causal.values()) or getattr(config, "auto_map", None):
         return transformers.AutoModelForCausalLM
-    what = ", ".join(sorted(claimed)) or config.model_type
+    what = ", ".join(sorted(claimed)) or kind
     raise ModelError(f"{name!r} is not a causal language model ({what}).", "Give a chat model.")
 
 

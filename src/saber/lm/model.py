@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from saber.errors import ModelError
+
 Source = Literal["demo", "hub", "folder", "gguf"]
 
 
@@ -51,6 +53,26 @@ class LanguageModel:
         return self.model.get_submodule(self.layers_path)
 
     @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits.
+
+        Where the model does not name it, it is the one linear map outside the layers from `d_model`
+        to the vocabulary. Raises `ModelError` when there is no such map, or more than one.
+        """
+        named = self.model.get_output_embeddings()
+        if named is not None:
+            return named
+        shape = (int(self.text_config.vocab_size), self.d_model)
+        maps = [
+            m
+            for m in self.model.modules()
+            if isinstance(m, nn.Linear) and tuple(m.weight.shape) == shape
+        ]
+        if len(maps) != 1:
+            raise ModelError(f"the output head is not to be found: {len(maps)} maps fit.")
+        return maps[0]
+
+    @property
     def text_config(self) -> Any:
         """The configuration of the text decoder."""
         return self.model.config.get_text_config(decoder=True)
@@ -81,8 +103,7 @@ class LanguageModel:
     def flops(self) -> float:
         """Multiply-add work so far, in FLOP: 2 x parameters x tokens, layers and head apart."""
         in_layers = sum(p.numel() for p in self.layers.parameters())
-        head = self.model.get_output_embeddings()
-        in_head = head.weight.numel() if head is not None else 0
+        in_head = sum(p.numel() for p in self.head.parameters())
         return 2.0 * (self.work.tokens * in_layers + self.work.head_tokens * in_head)
 
 
