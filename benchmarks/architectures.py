@@ -45,7 +45,7 @@ from saber.lm.layers import find_layers  # noqa: E402
 from saber.lm.model import LanguageModel  # noqa: E402
 from saber.lm.writers import ablated_law, find_writers, law_limit, zeroed_law  # noqa: E402
 
-SECONDS = 120
+SECONDS = 180
 SMALL = {
     "data": {"limit": 2},
     "spectral": {"permutations": 20},

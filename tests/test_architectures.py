@@ -273,7 +273,7 @@ def test_code_of_a_checkpoint_runs_only_when_asked_for(tmp_path):
         '"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},'
     )
     (tmp_path / "config.json").write_text(text.replace("{", "{" + mapped, 1))
-    with pytest.raises(ModelError, match="trust_remote_code"):
+    with pytest.raises(ModelError, match=r"custom code.*--trust-remote-code"):
         load(str(tmp_path), LoadSpec(device="cpu"), tokenizer=False)
     trusting = LoadSpec(device="cpu", trust_remote_code=True)
     lm = load(str(tmp_path), trusting, tokenizer=False)

@@ -232,10 +232,10 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
         return cls.from_pretrained(location, **kwargs)
     except _LOAD_ERRORS as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot read {what}: {first}",
-            "Check the name, the files, and the connection to the hub.",
-        ) from error
+        remedy = "Check the name, the files, and the connection to the hub."
+        if "trust_remote_code" in str(error):
+            remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
+        raise ModelError(f"cannot read {what}: {first}", remedy) from error
 
 
 def _forget_quantization(model: Any) -> None:
