@@ -76,7 +76,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
-    "granite4_vision": {"deepstack_layer_map": []},
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
     "step3p7": {"text_config.sliding_window": 128},
     # Sections of the rotary embedding, where the default lies in the code.
     **{
@@ -108,7 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
     "dots3_note": {"text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8},
     "dots3_note_text": {"swa_head_dim": 24, "qk_rope_head_dim": 8},
-    "bailing_hybrid": {"n_group": 2, "topk_group": 2, "num_experts": 8},
+    "bailing_hybrid": {"num_expert_group": 2, "topk_group": 2, "num_experts": 8},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "mistral4": {

@@ -92,6 +92,7 @@ def logits(model):
         return model(input_ids=torch.arange(6, 22).reshape(2, 8), use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_laws_hold_and_what_is_saved_is_what_was_edited(family, tmp_path):
     lm = language_model(family, **FAMILIES[family])
@@ -308,6 +309,7 @@ def e2b_like(folder):
     make_tokenizer().save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_card_preset_has_the_cards_counts_on_its_own_model(tmp_path):
     from saber.pipeline import run
 
