@@ -1,7 +1,10 @@
 """The writers found are all of them, with the right gains; and nothing else is taken for one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 from conftest import make_lm, make_model
 
 from saber.ablation import Removal, applied, orthogonal
@@ -9,7 +12,14 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect
 from saber.linalg import unit
 from saber.lm.layers import find_layers
-from saber.lm.writers import ablated_law, ablated_stream, find_writers, zeroed_law
+from saber.lm.writers import (
+    ablated_law,
+    ablated_stream,
+    embedding_share,
+    embedding_writer,
+    find_writers,
+    zeroed_law,
+)
 
 NAMES = {
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
@@ -138,3 +148,30 @@ def test_layers_path_is_checked():
         find_layers(model, "model.nothing")
     with pytest.raises(ModelError, match="no ModuleList"):
         find_layers(model, "model.norm")
+
+
+def test_an_edited_embedding_brings_nothing_of_the_direction(llama):
+    writer = embedding_writer(llama)
+    assert (writer.layer, writer.kind, writer.axis) == (-1, "embedding", 1)
+    r = unit(torch.randn(llama.d_model, generator=torch.Generator().manual_seed(3)))
+    assert embedding_share(llama, r[None])[0] > 0.5
+    with applied(llama.model, orthogonal(llama, [writer], [Removal(r, 1.0, 1)], "nearest")):
+        assert embedding_share(llama, r[None])[0] < 1e-5
+
+
+@pytest.mark.parametrize(("family", "reason"), [("gemma2", "output head"), ("gpt2", "output head")])
+def test_a_tied_embedding_is_not_a_writer(family, reason):
+    with pytest.raises(ModelError, match=reason):
+        embedding_writer(make_lm(family))
+
+
+def test_an_embedding_behind_a_norm_is_not_a_writer():
+    config = transformers.BloomConfig(
+        vocab_size=400, hidden_size=32, n_layer=2, n_head=4, tie_word_embeddings=False
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model.transformer.word_embeddings_layernorm.weight.mul_(torch.linspace(0.5, 2, 32))
+    lm = replace(make_lm("llama"), model=model, layers_path="transformer.h")
+    with pytest.raises(ModelError, match="scaled row"):
+        embedding_writer(lm)

@@ -36,6 +36,9 @@ class EditSpec:
     """Skip floor: directions of lower purity are left alone, 0 to 1."""
     strength: Literal["purity", "constant"] = "purity"
     """purity: alpha x purity; constant: alpha for every direction."""
+    embeddings: bool = False
+    """Whether the token embedding is edited too, as a writer below the first layer. Not possible
+    where it is the output head as well."""
 
 
 @dataclass(frozen=True)

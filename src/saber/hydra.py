@@ -47,11 +47,14 @@ def compensation(
 
     D is a writer's target-minus-neutral contribution along `direction` at the last prompt token;
     frozen means the edited weights on the inputs from before. Edited writers are those whose
-    contribution that changes; fused experts are left out. None when no writer is left unedited or
-    nothing was removed (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024, arXiv 2402.15390).
+    contribution that changes; fused experts and embeddings are left out. None when no writer is left
+    unedited or nothing was removed (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024,
+    arXiv 2402.15390).
     """
     # An expert's share of a fused weight has no module whose input and output could be read.
-    writers = [w for w in writers if w.experts is None and w.weight.endswith(".weight")]
+    writers = [
+        w for w in writers if w.experts is None and w.weight.endswith(".weight") and w.layer >= 0
+    ]
     texts = [*target, *neutral]
     with applied(lm.model, before):
         pre, inputs = _contributions(lm, writers, texts, direction)

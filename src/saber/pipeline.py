@@ -33,11 +33,12 @@ from saber.evaluation.measure import (
     summarise,
 )
 from saber.inspection import require_ablated
+from saber.linalg import finite
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
-from saber.lm.writers import find_writers
+from saber.lm.writers import embedding_share, embedding_writer, find_writers
 from saber.prompts import PromptSet, check_disjoint, split
 from saber.refinement import Candidate, Pass, RefineData, Refinement, refine
 from saber.spectral import Direction, candidate_layers
@@ -104,6 +105,8 @@ def run(
         mark = fingerprint(lm.model)
         writers = find_writers(lm)
         require_ablated(lm, writers)
+        if config.edit.embeddings:
+            writers = [embedding_writer(lm), *writers]
     identity = {"model": mark, "config": resolved(config), "version": __version__}
     done = _resume_state(out, identity) if resume else []
     artifacts.write_json(out / STATE, identity)
@@ -442,19 +445,23 @@ def _describe_passes(lm: LanguageModel, outcome: Refinement, config: RunConfig) 
         "writers_edited": len(outcome.plan.factors),
         "candidate_layers": candidate_layers(len(lm.layers), config.spectral),
         "stop_reason": outcome.stop_reason,
-        "passes": [_describe_pass(p) for p in outcome.passes],
+        "passes": [_describe_pass(lm, p) for p in outcome.passes],
     }
 
 
-def _describe_pass(this: Pass) -> dict[str, Any]:
+def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
     back = this.hydra.compensation
+    rows = [_describe_candidate(c) for c in this.ablated]
+    patterns = [c.direction.pattern for c in this.ablated]
+    for row, share in zip(rows, embedding_share(lm, torch.stack(patterns)), strict=True):
+        row["embedding_share"] = finite(share)
     return {
         "index": this.index,
         "log_odds_before": this.log_odds_before,
         "log_odds_after": this.log_odds_after,
         "rate_before": this.rate_before,
         "rate_after": this.rate_after,
-        "directions": [_describe_candidate(c) for c in this.ablated],
+        "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],
         "hydra": {
             **{k: v for k, v in dataclasses.asdict(this.hydra).items() if k != "compensation"},

@@ -18,6 +18,7 @@ one without it (`ablated_law`).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,13 +30,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saber.errors import UnprovenWriter
+from saber.errors import ModelError, UnprovenWriter
 from saber.lm.disk import disk_names
 from saber.lm.layers import stream, with_stream
 from saber.lm.model import LanguageModel
-from saber.lm.substitution import Bench, Fit, held, layer_calls, zeros
+from saber.lm.substitution import (
+    TOKENS,
+    Bench,
+    Fit,
+    by_token,
+    held,
+    layer_calls,
+    random_tokens,
+    zeros,
+)
 
-Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "other"]
+Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "embedding", "other"]
 LAW_LIMIT, LOW_PRECISION_LIMIT = 1e-4, 5e-2
 UNIFORM, LOW_PRECISION_UNIFORM = 1e-3, 2e-2
 
@@ -47,7 +57,7 @@ class Writer:
     weight: str
     """Dotted name of the parameter in memory."""
     layer: int
-    """Decoder layer, counted from 0 (the first one, where layers share the weight)."""
+    """Decoder layer, counted from 0 (the first one, where layers share the weight); -1: before them."""
     kind: Kind
     """A hint for reports, from the name and shape; nothing depends on it."""
     axis: int
@@ -116,6 +126,71 @@ def find_writers(lm: LanguageModel) -> list[Writer]:
                 known[id_] = writer
             writers.append(writer)
     return [replace(w, disk=disk_names(lm.model, w.weight)) for w in writers]
+
+
+def embedding_writer(lm: LanguageModel) -> Writer:
+    """Return the token embedding as a writer of layer -1, for those who want it edited too.
+
+    Raises `ModelError` when it is the output head as well, so that an edit would change what the
+    model reads off the stream, or when what enters the first layer is not a token's row of it times
+    a scale (a norm behind it, say).
+    """
+    module = lm.model.get_input_embeddings()
+    weight = module.weight
+    name = next(n for n, p in lm.model.named_parameters() if p is weight)
+    if any(p is weight for p in lm.head.parameters()):
+        raise ModelError(
+            f"the token embedding ({name}) is the output head too, so an edit of it would change how "
+            "the stream is read.",
+            "Leave edit.embeddings off.",
+        )
+    ids = random_tokens(lm, TOKENS)
+    with_rows = _first_stream(lm, ids)
+    with held(zeros([weight])):
+        rest = _first_stream(lm, ids)
+    change = with_rows - rest
+    rows = weight.detach()[ids[0].to(weight.device)].to(change)
+    if rows.shape[-1] == change.shape[-1]:
+        scale = float((change * rows[:, None]).sum() / (rows.pow(2).sum() * change.shape[1]))
+        residual = float((change - scale * rows[:, None]).norm() / change.norm().clamp_min(1e-30))
+        if residual <= law_limit(lm):
+            disk = disk_names(lm.model, name)
+            return Writer(name, -1, "embedding", 1, None, None, scale=scale, disk=disk)
+    raise ModelError(
+        f"what enters the first layer is not a scaled row of the token embedding ({name}).",
+        "Leave edit.embeddings off.",
+    )
+
+
+def embedding_share(lm: LanguageModel, directions: Float[Tensor, "k d_model"]) -> list[float]:
+    """Return |E r| for each unit vector r, E the token embedding, over that of a random direction.
+
+    Tokens bring this much of a direction into the stream, which editing the layers does not take
+    out: 1 means as much as of any direction, the root mean square over directions. NaN where rows of
+    the embedding have another width than the stream.
+    """
+    weight = lm.model.get_input_embeddings().weight.detach()
+    if weight.shape[-1] != directions.shape[-1]:
+        return [math.nan] * len(directions)
+    energy = sum(
+        (part.float() @ directions.to(part.device).T).pow(2).sum(0) for part in weight.split(8192)
+    )
+    usual = sum(part.float().pow(2).sum() for part in weight.split(8192)) / weight.shape[-1]
+    return [float(share) for share in (energy / usual).sqrt()]
+
+
+def _first_stream(lm: LanguageModel, ids: Tensor) -> Float[Tensor, "tokens streams d_model"]:
+    """Return what enters the first layer, in float64."""
+    seen: list[Tensor] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    handle = lm.layers[0].register_forward_pre_hook(record, with_kwargs=True)
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(handle.remove)
+        lm.model(input_ids=ids, use_cache=False)
+    return by_token(seen[0])
 
 
 def law_limit(lm: LanguageModel) -> float:
