@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import Progress, expanded, gathered_head, prefix_cache, silent
@@ -38,65 +40,108 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 }
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Sequences in batches of equal length behind their shared prefix: every row is a token."""
+
+    batches: tuple[Tensor, ...]
+    """Token ids (rows, width) behind the prefix, short sequences first."""
+    offset: int
+    """Length of the prefix, which is read by nobody."""
+    cache: DynamicCache | None
+    """The model's state after the prefix."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read when all of them count."""
+        return sum(ids.numel() for ids in self.batches)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences there are."""
+        return sum(len(ids) for ids in self.batches)
+
+
+def plan_reading(
+    lm: LanguageModel, encoded: Sequence[Encoded], *, last: int = 0, tokens_per_batch: int = 2048
+) -> Reading:
+    """Arrange sequences for reading and run their shared prefix; `last` keeps that many out of it."""
+    sequences = [e.ids for e in encoded]
+    offset = min(common_prefix(sequences), min(map(len, sequences), default=1) - max(last, 1))
+    cache = prefix_cache(lm, sequences[0][:offset]) if sequences else None
+    offset = offset if cache is not None else 0
+    groups: dict[int, list[list[int]]] = defaultdict(list)
+    for ids in sequences:
+        groups[len(ids)].append(list(ids[offset:]))
+    batches: list[Tensor] = []
+    for length, rows in sorted(groups.items()):
+        batches += torch.tensor(rows).split(max(1, tokens_per_batch // (length - offset)))
+    return Reading(tuple(batches), offset, cache)
+
+
 def read_inputs(
     lm: LanguageModel,
     writers: Sequence[Writer],
-    encoded: Sequence[Encoded],
+    reading: Reading,
     receive: Receive,
     *,
     last: int = 0,
-    tokens_per_batch: int = 2048,
     progress: Progress[Any] = silent,
     label: str = "inputs",
 ) -> None:
     """Give `receive` the rows that go into the writers when the model reads some sequences.
 
-    All tokens behind what the sequences share at their start count or, with `last`, the last ones
-    alone, one by one (oldest first). There is no padding: sequences of equal length run together, so
-    that every row is a token, also where a router decides which rows an expert gets. Rows of a
-    vector (a bias) do not exist. Biases are not part of a row.
+    All tokens behind the shared prefix count or, with `last`, the last ones alone, one by one (oldest
+    first). An expert gets the rows that are routed to it, which may be none. A vector (a bias) has
+    no rows, and a bias is no part of one.
     """
-    if not encoded:
-        return
-    sequences = [e.ids for e in encoded]
-    shortest = min(map(len, sequences))
-    offset = min(common_prefix(sequences), shortest - max(last, 1))
-    cache = prefix_cache(lm, sequences[0][:offset])
-    offset = offset if cache is not None else 0
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, ids in enumerate(sequences):
-        groups[len(ids)].append(index)
-    batches: list[list[int]] = []
-    for length, rows in sorted(groups.items()):
-        count = max(1, tokens_per_batch // (length - offset))
-        batches += [rows[i : i + count] for i in range(0, len(rows), count)]
     tap = _Tap(lm, writers, receive)
     with _plain_experts(lm), torch.no_grad():
-        for rows in progress(batches, label, len(batches)):
-            ids = torch.tensor([list(sequences[r][offset:]) for r in rows], device=lm.device)
-            state = expanded(cache, len(rows))
+        for ids in progress(reading.batches, label, len(reading.batches)):
+            ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
             if last:
-                _steps(lm, tap, ids, offset, state, last)
+                _steps(lm, tap, ids, reading.offset, state, last)
             else:
                 with tap:
-                    _run(lm, ids, offset, state)
+                    _run(lm, ids, reading.offset, state)
 
 
-def _steps(
-    lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, last: int
-) -> None:
+def _steps(lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:
     """Run all but the last tokens, then those one by one with the tap open."""
     start = ids.shape[1] - last
     if start:
-        state = _run(lm, ids[:, :start], offset, state)
-    if state is None:
-        # States that are not handed out cannot be continued: what the last tokens add is what a
-        # causal model adds to the rows of the shorter text.
-        raise NotImplementedError
+        after = _run(lm, ids[:, :start], offset, state)
+        if after is None:
+            for row in ids:
+                _added(lm, tap, row[None], last)
+            return
+        state = after
     for step in range(last):
         with tap:
             at = start + step
             state = _run(lm, ids[:, at : at + 1], offset + at, state)
+
+
+def _added(lm: LanguageModel, tap: _Tap, ids: Tensor, last: int) -> None:
+    """Read the last tokens of one text in a model whose states cannot be handed on.
+
+    A causal model meets the rows of the shorter text again, in their order, and then new ones.
+    """
+    counts: dict[Key, int] = {}
+    for length in range(ids.shape[1] - last, ids.shape[1] + 1):
+        found: dict[Key, list[Tensor]] = defaultdict(list)
+
+        def keep(key: Key, rows: Tensor, found: dict[Key, list[Tensor]] = found) -> None:
+            found[key].append(rows)
+
+        with tap.to(keep):
+            _run(lm, ids[:, :length], 0, None)
+        for key, parts in found.items():
+            rows = torch.cat(parts)
+            new = rows[counts.get(key, 0) :]
+            counts[key] = len(rows)
+            if length > ids.shape[1] - last and len(new):
+                tap.receive(key, new)
 
 
 def _run(lm: LanguageModel, ids: Tensor, offset: int, state: Any) -> Any:
@@ -124,6 +169,16 @@ class _Tap(TorchDispatchMode):
             weight = lm.model.get_parameter(writer.weight)
             if weight.ndim > 1:
                 self.weights[weight.untyped_storage().data_ptr()].append((writer, weight))
+
+    @contextmanager
+    def to(self, receive: Receive) -> Iterator[None]:
+        """Open the tap with another receiver."""
+        before, self.receive = self.receive, receive
+        try:
+            with self:
+                yield
+        finally:
+            self.receive = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
