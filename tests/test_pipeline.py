@@ -19,15 +19,17 @@ SMALL = {
     "data": {"limit": 4},
     "spectral": {"permutations": 50},
     "entanglement": {"null_draws": 20, "weight": 0.0},
-    "edit": {"scope": "all"},
+    "edit": {"scope": "all", "lambda": 1.0},
     "refine": {"passes": 2, "top_k": 1, "shortlist": 0, "stop": "never", "max_q": 1.0},
     "evaluation": {"max_new_tokens": 6, "battery_new_tokens": 4},
     "load": {"device": "cpu", "dtype": "float32"},
 }
 
 
-def small(name="default", **extra):
+def small(name="orthogonal", **extra):
     config = override(preset(name), SMALL)
+    if name == "default":
+        config = override(config, {"refine": {"top_k": 0}})
     return override(config, extra) if extra else config
 
 
@@ -37,9 +39,12 @@ def untimed(record):
     }
 
 
-@pytest.fixture
-def finished(model_folder, tmp_path):
-    return run(str(model_folder), tmp_path / "run", small(), force=True)
+both = pytest.mark.parametrize("name", ["default", "orthogonal"])
+
+
+@pytest.fixture(params=["default", "orthogonal"])
+def finished(request, model_folder, tmp_path):
+    return run(str(model_folder), tmp_path / "run", small(request.param), force=True)
 
 
 def test_run_leaves_a_complete_folder(finished, model_folder):
@@ -49,7 +54,8 @@ def test_run_leaves_a_complete_folder(finished, model_folder):
     assert record == json.loads(json.dumps(finished.record))
     assert record["schema"] == 1
     assert set(record["seconds"]) >= {"load", "probe", "total"}
-    assert record["directions_ablated"] == 2
+    selective = record["config"]["edit"]["kind"] == "selective"
+    assert record["directions_ablated"] == (4 if selective else 2)
     assert not (folder / "state.json").exists()
     for key in ("refusal", "incoherent", "over_refusal", "perplexity", "accuracy", "kl"):
         assert key in record["baseline"]
@@ -74,9 +80,10 @@ def test_run_leaves_a_complete_folder(finished, model_folder):
     transformers.AutoTokenizer.from_pretrained(folder / "model")
 
 
-def test_same_seed_gives_the_same_record(model_folder, tmp_path):
+@both
+def test_same_seed_gives_the_same_record(model_folder, tmp_path, name):
     first, second = (
-        run(str(model_folder), tmp_path / str(i), small(), force=True).record for i in range(2)
+        run(str(model_folder), tmp_path / str(i), small(name), force=True).record for i in range(2)
     )
     assert json.dumps(untimed(first)) == json.dumps(untimed(second))
 
@@ -96,9 +103,11 @@ def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
     )
 
 
-def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch):
+@both
+def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch, name):
     """With every held-out prompt replaced by another text, the very same edit is made."""
-    first = run(str(model_folder), tmp_path / "a", small(), force=True, export=())
+    config = small(name, edit={"lambda": 0.0})
+    first = run(str(model_folder), tmp_path / "a", config, force=True, export=())
     original = pipeline.gather
 
     def other(config):
@@ -123,7 +132,7 @@ def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(pipeline, "gather", other)
-    second = run(str(model_folder), tmp_path / "b", small(), force=True, export=())
+    second = run(str(model_folder), tmp_path / "b", config, force=True, export=())
     assert first.record["passes"] == second.record["passes"]
     assert first.record["baseline"]["perplexity"] != second.record["baseline"]["perplexity"]
     plans = [(tmp_path / n / "plan" / "tensors.safetensors").read_bytes() for n in "ab"]
@@ -226,6 +235,7 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
         run("no-such-model", tmp_path / "file", small())
 
 
+@pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
 def test_overwrite_replaces_a_former_run(finished, model_folder):
     again = run(
         str(model_folder), finished.folder, small(seed=1), force=True, overwrite=True, export=()
@@ -271,6 +281,11 @@ def test_settings_from_toml_and_their_errors(tmp_path):
     config = override(PRESETS["default"], read_toml(file))
     assert (config.seed, config.edit.alpha) == (3, 0.5)
     assert resolved(config)["edit"]["alpha"] == 0.5
+    config = override(config, {"edit": {"lambda": 10}})
+    assert (config.edit.lambda_, resolved(config)["edit"]["lambda"]) == (10.0, 10.0)
+    assert override(PRESETS["default"], resolved(config)) == config
+    with pytest.raises(UsageError, match=r"edit\.lambda is -1"):
+        override(config, {"edit": {"lambda": -1}})
     with pytest.raises(UnknownName, match=r"edit\.alhpa.*edit\.alpha"):
         override(config, {"edit": {"alhpa": 1.0}})
     with pytest.raises(UsageError, match="between 0 and 1"):

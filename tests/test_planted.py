@@ -26,7 +26,7 @@ from saber.spectral import SpectralSpec, extract, fit
 K, SIZE, LAYERS, D = 2, 6.0, 4, 32
 TARGET, NEUTRAL, CAPABILITY = range(10, 90), range(90, 170), range(170, 250)
 REFUSE, ANSWER = 300, 310
-SPEC = SpectralSpec(components=K, depth_low=0.0, depth_high=1.0, resolve="none")
+SPEC = SpectralSpec(method="covariance", components=K)
 LAYOUTS = ("per layer", "shared")
 
 
@@ -118,7 +118,7 @@ def written(behaviour, layer):
 def test_the_planted_span_of_every_layer_is_recovered(layout, method):
     lm, behaviour, _ = planted(layout)
     target, neutral = activations(lm, TARGET), activations(lm, NEUTRAL)
-    spec = SpectralSpec(method=method, components=K, resolve="none")
+    spec = SpectralSpec(method=method, components=K, depth_low=0.2, depth_high=0.8)
     for layer in range(LAYERS):
         x, y = (a.hidden[:, 0, layer + 1].double() for a in (target, neutral))
         found = fit(x, y, target.categories, spec, None).patterns

@@ -68,9 +68,8 @@ def rows_of(lm, writers, encoded, last=0):
     read_inputs(
         lm,
         writers,
-        plan_reading(lm, encoded, last=last),
+        plan_reading(lm, writers, encoded, last=last),
         lambda key, rows: found.setdefault(key, []).append(rows.clone()),
-        last=last,
     )
     return {key: torch.cat(parts) for key, parts in found.items()}
 
@@ -103,7 +102,7 @@ def test_the_inputs_of_a_writer_times_its_weight_are_what_it_writes(make):
     encoded = texts(5, 1)
     every = rows_of(lm, writers, encoded)
     last = rows_of(lm, writers, encoded, last=1)
-    tokens = plan_reading(lm, encoded).tokens
+    tokens = plan_reading(lm, writers, encoded).tokens
     for writer in writers:
         if writer.experts:
             routed = [len(every.get((writer.name, e), ())) for e in range(writer.experts)]
@@ -143,7 +142,7 @@ def test_the_plan_is_the_closed_form(make):
     plan = found.plan(lambdas, alphas)
     x_all, g_all = rows_of(lm, writers, target, 1), rows_of(lm, writers, neutral, 1)
     c_all = [rows_of(lm, writers, s) for s in sets]
-    sizes = [plan_reading(lm, s).tokens for s in sets]
+    sizes = [plan_reading(lm, writers, s).tokens for s in sets]
     for writer in writers:
         weight = lm.model.get_parameter(writer.weight).double().movedim(writer.axis, 0)
         change = plan.factors[writer.name].delta().double().movedim(writer.axis, 0)
@@ -187,7 +186,7 @@ def test_the_expected_balance_is_the_one_measured(llama):
     directions, target, neutral, sets, found, lambdas, alphas = solved(llama, writers, 1, 0.1)
     plan, balance = found.plan(lambdas, alphas), found.balance(lambdas, alphas)
     x, g = rows_of(llama, writers, target, 1), rows_of(llama, writers, neutral, 1)
-    kept = [(rows_of(llama, writers, s), plan_reading(llama, s).tokens) for s in sets]
+    kept = [(rows_of(llama, writers, s), plan_reading(llama, writers, s).tokens) for s in sets]
     for layer in lambdas:
         left = wanted = moved = usual = 0.0
         for w in (w for w in writers if w.layer == layer):
@@ -235,6 +234,7 @@ def test_a_solve_in_sample_space_is_the_solve(count):
     moment = Moment(12)
     for part in rows.split(3):
         moment.add(part, 0.5)
+    moment.done()
     c = 0.5 * (rows.T @ rows).double()
     solver = moment.solver(0.01)
     assert (solver.rows is None) == (count > 12)
@@ -250,6 +250,7 @@ def test_an_ill_conditioned_moment_raises_its_ridge_and_says_so():
     moment = Moment(8)
     for _ in range(20):
         moment.add(torch.ones(4, 8) * 1e3, 1.0)
+    moment.done()
     solver = moment.solver(1e-30)
     assert solver.ridge > 1e-30
     assert bool(torch.isfinite(solver.solve(torch.ones(8, 1, dtype=torch.float64))).all())
@@ -258,6 +259,7 @@ def test_an_ill_conditioned_moment_raises_its_ridge_and_says_so():
 def test_inputs_that_are_not_finite_are_an_error():
     moment = Moment(8)
     moment.add(torch.full((2, 8), float("nan")), 1.0)
+    moment.done()
     with pytest.raises(NonFinite, match="input of layer x"):
         moment.solver(1e-3, where="layer x")
 

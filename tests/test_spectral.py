@@ -1,16 +1,24 @@
 """Planted directions are found, pure noise is not, and held-out scores say which is which."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from saber.config import preset
 from saber.entanglement import EntanglementSpec, entangle
 from saber.linalg import LowRankNoise, auroc, benjamini_hochberg, d_prime, ledoit_wolf, unit
 from saber.probing import Activations
-from saber.spectral import SpectralSpec, candidate_layers, extract, fit, shrunk
+from saber.spectral import candidate_layers, extract, fit, shrunk
 
 D, N = 48, 60
+
+
+def spectral_spec(**changes):
+    """Several directions a layer, of the middle layers, kept off what is preserved."""
+    return replace(preset("orthogonal").spectral, **changes)
 
 
 def activations(x, categories=None):
@@ -27,14 +35,14 @@ def planted(gap, seed=0, scale=None):
     return x + gap, y
 
 
-@pytest.mark.parametrize("method", ["svd", "covariance"])
+@pytest.mark.parametrize("method", ["means", "svd", "covariance"])
 def test_a_planted_direction_is_found_and_separates_held_out(method):
     direction = unit(torch.randn(D, generator=torch.Generator().manual_seed(9)))
     x, y = planted(8 * direction)
     found = extract(
         activations(x),
         activations(y),
-        SpectralSpec(method=method),
+        spectral_spec(method=method),
         generator=np.random.default_rng(0),
     )
     best = found[0]
@@ -44,14 +52,14 @@ def test_a_planted_direction_is_found_and_separates_held_out(method):
     assert best.auroc_low < best.auroc <= best.auroc_high
 
 
-@pytest.mark.parametrize("method", ["svd", "covariance"])
+@pytest.mark.parametrize("method", ["means", "svd", "covariance"])
 def test_noise_does_not_separate_held_out_even_with_more_dimensions_than_prompts(method):
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(30, 400, generator=generator), torch.randn(30, 400, generator=generator)
     found = extract(
         activations(x),
         activations(y),
-        SpectralSpec(method=method),
+        spectral_spec(method=method),
         generator=np.random.default_rng(0),
     )
     assert max(d.auroc for d in found) < 0.75
@@ -68,7 +76,7 @@ def test_covariance_aware_detector_beats_plain_svd_under_correlated_noise():
         method: extract(
             activations(x),
             activations(y),
-            SpectralSpec(method=method),
+            spectral_spec(method=method),
             generator=np.random.default_rng(0),
         )[0]
         for method in ("svd", "covariance")
@@ -82,7 +90,7 @@ def test_detectors_and_patterns_are_biorthogonal():
     shifts = 3 * torch.randn(4, D, generator=generator)
     x = torch.randn(N, D, generator=generator) + shifts[torch.arange(N) % 4]
     y = torch.randn(N, D, generator=generator)
-    found = fit(x.double(), y.double(), categories, SpectralSpec(resolve="none"))
+    found = fit(x.double(), y.double(), categories, spectral_spec(resolve="none"))
     products = found.detectors @ found.patterns.T
     off = products - torch.diag(products.diagonal())
     assert products.shape == (3, 3)
@@ -91,15 +99,15 @@ def test_detectors_and_patterns_are_biorthogonal():
 
 def test_one_cluster_is_the_difference_of_means():
     x, y = planted(torch.ones(D))
-    found = fit(x.double(), y.double(), ["one"] * N, SpectralSpec(components=1, resolve="none"))
+    found = fit(x.double(), y.double(), ["one"] * N, spectral_spec(components=1, resolve="none"))
     difference = unit((x.mean(0) - y.mean(0)).double())
     assert float(found.patterns[0] @ difference) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_candidates_are_the_middle_layers_with_the_cards_count():
-    assert len(candidate_layers(35, SpectralSpec())) == 22
-    assert candidate_layers(30, SpectralSpec()) == list(range(6, 25))
-    assert candidate_layers(2, SpectralSpec(depth_low=0.0, depth_high=1.0)) == [0, 1]
+    assert len(candidate_layers(35, spectral_spec())) == 22
+    assert candidate_layers(30, spectral_spec()) == list(range(6, 25))
+    assert candidate_layers(2, spectral_spec(depth_low=0.0, depth_high=1.0)) == [0, 1]
 
 
 def test_woodbury_solve_equals_the_dense_one():
@@ -167,7 +175,7 @@ def test_a_direction_that_a_capability_uses_is_entangled_with_it_and_a_free_one_
         directions = extract(
             activations(x),
             activations(y),
-            SpectralSpec(components=1),
+            spectral_spec(components=1),
             generator=np.random.default_rng(0),
         )[:1]
         spec = EntanglementSpec(measure=measure, components=1)
@@ -191,7 +199,7 @@ def test_wiener_purity_limits():
     directions = extract(
         activations(x),
         activations(y),
-        SpectralSpec(components=1),
+        spectral_spec(components=1),
         generator=np.random.default_rng(0),
     )[:1]
 
@@ -224,7 +232,7 @@ def test_auroc_interval_covers_and_stays_sensible_at_one():
     assert 0.85 < perfect.low[0] < 1.0
 
 
-@pytest.mark.parametrize("method", ["svd", "covariance"])
+@pytest.mark.parametrize("method", ["means", "svd", "covariance"])
 @pytest.mark.parametrize(
     ("resolve", "neutral_kept", "capability_kept"),
     [("means", True, True), ("none", False, False)],
@@ -239,7 +247,7 @@ def test_resolved_patterns_leave_the_mean_streams_alone(
     known, _ = planted(4 * gap + torch.randn(D, generator=torch.Generator().manual_seed(1)))
     known[: N // 2, 10:] += 2
     kept = activations(known, ["code"] * (N // 2) + ["logic"] * (N - N // 2))
-    spec = SpectralSpec(method=method, resolve=resolve, permutations=20)
+    spec = spectral_spec(method=method, resolve=resolve, permutations=20)
     rng = np.random.default_rng(0)
     found = extract(activations(x), activations(y), spec, capability=kept, generator=rng)
     first = next(d for d in found if d.component == 0).pattern
@@ -278,9 +286,9 @@ def test_energy_resolving_with_more_weight_costs_the_preserved_less():
             (y.double() @ fit(x.double(), y.double(), ["one"] * N, spec).patterns[0]).pow(2).mean()
         )
         for spec in (
-            SpectralSpec(components=1, resolve="none"),
-            SpectralSpec(components=1, resolve_energy=1.0),
-            SpectralSpec(components=1, resolve_energy=0.01),
+            spectral_spec(components=1, resolve="none"),
+            spectral_spec(components=1, resolve_energy=1.0),
+            spectral_spec(components=1, resolve_energy=0.01),
         )
     ]
     assert energies[0] > 1.2 * energies[1] > 1.2 * energies[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +25,26 @@ KIND = "edit-plan"
 class EditSpec:
     """How selected directions are taken out of the weights."""
 
-    kind: Literal["orthogonal"] = "orthogonal"
-    """orthogonal: W' = (I - U A U^T) W, for all inputs alike."""
+    kind: Literal["selective", "orthogonal"] = "selective"
+    """selective: directions go where inputs carry the behaviour, preserved inputs are left alone;
+    orthogonal: W' = (I - U A U^T) W, for all inputs alike."""
     alpha: float = 1.0
     """alpha_base: removed share of a direction of purity one, 0 to 1."""
+    lambda_: float = 0.0
+    """lambda: weight of preserved inputs against targets, above 0; 0 lets validation prompts choose
+    (selective only)."""
+    ridge: float = 1e-3
+    """Least shrinkage of the preserved moments, as a share of their mean eigenvalue (selective only)."""
+    memory: float = 4.0
+    """Memory that second moments may take, GiB; with less, the prompts are read more often."""
     scope: Scope = "nearest"
     """Writers that a direction is taken out of: those of its own layer; those to which its layer is
     the nearest selected one of its pass at or above them; those up to its layer; or all."""
     skip_below: float = 0.1
     """Skip floor: directions of lower purity are left alone, 0 to 1."""
-    strength: Literal["purity", "constant"] = "purity"
-    """purity: alpha x purity; constant: alpha for every direction."""
+    strength: Literal["purity", "constant", "lambda"] = "purity"
+    """purity: alpha x purity; constant: alpha for every direction; lambda: alpha for every direction,
+    but lambda / purity (selective only)."""
     embeddings: bool = False
     """Whether the token embedding is edited too, as a writer below the first layer. Not possible
     where it is the output head as well."""
@@ -74,6 +83,16 @@ class Factor:
     """Name of the weight's parameter; empty for `<factor's name>.weight`."""
     bias_name: str = ""
     """Name of the bias's parameter; empty for `<factor's name>.bias`."""
+
+    def plus(self, other: Factor) -> Factor:
+        """Return the change that does both."""
+        biases = [b for b in (self.bias, other.bias) if b is not None]
+        return replace(
+            self,
+            left=torch.cat([self.left, other.left], 1),
+            right=torch.cat([self.right, other.right]),
+            bias=sum(biases[1:], biases[0]) if biases else None,
+        )
 
     def delta(self) -> Tensor:
         """Return the change in the layout of the stored weight."""
@@ -120,6 +139,15 @@ class EditPlan:
                 for name, axis in meta["axes"].items()
             }
         )
+
+    def __add__(self, other: EditPlan) -> EditPlan:
+        """Return the one plan that does both; factors of the same writer become one of higher rank."""
+        factors = dict(self.factors)
+        for name, more in other.factors.items():
+            if name in factors:
+                more = factors[name].plus(more)
+            factors[name] = more
+        return EditPlan(factors)
 
     def changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter that the plan changes, with its change, both as they are stored."""

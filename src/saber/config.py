@@ -8,7 +8,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,22 @@ class RunConfig:
     """Measuring."""
 
 
+_ORTHOGONAL = RunConfig(
+    preset="orthogonal",
+    spectral=SpectralSpec(
+        method="covariance", components=3, depth_low=0.2, depth_high=0.8, resolve="energy"
+    ),
+    edit=EditSpec(kind="orthogonal"),
+    refine=RefineSpec(passes=3, top_k=10, shortlist=20, max_q=0.05),
+)
 PRESETS: dict[str, RunConfig] = {
     "default": RunConfig(),
-    "card": RunConfig(
+    "orthogonal": _ORTHOGONAL,
+    "card": replace(
+        _ORTHOGONAL,
         preset="card",
-        spectral=SpectralSpec(method="svd", components=3),
-        edit=EditSpec(alpha=0.85),
+        spectral=replace(_ORTHOGONAL.spectral, method="svd"),
+        edit=replace(_ORTHOGONAL.edit, alpha=0.85),
         refine=RefineSpec(
             passes=5, top_k=10, per_layer=0, decay=0.15, shortlist=0, stop="never", max_q=1.0
         ),
@@ -96,9 +106,12 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "entanglement.weight": (0, 1e9),
     "entanglement.null_draws": (20, 100_000),
     "edit.alpha": (0, 1),
+    "edit.lambda": (0, 1e9),
+    "edit.ridge": (1e-12, 1),
+    "edit.memory": (0.001, 1e6),
     "edit.skip_below": (0, 1),
     "refine.passes": (1, 100),
-    "refine.top_k": (1, 10_000),
+    "refine.top_k": (0, 10_000),
     "refine.per_layer": (0, 10_000),
     "refine.shortlist": (0, 10_000),
     "refine.decay": (0, 1),
@@ -136,20 +149,22 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def _merge(node: Any, values: Mapping[str, Any], path: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(node)}
+    # A trailing underscore keeps a field off a word of the language; nobody else sees it.
+    known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(node)}
     types_of = typing.get_type_hints(type(node))
     changes: dict[str, Any] = {}
     for name, value in values.items():
         where = f"{path}{name}"
         if name not in known:
             raise UnknownName("setting", where, [f"{path}{k}" for k in known])
-        current = getattr(node, name)
+        field_name = known[name]
+        current = getattr(node, field_name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise UsageError(f"setting {where} is a table, not {value!r}.")
-            changes[name] = _merge(current, value, f"{where}.")
+            changes[field_name] = _merge(current, value, f"{where}.")
         else:
-            changes[name] = _convert(value, types_of[name], where)
+            changes[field_name] = _convert(value, types_of[field_name], where)
     return dataclasses.replace(node, **changes)
 
 
@@ -181,7 +196,9 @@ def validate(config: RunConfig) -> None:
     for path, (low, high) in _LIMITS.items():
         value: Any = config
         for part in path.split("."):
-            value = getattr(value, part)
+            value = (
+                getattr(value, part, None) if hasattr(value, part) else getattr(value, f"{part}_")
+            )
         if not low <= value <= high:
             raise UsageError(
                 f"setting {path} is {value}; it must lie between {low:g} and {high:g}."
@@ -192,4 +209,11 @@ def validate(config: RunConfig) -> None:
 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain nested data, for artifacts."""
-    return dataclasses.asdict(config)
+
+    def plain(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {name.rstrip("_"): plain(value) for name, value in node.items()}
+
+    found: dict[str, Any] = plain(dataclasses.asdict(config))
+    return found

@@ -91,6 +91,19 @@ class WeakBehaviour(SaberError):
     exit_code = 3
 
 
+class NoGain(SaberError):
+    """The edit did not bring the behaviour down on validation targets."""
+
+    exit_code = 3
+
+    def __init__(self, before: float, after: float, count: int) -> None:
+        super().__init__(
+            f"the edit did not help: {before:.0%} of {count} validation targets showed the behaviour "
+            f"before and {after:.0%} after it; the model is left as it was.",
+            "Give more or other --target and --neutral prompts, or a smaller --lambda.",
+        )
+
+
 class MissingExtra(UsageError):
     """An optional dependency is not installed."""
 

@@ -54,9 +54,8 @@ def read_decisions(
         read_inputs(
             lm,
             writers,
-            plan_reading(lm, encoded, last=positions),
+            plan_reading(lm, writers, encoded, last=positions),
             lambda key, given: found[key].append(given.float().cpu()),
-            last=positions,
             progress=progress,
             label=label,
         )
@@ -81,17 +80,26 @@ class Moment:
 
     def add(self, rows: Float[Tensor, "n d_in"], weight: float) -> None:
         """Add rows (on any device, in any dtype), each of this weight."""
-        rows = rows.float() * weight**0.5
-        if self._sum is None and self._count + len(rows) <= self.width:
-            self._rows.append(rows.cpu())
-            self._count += len(rows)
+        if self._count + len(rows) > self.width:
+            self._fold()
+        self._rows.append(rows.float() * weight**0.5)
+        self._count += len(rows)
+
+    def _fold(self) -> None:
+        """Turn the rows kept so far into their sum of products."""
+        if not self._count:
             return
         if self._sum is None:
             self._sum = torch.zeros(self.width, self.width, dtype=torch.float64)
-            for kept in self._rows:
-                self._sum += (kept.T @ kept).double()
-            self._rows = []
-        self._sum += (rows.T @ rows).to("cpu", torch.float64)
+        kept = torch.cat(self._rows)
+        self._sum += (kept.T @ kept).cpu()
+        self._rows, self._count = [], 0
+
+    def done(self) -> None:
+        """Say that all rows have come: rows are no longer kept on the model's device."""
+        if self._sum is not None:
+            self._fold()
+        self._rows = [part.cpu() for part in self._rows]
 
     def trace(self) -> float:
         """Return tr C."""
@@ -177,7 +185,7 @@ class Preserved:
         progress: Progress[Any] = silent,
     ) -> None:
         self._lm, self._progress = lm, progress
-        self._readings = [plan_reading(lm, encoded) for encoded in sets if encoded]
+        self._readings = [plan_reading(lm, writers, encoded) for encoded in sets if encoded]
         self._groups = _grouped(lm, writers, memory)
         self._kept: dict[Key, Moment] | None = None
         self.bytes = max((sum(_size(lm, w) for w in group) for group in self._groups), default=0)
@@ -213,6 +221,8 @@ class Preserved:
                 progress=self._progress,
                 label="inputs to preserve",
             )
+        for moment in moments.values():
+            moment.done()
         return moments
 
 

@@ -19,11 +19,11 @@ import torch
 import transformers
 
 from saber import __version__, artifacts, prompts
-from saber.ablation import applied
+from saber.ablation import EditPlan, applied
 from saber.checkpoint import save_merged
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
-from saber.errors import DataError, OutputError, UsageError, WeakBehaviour
+from saber.errors import DataError, NoGain, OutputError, UsageError, WeakBehaviour
 from saber.evaluation.judge import named_judge
 from saber.evaluation.measure import (
     EvaluationSets,
@@ -42,6 +42,7 @@ from saber.lm.writers import embedding_share, embedding_writer, find_writers
 from saber.prompts import PromptSet, check_disjoint, split
 from saber.refinement import Candidate, Pass, RefineData, Refinement, refine
 from saber.spectral import Direction, candidate_layers
+from saber.strength import Shown, Trial
 
 RUN, STATE, PLAN, MODEL, PASSES = "run.json", "state.json", "plan", "model", "passes"
 
@@ -112,14 +113,16 @@ def run(
     artifacts.write_json(out / STATE, identity)
     judge = named_judge(config.evaluation.judge)
 
-    def behaviour() -> float:
+    def behaviour() -> Shown:
         texts = data.selecting.target_validation.texts
         tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-        return sum(judge.label(c.text) == "refusal" for c in tried) / len(tried)
+        labels = Counter(judge.label(c.text) for c in tried)
+        return Shown(labels["refusal"] / len(tried), labels["incoherent"] / len(tried))
 
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
-        rate = behaviour()
+        shown = behaviour()
+    rate = shown.rate
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
         raise WeakBehaviour(
@@ -148,12 +151,14 @@ def run(
         spec=config.refine,
         seed=config.seed,
         behaviour=behaviour,
-        shown=rate,
+        shown=shown,
         progress=listener.progress,
         finished=finished,
         done=done,
     )
     clock.add(outcome.seconds)
+    if outcome.passes and 0 < rate <= outcome.passes[-1].rate_after:
+        raise NoGain(rate, outcome.passes[-1].rate_after, len(data.selecting.target_validation))
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
     )
@@ -351,9 +356,11 @@ def _save_pass(folder: Path, this: Pass) -> None:
         "patterns": torch.stack([c.direction.pattern for c in this.candidates]),
         "detectors": torch.stack([c.direction.detector for c in this.candidates]),
     }
-    plain = dataclasses.asdict(this)
+    plain = dataclasses.asdict(replace(this, plan=EditPlan()))
+    del plain["plan"]
     for row in plain["candidates"]:
         del row["direction"]["pattern"], row["direction"]["detector"]
+    this.plan.save(folder / PLAN, {"passes": this.index})
     artifacts.save(folder, "pass", tensors, plain)
 
 
@@ -374,8 +381,18 @@ def _load_pass(folder: Path) -> Pass:
         )
     back = meta["hydra"].pop("compensation")
     hydra = Hydra(**meta["hydra"], compensation=Compensation(**back) if back else None)
-    plain = ("index", "log_odds_before", "log_odds_after", "rate_before", "rate_after")
-    return Pass(**{k: meta[k] for k in plain}, candidates=tuple(candidates), hydra=hydra)
+    numbers = ("index", "log_odds_before", "log_odds_after", "rate_before", "rate_after")
+    trials = [
+        Trial(**{**row, "shown": Shown(**row["shown"]) if row["shown"] else None})
+        for row in meta["trials"]
+    ]
+    return Pass(
+        **{k: meta[k] for k in (*numbers, "incoherent_after")},
+        candidates=tuple(candidates),
+        hydra=hydra,
+        plan=EditPlan.load(folder / PLAN),
+        trials=tuple(trials),
+    )
 
 
 def environment(started: datetime.datetime) -> dict[str, Any]:
@@ -461,6 +478,8 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "log_odds_after": this.log_odds_after,
         "rate_before": this.rate_before,
         "rate_after": this.rate_after,
+        "incoherent_after": this.incoherent_after,
+        "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],
         "hydra": {
@@ -468,6 +487,11 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
             "compensation": dataclasses.asdict(back) if back else None,
         },
     }
+
+
+def _describe_trial(t: Trial) -> dict[str, Any]:
+    row = dataclasses.asdict(t)
+    return {"lambda": row.pop("lambda_"), **row}
 
 
 def _describe_candidate(c: Candidate) -> dict[str, Any]:
@@ -492,5 +516,8 @@ def _describe_candidate(c: Candidate) -> dict[str, Any]:
         "causal": c.causal,
         "causal_kl": c.causal_kl,
         "strength": c.strength,
+        "lambda": c.lambda_,
+        "removed": c.removed,
+        "collateral": c.collateral,
         "status": c.status,
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -17,12 +18,17 @@ from saber.evaluation.divergence import kl_divergence
 from saber.evaluation.readout import Readout, derive_readout
 from saber.hydra import Compensation, compensation
 from saber.linalg import d_prime
+from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress, silent
+from saber.lm.generate import generate
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
+from saber.moments import Preserved, read_decisions
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
+from saber.selective import solve
 from saber.spectral import Direction, SpectralSpec, extract
+from saber.strength import ANSWER_TOKENS, LAMBDAS, Ruler, Shown, Trial, search
 
 Status = Literal["ablated", "weakened", "skipped", "not selected"]
 
@@ -31,15 +37,15 @@ Status = Literal["ablated", "weakened", "skipped", "not selected"]
 class RefineSpec:
     """How many passes there are, and what each takes."""
 
-    passes: int = 3
+    passes: int = 2
     """Most passes, 1 or more."""
-    top_k: int = 10
-    """global_top_k: directions ablated in a pass, over all layers, 1 or more."""
+    top_k: int = 0
+    """global_top_k: directions ablated in a pass, over all layers; 0 sets no limit."""
     per_layer: int = 1
     """Most directions a pass takes from one layer; 0 sets no limit."""
     decay: float = 1.0
     """Factor on the strength for each pass after the first, 0 to 1."""
-    shortlist: int = 20
+    shortlist: int = 0
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""
@@ -63,6 +69,8 @@ class RefineData:
     """Neutral prompts on which the cost of a direction is measured."""
     capability: PromptSet
     """Labelled capability prompts with reference answers."""
+    keep: tuple[PromptSet, ...] = ()
+    """Further prompts, fit parts, the answers to which must stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,12 @@ class Candidate:
     """Removed share."""
     status: Status
     """What became of it."""
+    lambda_: float | None = None
+    """Weight of preserved inputs (selective edit)."""
+    removed: float | None = None
+    """Share of what its layer's writers write of it on targets that the fit expects to go."""
+    collateral: float | None = None
+    """Energy of the change on preserved inputs that the fit expects, per what they write of it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,12 @@ class Pass:
     """The same at its end."""
     hydra: Hydra
     """Hydra statistics."""
+    plan: EditPlan
+    """The edit from the original weights, this pass and all before it."""
+    incoherent_after: float = 0.0
+    """Share of incoherent answers to validation targets at its end."""
+    trials: tuple[Trial, ...] = ()
+    """Strengths that were tried (selective edit)."""
 
     @property
     def ablated(self) -> tuple[Candidate, ...]:
@@ -161,16 +181,16 @@ def refine(
     edit: EditSpec,
     spec: RefineSpec,
     seed: int,
-    behaviour: Callable[[], float],
-    shown: float | None = None,
+    behaviour: Callable[[], Shown],
+    shown: Shown | None = None,
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
 ) -> Refinement:
     """Run the passes; the model's weights are the untouched ones before and after.
 
-    `behaviour` answers validation targets with the model as it stands and returns the share that
-    shows the behaviour; `shown` is that share of the untouched model, where it is known already.
+    `behaviour` answers validation targets with the model as it stands and tells what they show;
+    `shown` is that of the untouched model, where it is known already.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
@@ -186,14 +206,22 @@ def refine(
         readout = derive_readout(original[0].first_token, original[1].first_token)
         untouched = look(data.neutral_validation, True)
         start = _mean_log_odds(look(data.target_validation, True), readout)
-        start_rate = behaviour() if shown is None else shown
+        start_rate = (behaviour() if shown is None else shown).rate
         # What must be kept is what the untouched model does: this is probed once.
         capability = probe_capabilities(lm, data.capability, probing, progress=progress)
     passes = list(done)
-    removals = [r for p in passes for r in p.removals]
-    plan = orthogonal(lm, writers, removals, edit.scope)
+    plan = passes[-1].plan if passes else EditPlan()
+    editor: _Editor
+    if edit.kind == "selective":
+        with clock("moments"):
+            editor = _Selective(
+                lm, writers, data, edit, spec, probing, readout, behaviour, progress
+            )
+    else:
+        editor = _Orthogonal(lm, writers, edit, [r for p in passes for r in p.removals])
     current = passes[-1].log_odds_after if passes else start
     rate = passes[-1].rate_after if passes else start_rate
+    amiss = passes[-1].rate_after + passes[-1].incoherent_after if passes else math.inf
     reason = "all passes made"
     while len(passes) < spec.passes:
         if spec.stop == "behaviour" and rate <= spec.stop_rate:
@@ -222,15 +250,18 @@ def refine(
         if not chosen:
             reason = "no candidate passes the filters"
             break
+        number = len(passes) + 1
         with clock("ablate"):
-            removals += _removals(chosen, len(passes) + 1)
-            earlier, plan = plan, orthogonal(lm, writers, removals, edit.scope)
+            earlier = plan
+            plan, trials, chosen = editor(earlier, chosen, number)
+            fate = {id(c.direction): c for c in chosen}
+            candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
             with applied(lm.model, plan):
                 after = _mean_log_odds(look(data.target_validation, True), readout)
-                rate_after = behaviour()
+                reached = next((t.shown for t in trials if t.chosen), None) or behaviour()
             back = None
-            if edit.scope != "all":
+            if len(plan.factors) < len(writers):
                 back = compensation(
                     lm,
                     writers,
@@ -243,12 +274,129 @@ def refine(
                 )
         best = found[0]
         hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, original), back)
-        number = len(passes) + 1
-        passes.append(Pass(number, tuple(candidates), current, after, rate, rate_after, hydra))
-        current, rate = after, rate_after
+        this = Pass(
+            index=number,
+            candidates=tuple(candidates),
+            log_odds_before=current,
+            log_odds_after=after,
+            rate_before=rate,
+            rate_after=reached.rate,
+            hydra=hydra,
+            plan=plan,
+            incoherent_after=reached.incoherent,
+            trials=trials,
+        )
+        if passes and edit.kind == "selective" and reached.amiss >= amiss:
+            plan, reason = earlier, "a further pass did not help on validation targets"
+            break
+        passes.append(this)
+        current, rate, amiss = after, reached.rate, reached.amiss
         if finished is not None:
             finished(passes[-1])
     return Refinement(tuple(passes), plan, reason, clock.seconds)
+
+
+Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
+"""The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
+_Editor = Callable[[EditPlan, Sequence[Candidate], int], Step]
+
+
+@dataclass(frozen=True)
+class _Orthogonal:
+    """Takes all removals so far out of the original weights."""
+
+    lm: LanguageModel
+    writers: Sequence[Writer]
+    edit: EditSpec
+    removals: list[Removal]
+
+    def __call__(self, plan: EditPlan, chosen: Sequence[Candidate], number: int) -> Step:
+        self.removals.extend(_removals(chosen, number))
+        plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
+        return plan, (), list(chosen)
+
+
+class _Selective:
+    """Solves for the writers as the plan so far leaves them, with lambda by a line search."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        writers: Sequence[Writer],
+        data: RefineData,
+        edit: EditSpec,
+        spec: RefineSpec,
+        probing: ProbeSpec,
+        readout: Readout,
+        behaviour: Callable[[], Shown],
+        progress: Progress[Any],
+    ) -> None:
+        self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
+        self.probing, self.behaviour, self.progress = probing, behaviour, progress
+        self.ruler = Ruler(lm, data.target_validation, data.neutral_validation, readout, progress)
+        kept = (data.neutral, *data.keep)
+        answers = [
+            [c.ids for c in generate(lm, p.texts, ANSWER_TOKENS, progress=progress)] for p in kept
+        ]
+        references = encode_answers(lm, [p.reference for p in data.capability], end=False)
+        self.preserved = Preserved(
+            lm,
+            writers,
+            [
+                *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
+                encode(lm, data.capability.texts, references),
+            ],
+            memory=edit.memory * 2**30,
+            progress=progress,
+        )
+
+    def __call__(self, plan: EditPlan, chosen: Sequence[Candidate], number: int) -> Step:
+        by_layer: dict[int, list[Candidate]] = {}
+        for candidate in chosen:
+            by_layer.setdefault(candidate.direction.layer, []).append(candidate)
+        patterns = {k: [c.direction.pattern for c in cs] for k, cs in by_layer.items()}
+        with applied(self.lm.model, plan):
+            solved = solve(
+                self.lm,
+                {layer: torch.stack(found).float() for layer, found in patterns.items()},
+                read_decisions(
+                    self.lm,
+                    self.writers,
+                    encode(self.lm, self.data.target.texts),
+                    encode(self.lm, self.data.neutral.texts),
+                    positions=self.probing.positions,
+                    progress=self.progress,
+                ),
+                self.preserved,
+                ridge=self.edit.ridge,
+                progress=self.progress,
+            )
+        alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
+
+        def lambdas(base: float) -> dict[int, list[float]]:
+            if self.edit.strength != "lambda":
+                return {k: [base] * len(cs) for k, cs in by_layer.items()}
+            return {k: [base / c.entanglement.purity for c in cs] for k, cs in by_layer.items()}
+
+        plan, trials = search(
+            self.lm,
+            lambda base: plan + solved.plan(lambdas(base), alphas),
+            self.ruler,
+            self.behaviour,
+            lambdas=(self.edit.lambda_,) if self.edit.lambda_ else LAMBDAS,
+            aim=self.spec.stop_rate,
+            progress=self.progress,
+        )
+        used = lambdas(next(t.lambda_ for t in trials if t.chosen))
+        balance = solved.balance(used, alphas)
+        done = [
+            replace(
+                c, lambda_=used[k][i], removed=balance[k].removed, collateral=balance[k].collateral
+            )
+            for k, cs in by_layer.items()
+            for i, c in enumerate(cs)
+        ]
+        return plan, trials, done
 
 
 def _removals(chosen: Sequence[Candidate], step: int) -> list[Removal]:
@@ -285,7 +433,7 @@ def choose(
             eligible = False
         if spec.per_layer and taken[d.layer] >= spec.per_layer:
             eligible = False
-        if eligible and taken.total() < spec.top_k:
+        if eligible and (not spec.top_k or taken.total() < spec.top_k):
             if e.purity < edit.skip_below:
                 status = "skipped"
             else:

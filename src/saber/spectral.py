@@ -22,24 +22,25 @@ from saber.linalg import (
 )
 from saber.probing import Activations
 
-Method = Literal["svd", "covariance"]
+Method = Literal["means", "svd", "covariance"]
 
 
 @dataclass(frozen=True)
 class SpectralSpec:
     """How directions are taken from activations."""
 
-    method: Method = "covariance"
-    """svd: of the target-minus-neutral differences; covariance: whitened by within-class noise."""
-    components: int = 3
+    method: Method = "means"
+    """means: the difference of the target and the neutral mean, one direction; svd: of the
+    target-minus-neutral differences; covariance: whitened by within-class noise."""
+    components: int = 1
     """Directions a layer and position, 1 or more."""
-    depth_low: float = 0.2
+    depth_low: float = 0.0
     """First candidate layer, as a fraction of the depth, 0 to 1."""
-    depth_high: float = 0.8
+    depth_high: float = 1.0
     """Last candidate layer, as a fraction of the depth, 0 to 1."""
     capability_weight: float = 0.1
     """Weight of the capability covariance in the noise, in units of the within-class one, >= 0."""
-    resolve: Literal["energy", "means", "none"] = "energy"
+    resolve: Literal["energy", "means", "none"] = "none"
     """How patterns are kept off what neutral and capability prompts use. energy: shrunk in proportion
     to the energy of their streams; means: made orthogonal to the mean stream of the neutral prompts
     and of each capability category; none: not at all."""
@@ -207,6 +208,9 @@ def fit(
 ) -> _Fit:
     """Return up to `components` patterns and detectors, both pointing from neutral to target.
 
+    means: the difference of the means, which detects itself (Marks and Tegmark 2023, arXiv
+    2310.06824).
+
     svd: right singular vectors of the paired differences (of target minus the neutral mean when
     the counts differ); a pattern detects itself.
 
@@ -217,7 +221,9 @@ def fit(
     N = shrunk within-class covariance + weight x capability covariance. Eigenpairs of M^T N^-1 M
     with vectors q and values s^2 give detectors N^-1 M q / s and patterns M q / s, biorthogonal.
     """
-    if spec.method == "svd":
+    if spec.method == "means":
+        patterns = detectors = unit(x.mean(0) - y.mean(0))[None]
+    elif spec.method == "svd":
         differences = x - y if len(x) == len(y) else x - y.mean(0)
         _, _, right = torch.linalg.svd(differences, full_matrices=False)
         patterns = right[: spec.components]

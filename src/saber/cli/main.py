@@ -150,7 +150,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _config_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--preset", default=None, help="default, or card (the published settings)")
+    add("--preset", default=None, help="default, orthogonal, or card (the published settings)")
     add("--config", type=Path, help="a TOML file with settings")
     add(
         "--set",
@@ -169,8 +169,14 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-neutral", help="neutral prompts to measure on")
     add("--borderline", help="safe prompts that sound unsafe")
     add("--limit", type=int, help="measure on at most this many prompts of each set")
-    add("--edit", help="orthogonal")
-    add("--top-k", type=int, help="directions ablated in a pass")
+    add("--edit", help="selective or orthogonal (default: selective)")
+    add(
+        "--lambda",
+        dest="lambda_",
+        type=float,
+        help="weight of what must not change; 0 lets validation prompts choose (selective edit)",
+    )
+    add("--top-k", type=int, help="directions ablated in a pass (0: all)")
     add("--alpha", type=float, help="share of a pure direction that is removed")
     add("--passes", type=int, help="most passes")
     add("--scope", help="writers that are edited: own, nearest, upstream or all")
@@ -188,6 +194,7 @@ _FLAGS = {
     "edit": "edit.kind",
     "top_k": "refine.top_k",
     "alpha": "edit.alpha",
+    "lambda_": "edit.lambda",
     "passes": "refine.passes",
     "scope": "edit.scope",
     "max_new_tokens": "evaluation.max_new_tokens",
@@ -206,7 +213,8 @@ def read_config(arguments: argparse.Namespace) -> Any:
     from saber.config import override, preset, read_toml
 
     file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
-    name = getattr(arguments, "preset", None) or file.get("preset", "default")
+    usual = "orthogonal" if getattr(arguments, "edit", None) == "orthogonal" else "default"
+    name = getattr(arguments, "preset", None) or file.get("preset", usual)
     config = override(preset(name), {**file, "preset": name})
     flags: dict[str, Any] = {}
     for option in getattr(arguments, "set", []):

@@ -19,8 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from saber.lm.chat import Encoded, common_prefix
-from saber.lm.forward import Progress, expanded, gathered_head, prefix_cache, silent
+from saber.lm.forward import (
+    TOKENS_PER_BATCH,
+    Progress,
+    expanded,
+    gathered_head,
+    prefix_cache,
+    silent,
+)
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import random_tokens
 from saber.lm.writers import Writer
 
 Key = tuple[str, int]
@@ -42,41 +50,71 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """Sequences in batches of equal length behind their shared prefix: every row is a token."""
+    """Sequences in batches behind their shared prefix, ready to be read."""
 
-    batches: tuple[Tensor, ...]
-    """Token ids (rows, width) behind the prefix, short sequences first."""
+    batches: tuple[tuple[Tensor, tuple[int, ...]], ...]
+    """Token ids (rows, width) behind the prefix, padded on the right, and each row's length."""
     offset: int
     """Length of the prefix, which is read by nobody."""
     cache: DynamicCache | None
     """The model's state after the prefix."""
+    last: int
+    """How many last tokens of each sequence are read; 0: all behind the prefix."""
+    padded: bool
+    """Whether rows of a batch may differ in length."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens are read when all of them count."""
-        return sum(ids.numel() for ids in self.batches)
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences there are."""
-        return sum(len(ids) for ids in self.batches)
+        """How many tokens are read."""
+        return sum(min(n, self.last or n) for _, lengths in self.batches for n in lengths)
 
 
 def plan_reading(
-    lm: LanguageModel, encoded: Sequence[Encoded], *, last: int = 0, tokens_per_batch: int = 2048
+    lm: LanguageModel,
+    writers: Sequence[Writer],
+    encoded: Sequence[Encoded],
+    *,
+    last: int = 0,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Reading:
-    """Arrange sequences for reading and run their shared prefix; `last` keeps that many out of it."""
+    """Arrange sequences for reading and run their shared prefix.
+
+    Where a router decides which rows an expert gets, padding would be routed too and could not be
+    told from tokens: sequences of equal length run together then.
+    """
     sequences = [e.ids for e in encoded]
     offset = min(common_prefix(sequences), min(map(len, sequences), default=1) - max(last, 1))
     cache = prefix_cache(lm, sequences[0][:offset]) if sequences else None
     offset = offset if cache is not None else 0
-    groups: dict[int, list[list[int]]] = defaultdict(list)
-    for ids in sequences:
-        groups[len(ids)].append(list(ids[offset:]))
-    batches: list[Tensor] = []
-    for length, rows in sorted(groups.items()):
-        batches += torch.tensor(rows).split(max(1, tokens_per_batch // (length - offset)))
-    return Reading(tuple(batches), offset, cache)
+    padded = not _routes(lm, writers)
+    tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
+    pad = lm.tokenizer.pad_token_id or 0
+    batches: list[tuple[Tensor, tuple[int, ...]]] = []
+    while tails:
+        # From the longest on, so that the widest batch comes first.
+        width = len(tails[-1])
+        room = max(1, tokens_per_batch // width)
+        rows = [t for t in tails[-room:] if padded or len(t) == width]
+        del tails[-len(rows) :]
+        ids = torch.tensor([t + [pad] * (width - len(t)) for t in rows])
+        batches.append((ids, tuple(map(len, rows))))
+    return Reading(tuple(batches), offset, cache, last, padded)
+
+
+def _routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
+    """Whether some writer sees other rows than all tokens, as a routed expert does."""
+    if any(w.experts for w in writers):
+        return True
+    ids = random_tokens(lm, 5, 3)
+    odd: list[int] = []
+
+    def count(_key: Key, rows: Tensor) -> None:
+        if len(rows) != ids.numel():
+            odd.append(len(rows))
+
+    with _plain_experts(lm), torch.no_grad(), _Tap(lm, writers, count):
+        _run(lm, ids, (5, 5, 5), 0, None)
+    return bool(odd)
 
 
 def read_inputs(
@@ -85,32 +123,43 @@ def read_inputs(
     reading: Reading,
     receive: Receive,
     *,
-    last: int = 0,
     progress: Progress[Any] = silent,
     label: str = "inputs",
 ) -> None:
     """Give `receive` the rows that go into the writers when the model reads some sequences.
 
-    All tokens behind the shared prefix count or, with `last`, the last ones alone, one by one (oldest
-    first). An expert gets the rows that are routed to it, which may be none. A vector (a bias) has
-    no rows, and a bias is no part of one.
+    An expert gets the rows that are routed to it, which may be none. A vector (a bias) has no rows,
+    and a bias is no part of one.
     """
     tap = _Tap(lm, writers, receive)
     with _plain_experts(lm), torch.no_grad():
-        for ids in progress(reading.batches, label, len(reading.batches)):
+        for ids, lengths in progress(reading.batches, label, len(reading.batches)):
             ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
-            if last:
-                _steps(lm, tap, ids, reading.offset, state, last)
-            else:
-                with tap:
-                    _run(lm, ids, reading.offset, state)
+            if reading.last and not reading.padded:
+                _steps(lm, tap, ids, reading.offset, state, reading.last)
+                continue
+            width = ids.shape[1]
+            wanted = torch.tensor(
+                [
+                    line * width + column
+                    for line, length in enumerate(lengths)
+                    for column in range(length - (reading.last or length), length)
+                ],
+                device=ids.device,
+            )
+
+            def keep(key: Key, rows: Tensor, wanted: Tensor = wanted) -> None:
+                receive(key, rows[wanted.to(rows.device)] if reading.padded else rows)
+
+            with tap.to(keep):
+                _run(lm, ids, lengths, reading.offset, state)
 
 
 def _steps(lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:
     """Run all but the last tokens, then those one by one with the tap open."""
     start = ids.shape[1] - last
     if start:
-        after = _run(lm, ids[:, :start], offset, state)
+        after = _run(lm, ids[:, :start], None, offset, state)
         if after is None:
             for row in ids:
                 _added(lm, tap, row[None], last)
@@ -119,7 +168,7 @@ def _steps(lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, l
     for step in range(last):
         with tap:
             at = start + step
-            state = _run(lm, ids[:, at : at + 1], offset + at, state)
+            state = _run(lm, ids[:, at : at + 1], None, offset + at, state)
 
 
 def _added(lm: LanguageModel, tap: _Tap, ids: Tensor, last: int) -> None:
@@ -135,7 +184,7 @@ def _added(lm: LanguageModel, tap: _Tap, ids: Tensor, last: int) -> None:
             found[key].append(rows)
 
         with tap.to(keep):
-            _run(lm, ids[:, :length], 0, None)
+            _run(lm, ids[:, :length], None, 0, None)
         for key, parts in found.items():
             rows = torch.cat(parts)
             new = rows[counts.get(key, 0) :]
@@ -144,17 +193,21 @@ def _added(lm: LanguageModel, tap: _Tap, ids: Tensor, last: int) -> None:
                 tap.receive(key, new)
 
 
-def _run(lm: LanguageModel, ids: Tensor, offset: int, state: Any) -> Any:
+def _run(
+    lm: LanguageModel, ids: Tensor, lengths: Sequence[int] | None, offset: int, state: Any
+) -> Any:
     """Run tokens behind a state without logits; return the state after them, if there is one."""
     rows, width = ids.shape
     positions = torch.arange(offset, offset + width, device=ids.device).expand(rows, -1)
     mask = torch.ones(rows, offset + width, dtype=torch.long, device=ids.device)
+    for line, length in enumerate(lengths or ()):
+        mask[line, offset + length :] = 0
     given = {} if state is None else {"past_key_values": state}
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)):
         out = lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given
         )
-    lm.work.tokens += rows * width
+    lm.work.tokens += sum(lengths) if lengths else rows * width
     return getattr(out, "past_key_values", None)
 
 

@@ -1,0 +1,134 @@
+"""Stage 4, how strong: a line search over lambda on validation prompts, confirmed by answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saber.ablation import EditPlan, applied
+from saber.evaluation.divergence import Reference, diverge, keep_reference
+from saber.evaluation.readout import Readout
+from saber.lm.forward import Progress, silent
+from saber.lm.generate import generate
+from saber.lm.model import LanguageModel
+from saber.probing import ProbeSpec, probe
+from saber.prompts import PromptSet
+
+LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+"""What is tried where lambda is left open, from the weakest edit to the strongest."""
+ANSWER_TOKENS = 32
+"""Length of the untouched model's answers along which divergence is measured, tokens."""
+FURTHER = 2
+"""How many stronger edits are confirmed by answers when the first does not do."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What answers to validation targets show, by judged generation."""
+
+    rate: float
+    """Share that shows the behaviour, 0 to 1."""
+    incoherent: float = 0.0
+    """Share that is incoherent."""
+
+    @property
+    def amiss(self) -> float:
+        """Share that is no coherent answer: what an edit is to bring down."""
+        return self.rate + self.incoherent
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One strength, as validation prompts see it."""
+
+    lambda_: float
+    """Weight of preserved inputs."""
+    opening: float
+    """Mean probability that an answer to a target opens with the behaviour."""
+    log_odds: float
+    """Mean log-odds of the same, nats."""
+    kl_first: float
+    """KL from the untouched model at the first answer token of neutral prompts, nats."""
+    kl_sequence: float
+    """The same as a mean along its own answers."""
+    shown: Shown | None = None
+    """What judged answers to targets show, where they were generated."""
+    chosen: bool = False
+    """Whether the pass ended with it."""
+
+
+class Ruler:
+    """Measures plans on validation prompts against the model as it was when the ruler was made."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        target: PromptSet,
+        neutral: PromptSet,
+        readout: Readout,
+        progress: Progress[Any] = silent,
+    ) -> None:
+        self._lm, self._target, self._readout, self._progress = lm, target, readout, progress
+        answers = generate(lm, neutral.texts, ANSWER_TOKENS, progress=progress)
+        self._reference: Reference = keep_reference(
+            lm, neutral.texts, [c.ids for c in answers], progress=progress
+        )
+
+    def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
+        """Measure a plan by forward passes alone."""
+        with applied(self._lm.model, plan):
+            target = probe(self._lm, self._target, ProbeSpec(), first_token=True)
+            found = diverge(self._lm, self._reference)
+        assert target.first_token is not None
+        odds = self._readout.log_odds(target.first_token)
+        return Trial(
+            lambda_,
+            float(odds.sigmoid().mean()),
+            float(odds.mean()),
+            float(found.first_token.mean()),
+            float(found.sequence.mean()),
+        )
+
+
+def search(
+    lm: LanguageModel,
+    make: Callable[[float], EditPlan],
+    ruler: Ruler,
+    behaviour: Callable[[], Shown],
+    *,
+    lambdas: Sequence[float] = LAMBDAS,
+    aim: float = 0.05,
+    progress: Progress[Any] = silent,
+) -> tuple[EditPlan, tuple[Trial, ...]]:
+    """Return the weakest edit that does, and what was tried.
+
+    From the weakest on, the first lambda at which hardly any answer to a target opens with the
+    behaviour (mean probability at most half of `aim`) is confirmed by judged answers. If more than
+    `aim` of these are amiss, up to two stronger edits are tried; of all confirmed, the one with
+    fewest answers amiss is taken, the weaker of equals.
+    """
+    trials: list[Trial] = []
+    confirmed: list[int] = []
+    for lambda_ in progress(lambdas, "line search", len(lambdas)):
+        plan = make(lambda_)
+        trial = ruler(plan, lambda_)
+        last = lambda_ == lambdas[-1]
+        if confirmed or last or trial.opening <= aim / 2:
+            with applied(lm.model, plan):
+                trial = replace(trial, shown=behaviour())
+            confirmed.append(len(trials))
+        trials.append(trial)
+        if confirmed and (trials[-1].shown or Shown(1.0)).amiss <= aim:
+            break
+        if len(confirmed) > FURTHER:
+            break
+
+    def amiss(index: int) -> float:
+        shown = trials[index].shown
+        assert shown is not None
+        return shown.amiss
+
+    best = min(confirmed, key=amiss)
+    trials[best] = replace(trials[best], chosen=True)
+    return make(trials[best].lambda_), tuple(trials)
