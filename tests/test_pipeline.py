@@ -11,7 +11,14 @@ from conftest import make_tokenizer
 
 from saber import pipeline, prompts
 from saber.config import PRESETS, override, preset, read_toml, resolved
-from saber.errors import OutputError, UnknownName, UsageError, WeakBehaviour
+from saber.errors import (
+    DataError,
+    NoGain,
+    OutputError,
+    UnknownName,
+    UsageError,
+    WeakBehaviour,
+)
 from saber.evaluation import judge as judges
 from saber.pipeline import gather, run
 
@@ -328,3 +335,90 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
 def test_the_judge_registry_is_what_runs_use():
     with pytest.raises(UnknownName):
         judges.named_judge("phrase")
+
+
+def test_retained_categories_leave_the_targets_and_are_kept():
+    data = gather(override(PRESETS["default"], {"data": {"retain": "fraud,weapons"}}))
+    chosen, held = data.selecting, data.reporting
+    (kept,), (validation,), (reported,) = chosen.keep, chosen.keep_validation, held.kept
+    assert set(kept.categories) == {"fraud", "weapons"} == set(reported.categories)
+    for left in (chosen.target, chosen.target_validation, held.target):
+        assert not {"fraud", "weapons"} & set(left.categories)
+    parts = [
+        {p.id for p in s}
+        for s in (kept, validation, reported, chosen.target, chosen.target_validation, held.target)
+    ]
+    assert sum(map(len, parts)) == 240 == len(set().union(*parts))
+
+
+def test_a_category_that_is_held_out_as_a_whole_can_be_retained():
+    usual = gather(PRESETS["default"])
+    unseen = sorted(set(usual.reporting.target.categories) - usual.reporting.seen)
+    data = gather(override(PRESETS["default"], {"data": {"retain": unseen[:1]}}))
+    assert set(data.selecting.keep[0].categories) == set(unseen[:1])
+    assert len(data.selecting.keep[0]) >= 8
+    assert unseen[0] not in data.reporting.target.categories
+
+
+def test_retain_names_the_nearest_category_and_leaves_enough():
+    with pytest.raises(UnknownName, match="'fraud'"):
+        gather(override(PRESETS["default"], {"data": {"retain": "fraudd"}}))
+    every = sorted({p.category for p in prompts.target()})
+    with pytest.raises(DataError, match="fewer categories"):
+        gather(override(PRESETS["default"], {"data": {"retain": every}}))
+
+
+def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
+    config = override(PRESETS["default"], {"data": {"keep": [str(file)]}})
+    data = gather(config)
+    sets = (data.selecting.keep[0], data.selecting.keep_validation[0], data.reporting.kept[0])
+    assert sum(map(len, sets)) == 30
+    file.write_text("\n".join(p.text for p in list(prompts.target())[:30]))
+    with pytest.raises(DataError, match="same prompt"):
+        gather(config)
+    file.write_text("Only one.\n")
+    with pytest.raises(DataError, match="need 20"):
+        gather(config)
+
+
+def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
+    config = override(PRESETS["default"], {"data": {"mode": "over-refusal"}})
+    data, usual = gather(config), gather(PRESETS["default"])
+    assert data.selecting.keep == (usual.selecting.target,)
+    assert data.selecting.keep_validation == (usual.selecting.target_validation,)
+    assert {p.id for p in data.selecting.target} == {
+        p.id for p in prompts.borderline().where(split="fit")
+    }
+    assert data.reporting == usual.reporting
+    labels = ["refusal"] * 20 + ["answer"] * 28
+    wrong = pipeline._wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 14)
+    assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 28)
+    with pytest.raises(WeakBehaviour, match="7 of 48"):
+        pipeline._wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 41, ["refusal"] * 24)
+    with pytest.raises(UsageError, match="keeps all targets"):
+        gather(override(config, {"data": {"retain": "fraud"}}))
+
+
+def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(model_folder, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
+    config = small("default", data={"keep": [str(file)], "retain": ["fraud"]})
+    record = run(str(model_folder), tmp_path / "k", config, force=True, export=()).record
+    assert set(record["baseline"]["kept"]) == {"mine/heldout", "retained/heldout"}
+    for name, row in record["edited"]["kept"].items():
+        assert row["refusal"]["n"] == 4
+        assert row["kl"]["sequence"] > 0
+        assert record["baseline"]["kept"][name]["kl"]["sequence"] == 0
+    assert set(record["comparison"]["kept"]) == set(record["baseline"]["kept"])
+
+
+def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypatch):
+    """Every answer counts as a refusal, before and after."""
+    monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
+    with pytest.raises(NoGain, match="left as it was") as caught:
+        run(str(model_folder), tmp_path / "n", small("default"))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "n" / "run.json").exists()
+    assert not (tmp_path / "n" / "model").exists()

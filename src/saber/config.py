@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saber.ablation import EditSpec
 from saber.entanglement import EntanglementSpec
@@ -36,6 +36,13 @@ class DataSpec:
     """Neutral prompts to measure on; by default the held-out split of `neutral`."""
     borderline: str = ""
     """Safe prompts that sound unsafe."""
+    mode: Literal["removal", "over-refusal"] = "removal"
+    """removal: targets lose the behaviour; over-refusal: borderline prompts that show it lose it, and
+    targets keep it."""
+    keep: tuple[str, ...] = ()
+    """Files of prompts whose answers must not change."""
+    retain: tuple[str, ...] = ()
+    """Target categories that keep the behaviour."""
     limit: int = 0
     """Measure on at most this many prompts of each held-out set; 0 takes all."""
 
@@ -74,7 +81,7 @@ _ORTHOGONAL = RunConfig(
         method="covariance", components=3, depth_low=0.2, depth_high=0.8, resolve="energy"
     ),
     edit=EditSpec(kind="orthogonal"),
-    refine=RefineSpec(passes=3, top_k=10, shortlist=20, max_q=0.05),
+    refine=RefineSpec(passes=3, top_k=10, shortlist=20, stop_rate=0.05),
 )
 PRESETS: dict[str, RunConfig] = {
     "default": RunConfig(),
@@ -175,6 +182,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if value not in options:
             raise UnknownName(f"value for {where}", str(value), [str(o) for o in options])
         return value
+    if typing.get_origin(kind) is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+            raise UsageError(f"setting {where} needs a list of names, not {value!r}.")
+        return tuple(item.strip() for item in items if item.strip())
     if isinstance(kind, types.UnionType):
         raise UsageError(f"setting {where} cannot be set from outside.")
     try:

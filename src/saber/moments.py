@@ -170,9 +170,10 @@ class Preserved:
     """Second moments of each writer's inputs over all tokens of texts that must not change.
 
     C = sum over sets of E_set[h h^T]: a set counts as one whatever its size, so that a small keep
-    set is not drowned. An expert's moment is over the tokens routed to it, per token of the set. They are
-    kept when all of them fit into `memory` bytes; otherwise `groups` reads the texts again for each
-    group of writers that fits.
+    set is not drowned. Of the sets in `decisions` the last `positions` tokens alone are read. An
+    expert's moment is over the tokens routed to it, per token of the set. They are kept when all of
+    them fit into `memory` bytes; otherwise `groups` reads the texts again for each group of writers
+    that fits.
     """
 
     def __init__(
@@ -180,12 +181,17 @@ class Preserved:
         lm: LanguageModel,
         writers: Sequence[Writer],
         sets: Sequence[Sequence[Encoded]],
+        decisions: Sequence[Sequence[Encoded]] = (),
         *,
+        positions: int = 1,
         memory: float = 4e9,
         progress: Progress[Any] = silent,
     ) -> None:
         self._lm, self._progress = lm, progress
         self._readings = [plan_reading(lm, writers, encoded) for encoded in sets if encoded]
+        self._readings += [
+            plan_reading(lm, writers, encoded, last=positions) for encoded in decisions if encoded
+        ]
         self._groups = _grouped(lm, writers, memory)
         self._kept: dict[Key, Moment] | None = None
         self.bytes = max((sum(_size(lm, w) for w in group) for group in self._groups), default=0)

@@ -23,8 +23,15 @@ from saber.ablation import EditPlan, applied
 from saber.checkpoint import save_merged
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
-from saber.errors import DataError, NoGain, OutputError, UsageError, WeakBehaviour
-from saber.evaluation.judge import named_judge
+from saber.errors import (
+    DataError,
+    NoGain,
+    OutputError,
+    UnknownName,
+    UsageError,
+    WeakBehaviour,
+)
+from saber.evaluation.judge import Label, named_judge
 from saber.evaluation.measure import (
     EvaluationSets,
     compare,
@@ -39,7 +46,8 @@ from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import embedding_share, embedding_writer, find_writers
-from saber.prompts import PromptSet, check_disjoint, split
+from saber.prompts import PromptSet, Splits, check_disjoint, split
+from saber.prompts.splits import NAMES as SPLIT_NAMES
 from saber.refinement import Candidate, Pass, RefineData, Refinement, refine
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
@@ -113,16 +121,31 @@ def run(
     artifacts.write_json(out / STATE, identity)
     judge = named_judge(config.evaluation.judge)
 
-    def behaviour() -> Shown:
-        texts = data.selecting.target_validation.texts
+    def labels(texts: Sequence[str]) -> list[Label]:
         tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-        labels = Counter(judge.label(c.text) for c in tried)
-        return Shown(labels["refusal"] / len(tried), labels["incoherent"] / len(tried))
+        return [judge.label(c.text) for c in tried]
 
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
-        shown = behaviour()
-    rate = shown.rate
+        selecting, rate = data.selecting, 0.0
+        found = labels(selecting.target_validation.texts)
+        rate = found.count("refusal") / len(found)
+        if config.data.mode == "over-refusal":
+            selecting = _wrongly(selecting, labels(selecting.target.texts), found)
+            found = [label for label in found if label == "refusal"]
+        kept_texts = [p.text for kept in selecting.keep_validation for p in kept]
+        kept_labels = labels(kept_texts)
+
+    def behaviour() -> Shown:
+        now = labels(selecting.target_validation.texts)
+        later = labels(kept_texts)
+        lost = sum(a != b for a, b in zip(kept_labels, later, strict=True))
+        return Shown(
+            now.count("refusal") / len(now),
+            now.count("incoherent") / len(now),
+            lost / max(len(later), 1),
+        )
+
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
         raise WeakBehaviour(
@@ -143,7 +166,7 @@ def run(
     outcome = refine(
         lm,
         writers,
-        data.selecting,
+        selecting,
         probing=config.probe,
         spectral=config.spectral,
         entanglement=config.entanglement,
@@ -151,14 +174,15 @@ def run(
         spec=config.refine,
         seed=config.seed,
         behaviour=behaviour,
-        shown=shown,
+        shown=Shown(found.count("refusal") / len(found)),
         progress=listener.progress,
         finished=finished,
         done=done,
     )
     clock.add(outcome.seconds)
-    if outcome.passes and 0 < rate <= outcome.passes[-1].rate_after:
-        raise NoGain(rate, outcome.passes[-1].rate_after, len(data.selecting.target_validation))
+    if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
+        first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
+        raise NoGain(first, last, len(selecting.target_validation))
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
     )
@@ -169,7 +193,7 @@ def run(
             data.reporting,
             config.evaluation,
             judge,
-            reference=before.reference,
+            untouched=before,
             progress=listener.progress,
         )
     record = {
@@ -202,6 +226,32 @@ def run(
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)
     return RunResult(out, record)
+
+
+def _wrongly(
+    selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]
+) -> RefineData:
+    """Keep as targets what is refused, and put what is answered among what must not change."""
+
+    def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
+        pairs = zip(chosen, labels, strict=True)
+        return replace(
+            chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
+        )
+
+    wrong = those(selecting.target, fit, True), those(selecting.target_validation, validation, True)
+    if len(wrong[0]) < 8 or len(wrong[1]) < 4:
+        raise WeakBehaviour(
+            f"only {len(wrong[0])} of {len(fit)} borderline prompts to fit on and {len(wrong[1])} of "
+            f"{len(validation)} to choose on are refused (needed: 8 and 4); nothing was edited.",
+            "Give more prompts with --borderline.",
+        )
+    return replace(
+        selecting,
+        target=wrong[0],
+        target_validation=wrong[1],
+        keep=(*selecting.keep, those(selecting.target, fit, False)),
+    )
 
 
 class Stopwatch:
@@ -244,12 +294,31 @@ def gather(config: RunConfig) -> RunData:
         held_target = _separate(prompts.load(spec.eval_target), target)
     if spec.eval_neutral:
         held_neutral = _separate(prompts.load(spec.eval_neutral), neutral)
-    borderline: PromptSet | None = None
-    if spec.borderline:
-        borderline = prompts.load(spec.borderline)
-    elif not spec.target:
-        borderline = prompts.borderline().where(split="heldout")
     seen = frozenset(p.category for p in targets.fit)
+    kept = [_keep_set(name, target, config.seed) for name in spec.keep]
+    borderline: Splits | None = None
+    if spec.borderline or not spec.target:
+        loaded = prompts.load(spec.borderline) if spec.borderline else prompts.borderline()
+        if spec.borderline and spec.mode == "removal":
+            borderline = Splits(_none_of(loaded), _none_of(loaded), loaded)
+        else:
+            borderline = split(loaded, seed=config.seed)
+    if spec.mode == "over-refusal":
+        if borderline is None:
+            raise UsageError(
+                "--mode over-refusal needs prompts that are refused wrongly.", "Give --borderline."
+            )
+        if spec.retain:
+            raise UsageError(
+                "--mode over-refusal keeps all targets; --retain has no meaning there."
+            )
+        check_disjoint(borderline.fit, target)
+        wrong, kept = borderline, [targets, *kept]
+    else:
+        wrong, retained = _without(targets, spec.retain, config.seed)
+        if retained is not None:
+            kept.append(retained)
+            held_target, _ = _parted(held_target, spec.retain)
 
     def some(chosen: PromptSet) -> PromptSet:
         if not spec.limit or len(chosen) <= spec.limit:
@@ -259,22 +328,80 @@ def gather(config: RunConfig) -> RunData:
             chosen, prompts=tuple(chosen.prompts[int(i * step)] for i in range(spec.limit))
         )
 
+    # What is kept in over-refusal mode is the reported target set itself.
+    reported = kept[1:] if spec.mode == "over-refusal" else kept
     return RunData(
         RefineData(
-            target=targets.fit,
+            target=wrong.fit,
             neutral=neutrals.fit,
-            target_validation=targets.validation,
+            target_validation=wrong.validation,
             neutral_validation=neutrals.validation,
             capability=prompts.capability(),
+            keep=tuple(k.fit for k in kept),
+            keep_validation=tuple(k.validation for k in kept),
         ),
         EvaluationSets(
             target=some(held_target),
             neutral=some(held_neutral),
-            borderline=some(borderline) if borderline else None,
+            borderline=some(borderline.heldout) if borderline else None,
             battery=some(prompts.battery()),
             seen=seen,
+            kept=tuple(some(k.heldout) for k in reported),
         ),
     )
+
+
+def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
+    loaded = prompts.load(name)
+    check_disjoint(loaded, target)
+    return split(loaded, seed=seed)
+
+
+def _none_of(prompts_: PromptSet) -> PromptSet:
+    return replace(prompts_, prompts=())
+
+
+def _parted(chosen: PromptSet, categories: Sequence[str]) -> tuple[PromptSet, PromptSet]:
+    """Return the prompts outside some categories, and those in them."""
+    inside = tuple(p for p in chosen if p.category in categories)
+    outside = tuple(p for p in chosen if p.category not in categories)
+    name = chosen.name.replace("target", "retained", 1)
+    return replace(chosen, prompts=outside), PromptSet(name, inside)
+
+
+def _without(targets: Splits, categories: Sequence[str], seed: int) -> tuple[Splits, Splits | None]:
+    """Take categories out of the targets; raises for unknown ones and when too little is left."""
+    if not categories:
+        return targets, None
+    parts = (targets.fit, targets.validation, targets.heldout)
+    known = {p.category for part in parts for p in part}
+    for name in categories:
+        if name not in known:
+            raise UnknownName("category to retain", name, sorted(known))
+    pairs = [_parted(part, categories) for part in parts]
+    left, kept = Splits(*(p[0] for p in pairs)), [Splits(*(p[1] for p in pairs))]
+    fitted = {p.category for p in targets.fit}
+    for name in categories:
+        if name not in fitted:
+            # A category that was held out as a whole has to be divided now.
+            mine = PromptSet(
+                f"retained {name}", tuple(p for p in kept[0].heldout if p.category == name)
+            )
+            free = replace(mine, prompts=tuple(replace(p, split="") for p in mine))
+            kept[0] = replace(kept[0], heldout=_parted(kept[0].heldout, [name])[0])
+            kept.append(split(free, seed=seed))
+    retained = Splits(*(_joined([getattr(k, part) for k in kept]) for part in SPLIT_NAMES))
+    if len(left.fit) < 8 or len(left.validation) < 4 or not len(left.heldout):
+        raise DataError(
+            f"--retain leaves {len(left.fit)} targets to fit and {len(left.validation)} to choose on; "
+            "8 and 4 are needed.",
+            "Retain fewer categories.",
+        )
+    return left, retained
+
+
+def _joined(sets: Sequence[PromptSet]) -> PromptSet:
+    return replace(sets[0], prompts=tuple(p for one in sets for p in one))
 
 
 def _separate(reporting: PromptSet, selecting: PromptSet) -> PromptSet:
@@ -387,7 +514,7 @@ def _load_pass(folder: Path) -> Pass:
         for row in meta["trials"]
     ]
     return Pass(
-        **{k: meta[k] for k in (*numbers, "incoherent_after")},
+        **{k: meta[k] for k in (*numbers, "incoherent_after", "lost_after")},
         candidates=tuple(candidates),
         hydra=hydra,
         plan=EditPlan.load(folder / PLAN),
@@ -479,6 +606,7 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "rate_before": this.rate_before,
         "rate_after": this.rate_after,
         "incoherent_after": this.incoherent_after,
+        "lost_after": this.lost_after,
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],

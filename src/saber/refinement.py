@@ -49,7 +49,7 @@ class RefineSpec:
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""
-    stop_rate: float = 0.05
+    stop_rate: float = 0.1
     """Share of validation targets that may still show the behaviour at the end, 0 to 1."""
     max_q: float = 0.05
     """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
@@ -70,7 +70,9 @@ class RefineData:
     capability: PromptSet
     """Labelled capability prompts with reference answers."""
     keep: tuple[PromptSet, ...] = ()
-    """Further prompts, fit parts, the answers to which must stay as they are."""
+    """Further fit prompts, the answers to which must stay as they are."""
+    keep_validation: tuple[PromptSet, ...] = ()
+    """Validation prompts of the same kinds."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Pass:
     """The edit from the original weights, this pass and all before it."""
     incoherent_after: float = 0.0
     """Share of incoherent answers to validation targets at its end."""
+    lost_after: float = 0.0
+    """Share of answers to keep sets' validation prompts with another label than before."""
     trials: tuple[Trial, ...] = ()
     """Strengths that were tried (selective edit)."""
 
@@ -221,7 +225,9 @@ def refine(
         editor = _Orthogonal(lm, writers, edit, [r for p in passes for r in p.removals])
     current = passes[-1].log_odds_after if passes else start
     rate = passes[-1].rate_after if passes else start_rate
-    amiss = passes[-1].rate_after + passes[-1].incoherent_after if passes else math.inf
+    amiss = math.inf
+    if passes:
+        amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
     reason = "all passes made"
     while len(passes) < spec.passes:
         if spec.stop == "behaviour" and rate <= spec.stop_rate:
@@ -284,6 +290,7 @@ def refine(
             hydra=hydra,
             plan=plan,
             incoherent_after=reached.incoherent,
+            lost_after=reached.lost,
             trials=trials,
         )
         if passes and edit.kind == "selective" and reached.amiss >= amiss:
@@ -333,7 +340,14 @@ class _Selective:
     ) -> None:
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
-        self.ruler = Ruler(lm, data.target_validation, data.neutral_validation, readout, progress)
+        self.ruler = Ruler(
+            lm,
+            data.target_validation,
+            data.neutral_validation,
+            data.keep_validation,
+            readout,
+            progress,
+        )
         kept = (data.neutral, *data.keep)
         answers = [
             [c.ids for c in generate(lm, p.texts, ANSWER_TOKENS, progress=progress)] for p in kept
@@ -346,6 +360,8 @@ class _Selective:
                 *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
                 encode(lm, data.capability.texts, references),
             ],
+            [encode(lm, p.texts) for p in data.keep],
+            positions=probing.positions,
             memory=edit.memory * 2**30,
             progress=progress,
         )

@@ -19,6 +19,8 @@ LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
 """What is tried where lambda is left open, from the weakest edit to the strongest."""
 ANSWER_TOKENS = 32
 """Length of the untouched model's answers along which divergence is measured, tokens."""
+MARGIN = 0.01
+"""How much more likely than a neutral prompt's answer a target's may be to open with the behaviour."""
 FURTHER = 2
 """How many stronger edits are confirmed by answers when the first does not do."""
 
@@ -31,11 +33,13 @@ class Shown:
     """Share that shows the behaviour, 0 to 1."""
     incoherent: float = 0.0
     """Share that is incoherent."""
+    lost: float = 0.0
+    """Share of answers to prompts of keep sets that have another label than before."""
 
     @property
     def amiss(self) -> float:
-        """Share that is no coherent answer: what an edit is to bring down."""
-        return self.rate + self.incoherent
+        """What an edit is to bring down: answers that are not coherent ones, and changed kept ones."""
+        return self.rate + self.incoherent + self.lost
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Trial:
     log_odds: float
     """Mean log-odds of the same, nats."""
     kl_first: float
-    """KL from the untouched model at the first answer token of neutral prompts, nats."""
+    """KL from the untouched model at the first answer token of neutral and kept prompts, nats."""
     kl_sequence: float
     """The same as a mean along its own answers."""
     shown: Shown | None = None
@@ -66,14 +70,20 @@ class Ruler:
         lm: LanguageModel,
         target: PromptSet,
         neutral: PromptSet,
+        unchanged: Sequence[PromptSet],
         readout: Readout,
         progress: Progress[Any] = silent,
     ) -> None:
         self._lm, self._target, self._readout, self._progress = lm, target, readout, progress
-        answers = generate(lm, neutral.texts, ANSWER_TOKENS, progress=progress)
+        texts = [t for p in (neutral, *unchanged) for t in p.texts]
+        answers = generate(lm, texts, ANSWER_TOKENS, progress=progress)
         self._reference: Reference = keep_reference(
-            lm, neutral.texts, [c.ids for c in answers], progress=progress
+            lm, texts, [c.ids for c in answers], progress=progress
         )
+        plain = probe(lm, neutral, ProbeSpec(), first_token=True)
+        assert plain.first_token is not None
+        self.usual = float(readout.log_odds(plain.first_token).sigmoid().mean())
+        """Mean probability that an answer to a neutral prompt opens with the behaviour."""
 
     def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
         """Measure a plan by forward passes alone."""
@@ -98,14 +108,14 @@ def search(
     behaviour: Callable[[], Shown],
     *,
     lambdas: Sequence[float] = LAMBDAS,
-    aim: float = 0.05,
+    aim: float = 0.1,
     progress: Progress[Any] = silent,
 ) -> tuple[EditPlan, tuple[Trial, ...]]:
     """Return the weakest edit that does, and what was tried.
 
-    From the weakest on, the first lambda at which hardly any answer to a target opens with the
-    behaviour (mean probability at most half of `aim`) is confirmed by judged answers. If more than
-    `aim` of these are amiss, up to two stronger edits are tried; of all confirmed, the one with
+    From the weakest on, the first lambda at which answers to targets open with the behaviour as
+    rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers. If more
+    than `aim` of these are amiss, up to two stronger edits are tried; of all confirmed, the one with
     fewest answers amiss is taken, the weaker of equals.
     """
     trials: list[Trial] = []
@@ -114,7 +124,7 @@ def search(
         plan = make(lambda_)
         trial = ruler(plan, lambda_)
         last = lambda_ == lambdas[-1]
-        if confirmed or last or trial.opening <= aim / 2:
+        if confirmed or last or trial.opening <= ruler.usual + MARGIN:
             with applied(lm.model, plan):
                 trial = replace(trial, shown=behaviour())
             confirmed.append(len(trials))

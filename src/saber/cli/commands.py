@@ -85,11 +85,11 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     judge = named_judge(config.evaluation.judge)
     with listening(progress) as listener:
 
-        def measured(name: str, reference: Any = None) -> Any:
+        def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
             return measure(
-                lm, data, config.evaluation, judge, reference=reference, progress=listener.progress
+                lm, data, config.evaluation, judge, untouched=untouched, progress=listener.progress
             )
 
         if not arguments.base:
@@ -98,7 +98,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
             before, after = only, None
         else:
             base = measured(arguments.base)
-            edited = measured(arguments.model, base.reference)
+            edited = measured(arguments.model, base)
             before, after = summarise(base), summarise(edited)
             record = {
                 "base": arguments.base,

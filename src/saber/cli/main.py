@@ -168,6 +168,14 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-target", help="targets to measure on (default: the held-out split)")
     add("--eval-neutral", help="neutral prompts to measure on")
     add("--borderline", help="safe prompts that sound unsafe")
+    add("--mode", help="removal, or over-refusal: take out false refusals alone, keep true ones")
+    add(
+        "--keep",
+        action="append",
+        metavar="FILE",
+        help="prompts whose answers must not change; may be given more than once",
+    )
+    add("--retain", metavar="CATEGORY,...", help="target categories that keep the behaviour")
     add("--limit", type=int, help="measure on at most this many prompts of each set")
     add("--edit", help="selective or orthogonal (default: selective)")
     add(
@@ -190,6 +198,9 @@ _FLAGS = {
     "eval_target": "data.eval_target",
     "eval_neutral": "data.eval_neutral",
     "borderline": "data.borderline",
+    "mode": "data.mode",
+    "keep": "data.keep",
+    "retain": "data.retain",
     "limit": "data.limit",
     "edit": "edit.kind",
     "top_k": "refine.top_k",

@@ -23,6 +23,8 @@ def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
         "worst overlap",
         "causal",
         "strength",
+        "lambda",
+        "removed",
     ):
         table.add_column(name, justify="right")
     for index, d in rows[:most]:
@@ -36,6 +38,8 @@ def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
             f"{d['worst_entanglement']:.3f} {d['worst_category']}",
             "" if d["causal"] is None else f"{d['causal']:+.2f}",
             f"{d['strength']:.2f}",
+            "" if d["lambda"] is None else f"{d['lambda']:.0f}",
+            "" if d["removed"] is None else f"{d['removed']:.0%}",
         )
     return table
 
@@ -70,6 +74,18 @@ def result_rows(
         both("incoherent (target)", lambda m: proportion(m["incoherent"])),
         both("over-refusal, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
         both("over-refusal, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
+        *(
+            row
+            for name in before.get("kept") or {}
+            for title in [name.removesuffix("/heldout")]
+            for row in (
+                both(
+                    f"refusal, kept ({title})",
+                    lambda m, n=name: proportion(m["kept"][n]["refusal"]),
+                ),
+                both(f"  KL, sequence ({title})", number(("kept", name, "kl", "sequence"), 4)),
+            )
+        ),
         both("perplexity, answers", number(("perplexity", "overall"), 2)),
         *(
             both(f"  {c.replace('_', ' ')}", number(("perplexity", "by_category", c), 2))

@@ -53,6 +53,8 @@ class EvaluationSets:
     """Checkable capability prompts with reference answers."""
     seen: frozenset[str]
     """Target categories that were in the fit split too."""
+    kept: tuple[PromptSet, ...] = ()
+    """Sets whose answers should not change."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,18 @@ class Judged:
     def flags(self, label: Label) -> list[bool]:
         """Return for each prompt whether it got this label."""
         return [found == label for found in self.labels]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What became of a set whose answers should not change."""
+
+    judged: Judged
+    """Its answers now."""
+    reference: Reference
+    """The untouched model's answers."""
+    divergence: Divergence | None
+    """From the untouched model; None for the untouched model itself."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class Measurement:
     """The untouched model's answers to neutral prompts."""
     seen: frozenset[str]
     """Target categories that were in the fit split."""
+    kept: tuple[Kept, ...] = ()
+    """Sets whose answers should not change."""
 
 
 def measure(
@@ -101,10 +117,10 @@ def measure(
     spec: EvaluationSpec,
     judge: Judge,
     *,
-    reference: Reference | None = None,
+    untouched: Measurement | None = None,
     progress: Progress[Any] = silent,
 ) -> Measurement:
-    """Measure the model as it is now; without a `reference` it is the untouched one and makes it."""
+    """Measure the model as it is now, against the `untouched` one; without, it is the untouched one."""
 
     def judged(prompts: PromptSet, completions: Sequence[Completion]) -> Judged:
         texts = tuple(c.text for c in completions)
@@ -120,27 +136,32 @@ def measure(
             label=f"answers to {prompts.name}",
         )
 
-    neutral = answer(sets.neutral, whole=reference is None)
-    divergence = None
-    if reference is None:
-        reference = keep_reference(
-            lm, sets.neutral.texts, [c.ids for c in neutral], progress=progress
-        )
-    else:
-        divergence = diverge(lm, reference, progress=progress)
+    def against(prompts: PromptSet, before: Reference | None) -> Kept:
+        answers = answer(prompts, whole=before is None)
+        divergence = None
+        if before is None:
+            ids = [c.ids for c in answers]
+            before = keep_reference(lm, prompts.texts, ids, progress=progress)
+        else:
+            divergence = diverge(lm, before, progress=progress)
+        return Kept(judged(prompts, answers), before, divergence)
+
+    neutral = against(sets.neutral, untouched.reference if untouched else None)
+    earlier = [k.reference for k in untouched.kept] if untouched else [None] * len(sets.kept)
     solved = generate(
         lm, sets.battery.texts, spec.battery_new_tokens, progress=progress, label="battery answers"
     )
     return Measurement(
         target=judged(sets.target, answer(sets.target)),
-        neutral=judged(sets.neutral, neutral),
+        neutral=neutral.judged,
         borderline=judged(sets.borderline, answer(sets.borderline)) if sets.borderline else None,
         battery=sets.battery,
         scores=score_battery(lm, sets.battery, progress=progress),
         correct=check_all(sets.battery, [c.text for c in solved]),
-        divergence=divergence,
-        reference=reference,
+        divergence=neutral.divergence,
+        reference=neutral.reference,
         seen=sets.seen,
+        kept=tuple(against(p, r) for p, r in zip(sets.kept, earlier, strict=True)),
     )
 
 
@@ -189,6 +210,18 @@ def summarise(m: Measurement) -> dict[str, Any]:
             "by_category": {c: float(correct[k].mean()) for c, k in masks.items()},
         },
         "kl": _kl(m.divergence),
+        "kept": {
+            k.judged.prompts.name: {
+                "refusal": _rate(k.judged.flags("refusal")),
+                "incoherent": _rate(k.judged.flags("incoherent")),
+                "refusal_by_category": {
+                    c: _rate(_where(k.judged, {c}.__contains__))
+                    for c in sorted(set(k.judged.prompts.categories))
+                },
+                "kl": _kl(k.divergence),
+            }
+            for k in m.kept
+        },
     }
 
 
@@ -247,7 +280,12 @@ def compare(
     over = None
     if before.borderline and after.borderline:
         over = paired(before.borderline.flags("refusal"), after.borderline.flags("refusal"))
+    kept = {
+        b.judged.prompts.name: paired(b.judged.flags("refusal"), a.judged.flags("refusal"))
+        for b, a in zip(before.kept, after.kept, strict=True)
+    }
     return {
+        "kept": kept,
         "refusal": paired(before.target.flags("refusal"), after.target.flags("refusal")),
         "over_refusal": over,
         "accuracy": paired(before.correct, after.correct),

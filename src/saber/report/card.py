@@ -17,6 +17,13 @@ from saber.report.tables import Table
 DEMO_LICENSE = "apache-2.0"
 """The licence of the demo model's base and of its adapter."""
 
+NARROW = """\
+**Intended use.** This model was edited to answer safe prompts that its base model refuses by \
+mistake, and to go on refusing what the base refuses rightly; the table below says how far that \
+holds on held-out prompts. Refusals that were kept can be fragile: do not rely on them as the only \
+safeguard. What is done with its answers is the responsibility of whoever runs it. The base \
+model's licence and terms of use still hold."""
+
 WARNING = """\
 **Intended use.** This model complies with requests that its base model refuses: the part of its \
 safety training that made it refuse has been removed on purpose. It is published for research on \
@@ -53,7 +60,7 @@ def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
     sections = [
         f"# {_title(run, repo_name)}",
         _introduction(run),
-        f"> [!WARNING]\n> {WARNING}" if edited else "",
+        f"> [!WARNING]\n> {warning(run)}" if edited else "",
         _plot(run, "pipeline"),
         _results(run),
         _passes(run),
@@ -68,6 +75,16 @@ def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
     return f"---\n{metadata(run).to_yaml()}\n---\n\n{body}\n"
 
 
+def warning(run: Run) -> str:
+    """What whoever runs the edited model has to know."""
+    return NARROW if _narrow(run) else WARNING
+
+
+def _narrow(run: Run) -> bool:
+    """Whether false refusals alone were to go."""
+    return dig(run, "config", "data", "mode") == "over-refusal"
+
+
 def metadata(run: Run) -> ModelCardData:
     """The block that the hub reads; what is not known is left out."""
     base = base_model(run)
@@ -79,7 +96,11 @@ def metadata(run: Run) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         license=dig(run, "model", "license") or (DEMO_LICENSE if demo else None),
-        tags=["saber", *(["abliterated"] if edited else []), "interpretability"],
+        tags=[
+            "saber",
+            *(["abliterated"] if edited and not _narrow(run) else []),
+            "interpretability",
+        ],
         **more,
     )
 
@@ -118,7 +139,8 @@ def _introduction(run: Run) -> str:
     else:
         lead = (
             f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
-            f"stream that carry refusal taken out of the weights of "
+            f"stream that carry {'false refusals' if _narrow(run) else 'refusal'} taken out of the "
+            f"weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
             f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
             f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference "
@@ -148,6 +170,13 @@ def _results(run: Run) -> str:
     kinds = tables.by_category(run)
     if kinds.rows:
         parts += ["### Refusal by category", markdown(kinds)]
+    kept = tables.kept_by_category(run)
+    if kept.rows:
+        parts += [
+            "### Retained refusals",
+            "Held-out prompts whose answers the edit was told to leave as they are.",
+            markdown(kept),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -161,9 +190,22 @@ def _passes(run: Run) -> str:
         "directions that separate over twice as well as in the untouched model; *compensation* "
         "is the share of the removed contribution that unedited writers make up for.",
         markdown(tables.hydra(run)),
+        *_search(run),
         f"Stopped at: {cell(str(run['stop_reason']))}." if run.get("stop_reason") else "",
         *(_plot(run, name) for name in ("hydra", "purity_separability", "entanglement_heatmap")),
     ) if part)  # fmt: skip
+
+
+def _search(run: Run) -> tuple[str, ...]:
+    found = tables.search(run)
+    if not found.rows:
+        return ()
+    lead = (
+        "Strengths tried on validation prompts, from the weakest on: λ is the weight of what must not "
+        "change. The first at which answers open with a refusal as rarely as those to neutral prompts "
+        "do is confirmed by judged answers."
+    )
+    return lead, markdown(found)
 
 
 def _measured(run: Run) -> str:

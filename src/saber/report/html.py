@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from saber.report import reading, tables
-from saber.report.card import WARNING, base_model
+from saber.report.card import base_model, warning
 from saber.report.plots import CAPTIONS
 from saber.report.reading import MISSING, Run, change, count, dig, number, percent, plain
 from saber.report.tables import Table
@@ -34,7 +34,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         demo=dig(run, "model", "source") == "demo",
         command=run.get("command") or "",
         version=run.get("saber_version") or MISSING,
-        warning=WARNING.replace("**", "") if run.get("edited") is not None else "",
+        warning=warning(run).replace("**", "") if run.get("edited") is not None else "",
         tiles=_tiles(run),
         plots={name: image for name in CAPTIONS if (image := _embedded(plots_folder, name))},
         captions=CAPTIONS,
@@ -42,6 +42,8 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         comparisons=tables.comparisons(run),
         by_category=tables.by_category(run),
         hydra=tables.hydra(run),
+        search=tables.search(run),
+        kept=tables.kept_by_category(run),
         stop_reason=run.get("stop_reason") or "",
         directions=tables.directions(run),
         prompts=tables.prompts(run),

@@ -60,6 +60,12 @@ def results(run: Run) -> Table:
     add("incoherent answers, target prompts", proportion, points, "incoherent")
     add("over-refusal, borderline prompts", proportion, points, "over_refusal", "borderline")
     add("over-refusal, neutral prompts", proportion, points, "over_refusal", "neutral")
+    for name in categories(run, "kept"):
+        title = plain(name.removesuffix("/heldout"))
+        add(f"refusal, kept prompts ({title})", proportion, points, "kept", name, "refusal")
+        kl = dig(run, "edited", "kept", name, "kl", "sequence")
+        if known(kl) is not None:
+            rows.append((f"· KL(base ‖ edited) per token, {title}, nats", "0", number(kl), ""))
     add("perplexity, battery reference answers", number, relative, "perplexity", "overall")
     for name in categories(run, "perplexity", "by_category"):
         add(f"· {plain(name)}", number, relative, "perplexity", "by_category", name)
@@ -126,6 +132,35 @@ def by_category(run: Run) -> Table:
     return Table(("category", "base", "edited"), tuple(rows))
 
 
+def kept_by_category(run: Run) -> Table:
+    """Refusals of held-out prompts whose answers were to stay, category by category."""
+    rows = []
+    for name in categories(run, "kept"):
+        for category in categories(run, "kept", name, "refusal_by_category"):
+            before, after = both(run, "kept", name, "refusal_by_category", category)
+            title = plain(name.removesuffix("/heldout"))
+            rows.append((title, plain(category) or MISSING, proportion(before), proportion(after)))
+    return Table(("kept set", "category", "base", "edited"), tuple(rows))
+
+
+def search(run: Run) -> Table:
+    """The strengths that were tried on validation prompts, with the one that was taken."""
+    rows = []
+    for one in reading.passes(run):
+        for t in one.get("search") or []:
+            shown = t.get("shown") or {}
+            rows.append((
+                str(one.get("index", MISSING)), number(t.get("lambda")), percent(t.get("opening"), 1),
+                number(t.get("kl_first")), number(t.get("kl_sequence")),
+                percent(shown.get("rate")), percent(shown.get("incoherent")),
+                percent(shown.get("lost")), "taken" if t.get("chosen") else "",
+            ))  # fmt: skip
+    return Table(
+        ("pass", "λ", "opens with a refusal", "KL, first token", "KL, per token", "refusals",
+         "incoherent", "kept answers changed", ""), tuple(rows),
+    )  # fmt: skip
+
+
 def hydra(run: Run) -> Table:
     """What each pass found, did, and left behind."""
     rows = []
@@ -162,12 +197,14 @@ def directions(run: Run) -> Table:
          f"{fixed(d.get('auroc_high'), 3)}]",
          number(d.get("q_value")), fixed(d.get("causal")), fixed(d.get("purity"), 3),
          f"{number(d.get('worst_entanglement'))} ({plain(str(d.get('worst_category') or MISSING))})",
-         percent(d.get("null_percentile")), fixed(d.get("strength")), str(d.get("status", "")))
+         percent(d.get("null_percentile")), fixed(d.get("strength")), number(d.get("lambda")),
+         percent(d.get("removed")), number(d.get("collateral")), str(d.get("status", "")))
         for index, d in reading.ablated(run)
     ]  # fmt: skip
     return Table(
         ("pass", "layer", "component", f"d{PRIME}", "AUROC", "q", "causal, nats", "purity",
-         "worst entanglement", "of random null", "strength", "status"), tuple(rows),
+         "worst entanglement", "of random null", "strength", "λ", "removed on targets",
+         "collateral", "status"), tuple(rows),
     )  # fmt: skip
 
 
