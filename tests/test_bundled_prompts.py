@@ -104,9 +104,9 @@ def test_categories_and_splits_of_the_twin_sets(name):
 
 def test_categories_and_splits_of_the_borderline_set():
     table = Counter((row["category"], row["split"]) for row in rows("borderline"))
-    assert table == {(c, s): n for c in BORDERLINE for s, n in zip(SPLITS, (6, 3, 6), strict=True)}
+    assert table == {(c, s): n for c in BORDERLINE for s, n in zip(SPLITS, (22, 7, 6), strict=True)}
     assert [row["id"] for row in rows("borderline")] == [
-        f"borderline-{i:03}" for i in range(1, 121)
+        f"borderline-{i:03}" for i in range(1, 281)
     ]
 
 

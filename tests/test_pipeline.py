@@ -368,6 +368,12 @@ def test_retain_names_the_nearest_category_and_leaves_enough():
         gather(override(PRESETS["default"], {"data": {"retain": every}}))
 
 
+def test_an_edit_that_cannot_tell_inputs_apart_keeps_nothing():
+    for changes in ({"keep": "x.txt"}, {"retain": "fraud"}, {"mode": "over-refusal"}):
+        with pytest.raises(UsageError, match="tell inputs apart"):
+            override(PRESETS["card"], {"data": changes})
+
+
 def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
@@ -392,11 +398,11 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
         p.id for p in prompts.borderline().where(split="fit")
     }
     assert data.reporting == usual.reporting
-    labels = ["refusal"] * 20 + ["answer"] * 28
-    wrong = pipeline._wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 14)
-    assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 28)
-    with pytest.raises(WeakBehaviour, match="7 of 48"):
-        pipeline._wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 41, ["refusal"] * 24)
+    labels = ["refusal"] * 20 + ["answer"] * 156
+    wrong = pipeline._wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 46)
+    assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 156)
+    with pytest.raises(WeakBehaviour, match="7 of 176"):
+        pipeline._wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 169, ["refusal"] * 56)
     with pytest.raises(UsageError, match="keeps all targets"):
         gather(override(config, {"data": {"retain": "fraud"}}))
 

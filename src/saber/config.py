@@ -215,6 +215,12 @@ def validate(config: RunConfig) -> None:
             raise UsageError(
                 f"setting {path} is {value}; it must lie between {low:g} and {high:g}."
             )
+    gated = config.data.keep or config.data.retain or config.data.mode != "removal"
+    if gated and config.edit.kind != "selective":
+        raise UsageError(
+            "--keep, --retain and --mode over-refusal need an edit that can tell inputs apart.",
+            "Use --edit selective.",
+        )
     if config.spectral.depth_low > config.spectral.depth_high:
         raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
 
@@ -223,6 +229,9 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain nested data, for artifacts."""
 
     def plain(node: Any) -> Any:
+        if isinstance(node, tuple):
+            # As it comes back from a file, so that what was saved compares equal.
+            return list(node)
         if not isinstance(node, dict):
             return node
         return {name.rstrip("_"): plain(value) for name, value in node.items()}

@@ -59,8 +59,28 @@ def cacheable(lm: LanguageModel) -> bool:
     than the decoder has, as then transformers builds a cache that does not fit.
     """
     counted = getattr(lm.text_config, "num_hidden_layers", len(lm.layers))
+    return counted == len(lm.layers) and cache_name(lm) is not None
+
+
+def cache_name(lm: LanguageModel) -> str | None:
+    """Return the name under which the model takes and gives its cache, where it has one.
+
+    transformers 5.24 renamed `past_key_values` to `cache`.
+    """
     taken = inspect.signature(lm.model.forward).parameters
-    return counted == len(lm.layers) and "past_key_values" in taken
+    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+
+
+def carry(lm: LanguageModel, cache: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a cache to the model; nothing without one."""
+    name = cache_name(lm)
+    return {} if cache is None or name is None else {name: cache}
+
+
+def carried(lm: LanguageModel, out: Any) -> Any:
+    """Return the cache that came out of the model; None without one."""
+    name = cache_name(lm)
+    return None if name is None else getattr(out, name, None)
 
 
 def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | None:
@@ -78,7 +98,7 @@ def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | Non
         return None
     ids = torch.tensor([list(prefix)], device=lm.device)
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)), torch.no_grad():
-        lm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        lm.model(input_ids=ids, use_cache=True, **carry(lm, cache))
     lm.work.tokens += len(prefix)
     # A model with states of a kind of its own does not look at this cache.
     return cache if cache.get_seq_length() == len(prefix) else None
@@ -190,8 +210,8 @@ def forward(
                     position_ids=torch.arange(offset, offset + width, device=lm.device).repeat(
                         len(rows), 1
                     ),
-                    past_key_values=expanded(cache, len(rows)),
                     use_cache=cache is not None,
+                    **carry(lm, expanded(cache, len(rows))),
                 )
                 .logits[0]
                 .float()

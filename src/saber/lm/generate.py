@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from saber.lm.chat import common_prefix, encode
-from saber.lm.forward import Progress, cacheable, expanded, gathered_head, prefix_cache, silent
+from saber.lm.forward import (
+    Progress,
+    cacheable,
+    carried,
+    carry,
+    expanded,
+    gathered_head,
+    prefix_cache,
+    silent,
+)
 from saber.lm.model import LanguageModel
 
 ROWS_PER_BATCH = 128
@@ -72,9 +81,7 @@ def _generate_batch(
     real = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=device)
     mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
-    state: dict[str, Any] = {}
-    if prefix is not None:
-        state["past_key_values"] = expanded(prefix, count)
+    state = expanded(prefix, count)
     active, piecewise = list(rows), cacheable(lm)
     lm.work.tokens += int(real.sum())
     for step in range(max_new_tokens):
@@ -85,10 +92,9 @@ def _generate_batch(
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=piecewise,
-                **state,
+                **carry(lm, state),
             )
-        kept = getattr(out, "past_key_values", None) if piecewise else None
-        state = {} if kept is None else {"past_key_values": kept}
+        state = carried(lm, out) if piecewise else None
         tokens = out.logits[0].argmax(-1)
         keep = []
         for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
@@ -102,15 +108,15 @@ def _generate_batch(
         if not keep or step == max_new_tokens - 1:
             return
         later = positions[:, -1:] + 1
-        if kept is None:
+        if state is None:
             # States of another kind are not carried over: the whole text runs again.
             ids, positions = torch.cat([ids, tokens[:, None]], 1), torch.cat([positions, later], 1)
         else:
             ids, positions = tokens[:, None], later
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if len(keep) < SHRINK_BELOW * len(active) and _selectable(kept):
+        if len(keep) < SHRINK_BELOW * len(active) and _selectable(state):
             chosen = torch.tensor(keep, device=device)
-            state["past_key_values"].batch_select_indices(chosen)
+            state.batch_select_indices(chosen)
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
             active = [active[line] for line in keep]
         lm.work.tokens += len(keep)

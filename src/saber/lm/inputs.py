@@ -22,6 +22,8 @@ from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
     Progress,
+    carried,
+    carry,
     expanded,
     gathered_head,
     prefix_cache,
@@ -202,13 +204,12 @@ def _run(
     mask = torch.ones(rows, offset + width, dtype=torch.long, device=ids.device)
     for line, length in enumerate(lengths or ()):
         mask[line, offset + length :] = 0
-    given = {} if state is None else {"past_key_values": state}
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)):
         out = lm.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **given
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **carry(lm, state)
         )
     lm.work.tokens += sum(lengths) if lengths else rows * width
-    return getattr(out, "past_key_values", None)
+    return carried(lm, out)
 
 
 class _Tap(TorchDispatchMode):

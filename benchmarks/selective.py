@@ -1,0 +1,271 @@
+"""What the choices of the selective edit cost and buy, on validation prompts (Markdown and a plot).
+
+    python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
+
+Parts: `sweep` over lambda; `rules` that set strengths from purity; `order` in which writers are
+solved (all at once, or by depth with inputs read again); `baseline` the orthogonal edit on the same
+prompts. Held-out prompts are not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from saber.ablation import EditPlan, applied, orthogonal
+from saber.config import RunConfig, preset
+from saber.entanglement import entangle
+from saber.evaluation.judge import named_judge
+from saber.evaluation.readout import derive_readout
+from saber.lm.chat import encode, encode_answers
+from saber.lm.generate import generate
+from saber.lm.load import load
+from saber.lm.writers import find_writers
+from saber.moments import Preserved, read_decisions
+from saber.pipeline import gather
+from saber.probing import probe, probe_capabilities
+from saber.refinement import choose
+from saber.selective import Selective, solve
+from saber.spectral import extract
+from saber.strength import ANSWER_TOKENS, Ruler, Shown
+
+SWEEP = (1000.0, 500.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
+HEADER = (
+    "| edit | log-odds | opens with refusal | KL, first token | KL, sequence | refusals | incoherent |\n"
+    "|---|---:|---:|---:|---:|---:|---:|"
+)
+
+
+@dataclass
+class Bench:
+    """A model with what all parts share."""
+
+    lm: Any
+    config: RunConfig
+    data: Any
+    writers: Any
+    target: Any
+    neutral: Any
+    capability: Any
+    ruler: Ruler
+    preserved: Preserved
+    judge: Any
+
+    @classmethod
+    def build(cls, model: str) -> Bench:
+        """Load the model, probe it, and read the moments."""
+        config = preset("default")
+        lm, data = load(model, config.load), gather(config).selecting
+        writers = find_writers(lm)
+        target, neutral = (
+            probe(lm, p, config.probe, first_token=True) for p in (data.target, data.neutral)
+        )
+        readout = derive_readout(target.first_token, neutral.first_token)
+        answers = [c.ids for c in generate(lm, data.neutral.texts, ANSWER_TOKENS)]
+        references = encode_answers(lm, [p.reference for p in data.capability], end=False)
+        sets = [
+            encode(lm, data.neutral.texts, answers),
+            encode(lm, data.capability.texts, references),
+        ]
+        return cls(
+            lm,
+            config,
+            data,
+            writers,
+            target,
+            neutral,
+            probe_capabilities(lm, data.capability, config.probe),
+            Ruler(lm, data.target_validation, data.neutral_validation, (), readout),
+            Preserved(lm, writers, sets),
+            named_judge(config.evaluation.judge),
+        )
+
+    def candidates(self, config: RunConfig) -> list[Any]:
+        """Return the directions that a first pass of this configuration takes."""
+        found = extract(
+            self.target,
+            self.neutral,
+            config.spectral,
+            capability=self.capability,
+            generator=np.random.default_rng([config.seed, 0]),
+        )
+        measured = entangle(
+            found,
+            self.target,
+            self.neutral,
+            self.capability,
+            config.entanglement,
+            generator=torch.Generator().manual_seed(0),
+        )
+        rows = choose(found, measured, [None] * len(found), config.edit, config.refine)
+        return [c for c in rows if c.status in ("ablated", "weakened")]
+
+    def behaviour(self) -> Shown:
+        """Judge the answers to validation targets."""
+        texts = self.data.target_validation.texts
+        found = [
+            self.judge.label(c.text)
+            for c in generate(self.lm, texts, 32, settled=self.judge.settled)
+        ]
+        return Shown(found.count("refusal") / len(found), found.count("incoherent") / len(found))
+
+    def row(self, name: str, plan: EditPlan, *, answers: bool = True) -> tuple[str, Any]:
+        """Measure a plan; return its row of the table and the trial."""
+        trial = self.ruler(plan)
+        shown = None
+        if answers:
+            with applied(self.lm.model, plan):
+                shown = self.behaviour()
+        told = ("", "") if shown is None else (f"{shown.rate:.0%}", f"{shown.incoherent:.0%}")
+        text = (
+            f"| {name} | {trial.log_odds:+.2f} | {trial.opening:.3f} | {trial.kl_first:.4f} | "
+            f"{trial.kl_sequence:.4f} | {told[0]} | {told[1]} |"
+        )
+        print(text, flush=True)
+        return text, (trial, shown)
+
+    def solved(self, candidates: Sequence[Any]) -> Selective:
+        """Solve for all writers at once."""
+        return solve(self.lm, patterns(candidates), self.decisions(), self.preserved)
+
+    def decisions(self, writers: Any = None) -> Any:
+        """Read what goes into writers at the last prompt token."""
+        texts = (self.data.target.texts, self.data.neutral.texts)
+        return read_decisions(
+            self.lm,
+            self.writers if writers is None else writers,
+            *(encode(self.lm, t) for t in texts),
+        )
+
+
+def patterns(candidates: Sequence[Any]) -> dict[int, Any]:
+    """Return one direction a layer."""
+    return {c.direction.layer: c.direction.pattern[None].float() for c in candidates}
+
+
+def each(candidates: Sequence[Any], of: Callable[[Any], float]) -> Mapping[int, list[float]]:
+    """Return a number for each layer's direction."""
+    return {c.direction.layer: [of(c)] for c in candidates}
+
+
+def sweep(bench: Bench, plot: Path | None) -> None:
+    """Lambda from weak to strong, at the default rule for alpha."""
+    chosen = bench.candidates(bench.config)
+    solved = bench.solved(chosen)
+    points = []
+    for lam in SWEEP:
+        alphas = each(chosen, lambda c: c.strength)
+        plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+        points.append((lam, *bench.row(f"lambda {lam:g}", plan)[1]))
+    if plot:
+        draw(points, plot)
+
+
+def rules(bench: Bench) -> None:
+    """Strength from purity: constant, alpha linear in purity, lambda over purity."""
+    chosen = bench.candidates(bench.config)
+    solved = bench.solved(chosen)
+    print("purity by layer:", {c.direction.layer: round(c.entanglement.purity, 2) for c in chosen})
+    for lam in (300.0, 100.0, 30.0):
+        flat = each(chosen, lambda _c, lam=lam: lam)
+        over = each(chosen, lambda c, lam=lam: lam / c.entanglement.purity)
+        ones = each(chosen, lambda _c: 1.0)
+        linear = each(chosen, lambda c: c.entanglement.purity)
+        card = each(chosen, lambda c: 0.85 * (1 - max(c.entanglement.overlap.values())))
+        for name, lambdas, alphas in (
+            ("constant", flat, ones),
+            ("alpha = purity", flat, linear),
+            ("alpha = 0.85 (1 - overlap), the card's", flat, card),
+            ("lambda / purity", over, ones),
+        ):
+            bench.row(f"{name}, lambda {lam:g}", solved.plan(lambdas, alphas))
+
+
+def order(bench: Bench) -> None:
+    """All writers at once, or by depth with their inputs read again after earlier edits."""
+    chosen = bench.candidates(bench.config)
+    ones = each(chosen, lambda _c: 1.0)
+    for lam in (100.0,):
+        lambdas = each(chosen, lambda _c, lam=lam: lam)
+        start = perf_counter()
+        plan = bench.solved(chosen).plan(lambdas, ones)
+        bench.row(f"at once, lambda {lam:g} ({perf_counter() - start:.0f} s)", plan)
+        start, plan = perf_counter(), EditPlan()
+        for candidate in sorted(chosen, key=lambda c: c.direction.layer):
+            layer = candidate.direction.layer
+            with applied(bench.lm.model, plan):
+                decisions = bench.decisions([w for w in bench.writers if w.layer == layer])
+            one = solve(bench.lm, patterns([candidate]), decisions, bench.preserved)
+            plan = plan + one.plan({layer: lambdas[layer]}, {layer: ones[layer]})
+        bench.row(f"by depth, lambda {lam:g} ({perf_counter() - start:.0f} s)", plan)
+
+
+def baseline(bench: Bench) -> None:
+    """The orthogonal edit with the same directions, and with its own preset's."""
+    chosen = bench.candidates(bench.config)
+    for name, picks in (("one direction a layer", chosen), ("the best alone", chosen[:1])):
+        removals = [removal(c) for c in picks]
+        scope = "own" if len(picks) > 1 else "all"
+        bench.row(f"orthogonal, {name}", orthogonal(bench.lm, bench.writers, removals, scope))
+
+
+def removal(candidate: Any) -> Any:
+    """Return a candidate as a removal at full strength."""
+    from saber.ablation import Removal
+
+    return Removal(candidate.direction.pattern.float(), 1.0, candidate.direction.layer)
+
+
+def draw(points: Sequence[tuple[float, Any, Any]], path: Path) -> None:
+    """Draw refusals against divergence as lambda sweeps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    kl = [trial.kl_sequence for _, trial, _ in points]
+    axes.plot(kl, [shown.rate for *_, shown in points], "o-", label="judged answers")
+    axes.plot(kl, [trial.opening for _, trial, _ in points], "s--", label="opens with a refusal")
+    for lam, trial, shown in points:
+        axes.annotate(
+            f"{lam:g}", (trial.kl_sequence, shown.rate), textcoords="offset points", xytext=(0, 7)
+        )
+    axes.set(
+        xscale="log",
+        xlabel="KL(untouched || edited) per token on neutral prompts, nats",
+        ylabel="refusals of validation targets",
+        ylim=(-0.03, 1.03),
+    )
+    axes.set_title("Numbers at the points are lambda", fontsize=10)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the parts and print their tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--only", default="baseline,sweep,rules,order")
+    given = parser.parse_args()
+    bench = Bench.build(given.model)
+    for name in given.only.split(","):
+        print(f"\n{name}\n\n{HEADER}", flush=True)
+        if name == "sweep":
+            sweep(bench, given.plot)
+        else:
+            {"rules": rules, "order": order, "baseline": baseline}[name](bench)
+
+
+if __name__ == "__main__":
+    main()
