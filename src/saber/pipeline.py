@@ -46,6 +46,7 @@ from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import embedding_share, embedding_writer, find_writers
+from saber.openings import Opening, late_openings
 from saber.prompts import PromptSet, Splits, check_disjoint, split
 from saber.prompts.splits import NAMES as SPLIT_NAMES
 from saber.refinement import Candidate, Pass, RefineData, Refinement, refine
@@ -146,6 +147,14 @@ def run(
             lost / max(len(later), 1),
         )
 
+    def late() -> Counter[Opening]:
+        tried = generate(
+            lm, selecting.target.texts, config.evaluation.max_new_tokens, settled=judge.settled
+        )
+        return late_openings(
+            lm, [c.ids for c in tried], lambda text: judge.label(text) in ("refusal", "partial")
+        )
+
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
         raise WeakBehaviour(
@@ -175,6 +184,7 @@ def run(
         seed=config.seed,
         behaviour=behaviour,
         shown=Shown(found.count("refusal") / len(found)),
+        late=late,
         progress=listener.progress,
         finished=finished,
         done=done,
@@ -514,7 +524,7 @@ def _load_pass(folder: Path) -> Pass:
         for row in meta["trials"]
     ]
     return Pass(
-        **{k: meta[k] for k in (*numbers, "incoherent_after", "lost_after")},
+        **{k: meta[k] for k in (*numbers, "incoherent_after", "lost_after", "opening", "late")},
         candidates=tuple(candidates),
         hydra=hydra,
         plan=EditPlan.load(folder / PLAN),
@@ -607,6 +617,8 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "rate_after": this.rate_after,
         "incoherent_after": this.incoherent_after,
         "lost_after": this.lost_after,
+        "opening": this.opening,
+        "late_after": this.late,
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],

@@ -39,7 +39,7 @@ class Activations:
     categories: tuple[str, ...]
     """Category of each prompt (of each sample, for capability activations)."""
     first_token: Float[Tensor, "prompts vocab"] | None = None
-    """Log-probabilities of the first answer token, where asked for."""
+    """Log-probabilities of the token behind the last position, where asked for."""
 
 
 def probe(
@@ -48,15 +48,18 @@ def probe(
     spec: ProbeSpec,
     *,
     first_token: bool = False,
+    opening: Sequence[int] = (),
     progress: Progress[Any] = silent,
 ) -> Activations:
     """Read the stream at the decision positions: the template tokens behind the user's text.
 
-    Raises `NonFinite`, which names the layer, when an activation is NaN or infinite.
+    With an `opening` every answer is made to start with these tokens, and the last of them is the one
+    position read; `first_token` is then of the token behind it. Raises `NonFinite`, which names the
+    layer, when an activation is NaN or infinite.
     """
-    encoded = encode(lm, prompts.texts)
-    count = min(spec.positions, measure_template(lm).suffix_length)
-    where = [list(range(e.prompt_length - count, e.prompt_length)) for e in encoded]
+    encoded = encode(lm, prompts.texts, [opening] * len(prompts))
+    count = 1 if opening else min(spec.positions, measure_template(lm).suffix_length)
+    where = [list(range(len(e.ids) - count, len(e.ids))) for e in encoded]
     hidden, logits = _read(lm, encoded, where, first_token, f"probe {prompts.name}", progress)
     return Activations(torch.stack(hidden), tuple(prompts.categories), logits)
 
@@ -93,7 +96,7 @@ def _read(
     """Return for each sequence (positions, depth, d) and, if asked, first-token log-probabilities."""
     rows: list[Tensor] = [torch.empty(0)] * len(encoded)
     logprobs: list[Tensor] = [torch.empty(0)] * len(encoded)
-    wanted = [[e.prompt_length - 1] if first_token else [] for e in encoded]
+    wanted = [[w[-1]] if first_token else [] for w in where]
     earliest = min(min(w) for w in where)
     axis = streams_axis(lm)
     with _streams(lm) as captured:

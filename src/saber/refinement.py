@@ -24,6 +24,7 @@ from saber.lm.generate import generate
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
 from saber.moments import Preserved, read_decisions
+from saber.openings import Opening, commonest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
 from saber.selective import solve
@@ -37,9 +38,9 @@ Status = Literal["ablated", "weakened", "skipped", "not selected"]
 class RefineSpec:
     """How many passes there are, and what each takes."""
 
-    passes: int = 2
+    passes: int = 4
     """Most passes, 1 or more."""
-    top_k: int = 0
+    top_k: int = 10
     """global_top_k: directions ablated in a pass, over all layers; 0 sets no limit."""
     per_layer: int = 1
     """Most directions a pass takes from one layer; 0 sets no limit."""
@@ -49,7 +50,7 @@ class RefineSpec:
     """Candidates with the best score that are tested causally, by a hook; 0 ranks by score alone."""
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""
-    stop_rate: float = 0.1
+    stop_rate: float = 0.03
     """Share of validation targets that may still show the behaviour at the end, 0 to 1."""
     max_q: float = 0.05
     """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
@@ -143,6 +144,10 @@ class Pass:
     """Share of answers to keep sets' validation prompts with another label than before."""
     trials: tuple[Trial, ...] = ()
     """Strengths that were tried (selective edit)."""
+    opening: str = ""
+    """Start of the answer behind which it looked; empty for the answer's own start."""
+    late: int | None = None
+    """Fit targets whose answers show the behaviour late at its end; None where not looked for."""
 
     @property
     def ablated(self) -> tuple[Candidate, ...]:
@@ -187,6 +192,7 @@ def refine(
     seed: int,
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
+    late: Callable[[], Counter[Opening]] = Counter,
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
@@ -194,14 +200,18 @@ def refine(
     """Run the passes; the model's weights are the untouched ones before and after.
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
-    `shown` is that of the untouched model, where it is known already.
+    `shown` is that of the untouched model, where it is known already. `late` answers fit targets and
+    tells behind which starts of an answer the behaviour comes; a selective pass after the first looks
+    behind the commonest.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
     clock = _Clock()
 
-    def look(prompts: PromptSet, first: bool = False) -> Activations:
-        return probe(lm, prompts, probing, first_token=first, progress=progress)
+    def look(prompts: PromptSet, first: bool = False, opening: Opening = ()) -> Activations:
+        return probe(
+            lm, prompts, probing, first_token=first, opening=opening, progress=progress
+        )
 
     with clock("probe"):
         original = (look(data.target, True), look(data.neutral, True))
@@ -225,12 +235,20 @@ def refine(
         editor = _Orthogonal(lm, writers, edit, [r for p in passes for r in p.removals])
     current = passes[-1].log_odds_after if passes else start
     rate = passes[-1].rate_after if passes else start_rate
-    amiss = math.inf
+    amiss, pending = math.inf, Counter[Opening]()
+    selective = edit.kind == "selective"
+
+    def turns(plan: EditPlan) -> Counter[Opening]:
+        with clock("refine"), applied(lm.model, plan):
+            return late()
+
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
+        pending = turns(plan) if selective else pending
     reason = "all passes made"
     while len(passes) < spec.passes:
-        if spec.stop == "behaviour" and rate <= spec.stop_rate:
+        opening = commonest(pending)
+        if spec.stop == "behaviour" and rate <= spec.stop_rate and not opening:
             reason = "the behaviour is gone on validation targets"
             break
         # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
@@ -239,8 +257,8 @@ def refine(
         with applied(lm.model, plan):
             with clock("probe"):
                 fresh = not passes
-                target = original[0] if fresh else look(data.target)
-                neutral = original[1] if fresh else look(data.neutral)
+                target = original[0] if fresh else look(data.target, True, opening)
+                neutral = original[1] if fresh else look(data.neutral, True, opening)
             with clock("spectral"):
                 found = extract(target, neutral, spectral, capability=capability, generator=rng)
             with clock("entanglement"):
@@ -259,7 +277,7 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            plan, trials, chosen = editor(earlier, chosen, number)
+            plan, trials, chosen = editor(earlier, chosen, number, opening, (target, neutral))
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
@@ -278,8 +296,15 @@ def refine(
                     data.neutral_validation.texts,
                     generator=rng,
                 )
-        best = found[0]
-        hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, original), back)
+        best, first = found[0], original
+        if opening:
+            with clock("probe"):
+                first = (
+                    look(data.target, opening=opening),
+                    look(data.neutral, opening=opening),
+                )
+        hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, first), back)
+        before, pending = pending, turns(plan) if selective else pending
         this = Pass(
             index=number,
             candidates=tuple(candidates),
@@ -292,9 +317,12 @@ def refine(
             incoherent_after=reached.incoherent,
             lost_after=reached.lost,
             trials=trials,
+            opening=str(lm.tokenizer.decode(list(opening))),
+            late=pending.total() if selective else None,
         )
-        if passes and edit.kind == "selective" and reached.amiss >= amiss:
-            plan, reason = earlier, "a further pass did not help on validation targets"
+        worse = (reached.amiss - amiss) * len(data.target_validation)
+        if passes and selective and worse + pending.total() - before.total() >= 0:
+            plan, reason = earlier, "a further pass did not help"
             break
         passes.append(this)
         current, rate, amiss = after, reached.rate, reached.amiss
@@ -305,7 +333,8 @@ def refine(
 
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
-_Editor = Callable[[EditPlan, Sequence[Candidate], int], Step]
+_Sides = tuple[Activations, Activations]
+_Editor = Callable[[EditPlan, Sequence[Candidate], int, Opening, _Sides], Step]
 
 
 @dataclass(frozen=True)
@@ -317,7 +346,15 @@ class _Orthogonal:
     edit: EditSpec
     removals: list[Removal]
 
-    def __call__(self, plan: EditPlan, chosen: Sequence[Candidate], number: int) -> Step:
+    def __call__(
+        self,
+        plan: EditPlan,
+        chosen: Sequence[Candidate],
+        number: int,
+        opening: Opening,
+        sides: _Sides,
+    ) -> Step:
+        del opening, sides
         self.removals.extend(_removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
         return plan, (), list(chosen)
@@ -366,21 +403,37 @@ class _Selective:
             progress=progress,
         )
 
-    def __call__(self, plan: EditPlan, chosen: Sequence[Candidate], number: int) -> Step:
+    def __call__(
+        self,
+        plan: EditPlan,
+        chosen: Sequence[Candidate],
+        number: int,
+        opening: Opening,
+        sides: _Sides,
+    ) -> Step:
+        del number
         by_layer: dict[int, list[Candidate]] = {}
         for candidate in chosen:
             by_layer.setdefault(candidate.direction.layer, []).append(candidate)
         patterns = {k: [c.direction.pattern for c in cs] for k, cs in by_layer.items()}
+        ruler = self.ruler
         with applied(self.lm.model, plan):
+            if opening:
+                target, neutral = (side.first_token for side in sides)
+                assert target is not None
+                assert neutral is not None
+                ruler = ruler.behind(opening, derive_readout(target, neutral))
             solved = solve(
                 self.lm,
                 {layer: torch.stack(found).float() for layer, found in patterns.items()},
                 read_decisions(
                     self.lm,
                     self.writers,
-                    encode(self.lm, self.data.target.texts),
-                    encode(self.lm, self.data.neutral.texts),
-                    positions=self.probing.positions,
+                    *(
+                        encode(self.lm, p.texts, [opening] * len(p))
+                        for p in (self.data.target, self.data.neutral)
+                    ),
+                    positions=1 if opening else self.probing.positions,
                     progress=self.progress,
                 ),
                 self.preserved,
@@ -397,7 +450,7 @@ class _Selective:
         plan, trials = search(
             self.lm,
             lambda base: plan + solved.plan(lambdas(base), alphas),
-            self.ruler,
+            ruler,
             self.behaviour,
             lambdas=(self.edit.lambda_,) if self.edit.lambda_ else LAMBDAS,
             aim=self.spec.stop_rate,

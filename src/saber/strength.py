@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from saber.ablation import EditPlan, applied
 from saber.evaluation.divergence import Reference, diverge, keep_reference
@@ -80,18 +83,36 @@ class Ruler:
         self._reference: Reference = keep_reference(
             lm, texts, [c.ids for c in answers], progress=progress
         )
-        plain = probe(lm, neutral, ProbeSpec(), first_token=True)
-        assert plain.first_token is not None
-        self.usual = float(readout.log_odds(plain.first_token).sigmoid().mean())
+        self._neutral = neutral
+        self._opening: Sequence[int] = ()
+        self.usual = self._usually()
         """Mean probability that an answer to a neutral prompt opens with the behaviour."""
+
+    def _usually(self) -> float:
+        first = self._first(self._neutral)
+        return float(self._readout.log_odds(first).sigmoid().mean())
+
+    def _first(self, prompts: PromptSet) -> Tensor:
+        found = probe(self._lm, prompts, ProbeSpec(), first_token=True, opening=self._opening)
+        assert found.first_token is not None
+        return found.first_token
+
+    def behind(self, opening: Sequence[int], readout: Readout) -> Ruler:
+        """Return a ruler that looks at what follows a forced start of the answer.
+
+        Divergence stays that from the model as it was when this ruler was made; `usual` is taken from
+        the model as it is now.
+        """
+        other = copy.copy(self)
+        other._opening, other._readout = opening, readout
+        other.usual = other._usually()
+        return other
 
     def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
         """Measure a plan by forward passes alone."""
         with applied(self._lm.model, plan):
-            target = probe(self._lm, self._target, ProbeSpec(), first_token=True)
+            odds = self._readout.log_odds(self._first(self._target))
             found = diverge(self._lm, self._reference)
-        assert target.first_token is not None
-        odds = self._readout.log_odds(target.first_token)
         return Trial(
             lambda_,
             float(odds.sigmoid().mean()),

@@ -81,7 +81,7 @@ def _generate_batch(
     real = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=device)
     mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
-    state = expanded(prefix, count)
+    state: Any = expanded(prefix, count)
     active, piecewise = list(rows), cacheable(lm)
     lm.work.tokens += int(real.sum())
     for step in range(max_new_tokens):

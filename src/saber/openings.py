@@ -1,0 +1,54 @@
+"""Stage 5, late behaviour: answers that comply at first and show the behaviour some words later.
+
+Where such an answer turns is a decision position of its own. Its start, forced onto every prompt, makes
+that position measurable on all of them, whatever they would have answered by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from saber.lm.model import LanguageModel
+
+Opening = tuple[int, ...]
+"""Token ids at the start of an answer; empty for the answer's own start."""
+_ENDS = ".!?:\u2026\u3002\uff01\uff1f"
+
+
+def late_opening(lm: LanguageModel, ids: Sequence[int], shows: Callable[[str], bool]) -> Opening:
+    """Return what an answer says before the sentence in which it begins to show the behaviour.
+
+    `shows(text)` tells whether a text shows it. Empty where the answer does not, or does at once.
+    """
+    texts = [
+        str(lm.tokenizer.decode(list(ids[:k]), skip_special_tokens=True))
+        for k in range(1, len(ids) + 1)
+    ]
+    if not texts or not shows(texts[-1]):
+        return ()
+    first = next(k for k, text in enumerate(texts) if shows(text))
+    closed = [bool(text.strip()) and _closed(text) for text in texts[:first]]
+    # What follows an end without a word of its own, such as a space, is left to the model.
+    ends = [k for k, now in enumerate(closed) if now and not (k and closed[k - 1])]
+    return tuple(ids[: ends[-1] + 1]) if ends else ()
+
+
+def _closed(text: str) -> bool:
+    return text.endswith("\n") or text.rstrip()[-1] in _ENDS
+
+
+def late_openings(
+    lm: LanguageModel, answers: Sequence[Sequence[int]], shows: Callable[[str], bool]
+) -> Counter[Opening]:
+    """Return after which starts, and how often, answers come to show the behaviour late."""
+    found = Counter(late_opening(lm, ids, shows) for ids in answers)
+    del found[()]
+    return found
+
+
+def commonest(found: Counter[Opening]) -> Opening:
+    """Return the start that occurs most often, the shortest of equals; empty where there is none."""
+    if not found:
+        return ()
+    return min(found, key=lambda opening: (-found[opening], len(opening), opening))
