@@ -65,6 +65,21 @@ def _rope(sections: list[int] | None = None, partial: float = 1.0) -> dict[str, 
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+_SLIDING = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), HEADS),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    "qk_rope_head_dim": 8,
+    "head_dim": 24,
+}
+_DOTS3: dict[str, Any] = {"per_layer_config": {2: _SLIDING, 3: _SLIDING}}
+_QWEN4: dict[str, Any] = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+
 #: What the rules cannot know, by model type: settings without a usable default, and those that
 #: depend on one another in a way of their own. `~name` removes a setting.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -106,8 +121,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
-    "dots3_note": {"text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8},
-    "dots3_note_text": {"swa_head_dim": 24, "qk_rope_head_dim": 8},
+    "dots3_note": {f"text_config.{k}": v for k, v in _DOTS3.items()},
+    "dots3_note_text": _DOTS3,
+    # Two layers that share their attention, and head sizes that follow from the rest.
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **dict.fromkeys(("~attention_head_dim", "~attention_hidden_size")),
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **dict.fromkeys(("~mamba_headdim", "~attention_head_dim", "~attention_hidden_size")),
+        **dict.fromkeys(("~kv_channels", "~num_query_groups", "~hybrid_layer_ids")),
+    },
+    # The rules give heads to an indexer that is off unless all of its settings are there.
+    "qwen4_exp": {f"text_config.{k}": v for k, v in _QWEN4.items()},
+    "qwen4_exp_text": _QWEN4,
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 2, "num_experts": 8},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
@@ -168,6 +196,9 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
                 if name.endswith("config") and "per_layer" not in name
                 else small[name]
             )
+        elif name == "intermediate_size" and isinstance(value, list):
+            # A width for each layer.
+            small[name] = [min(width, _size(name) or width) for width in small[name]]
         elif (
             isinstance(value, int)
             and not isinstance(value, bool)
@@ -228,7 +259,10 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         *parents, leaf = name.split(".")
         for part in parents:
             target = target[part]
-        target[leaf] = value
+        if leaf.startswith("~"):
+            target.pop(leaf[1:], None)
+        else:
+            target[leaf] = value
     config = cls(**settings)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True

@@ -69,12 +69,21 @@ def _why_none(
     candidates: dict[str, nn.ModuleList], outputs: dict[str, list[Tensor]], text: Any
 ) -> str:
     """Say what the list that comes nearest does instead of running once."""
-    for name, seen in sorted(outputs.items(), key=lambda item: -len(item[1])):
+    ordered = sorted(outputs.items(), key=lambda item: -len(item[1]))
+    for name, seen in ordered:
         if seen and all(o.ndim > 1 and o.shape[-1] == text.hidden_size for o in seen):
             count = len(candidates[name])
             return (
                 f"no list of decoder layers found: {name} has {count} members, of which "
                 f"{len(seen)} runs were seen on plain text, where each should run once."
+            )
+    for name, seen in ordered:
+        width = seen[0].shape[-1] if seen else 0
+        if width > text.hidden_size and width % text.hidden_size == 0:
+            return (
+                f"no list of decoder layers found: {name} hands on {width // text.hidden_size} streams "
+                f"joined in one axis ({width} wide, hidden_size is {text.hidden_size}), which SABER "
+                "does not take apart."
             )
     return "no list of decoder layers found."
 
