@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_timm_available
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 320
 LAYERS = 4
@@ -89,6 +91,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    # Fewer positions than a prompt has tokens, and a cache of as many layers as the encoder has.
+    "blenderbot": {"max_position_embeddings": 256, "encoder_layers": LAYERS},
+    "perception_lm": {"vision_config.model_args": {"embed_dim": WIDTH}},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
+        "text_config.num_experts_per_tok": 2,
+    },
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
@@ -121,7 +130,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
-    "dots3_note": {f"text_config.{k}": v for k, v in _DOTS3.items()},
+    "dots3_note": {
+        **{f"text_config.{k}": v for k, v in _DOTS3.items()},
+        "audio_config.adapter_input_size": WIDTH,
+    },
     "dots3_note_text": _DOTS3,
     # Two layers that share their attention, and head sizes that follow from the rest.
     "zamba": {
@@ -148,6 +160,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+
+def _stand_ins() -> None:
+    """Put an empty module in place of vision towers from timm, which do not run on text anyway."""
+    for name, tower in modeling_auto.MODEL_MAPPING_NAMES.items():
+        if tower == "TimmWrapperModel":
+            config = CONFIG_MAPPING[name]
+            stand_in = type("StandIn", (PreTrainedModel,), {"config_class": config})
+            transformers.AutoModel.register(config, stand_in, exist_ok=True)
+
+
+if not is_timm_available():
+    _stand_ins()
 
 
 def families() -> dict[str, Any]:

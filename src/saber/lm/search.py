@@ -8,9 +8,9 @@
   streams by what they hold) is not taken for what the candidate writes.
 * Experts that the router left out while testing are found by their siblings.
 
-Layers of one make mostly have the same writers. So what was found in one is tried first in the next
-one of that make, parameter by parameter with the same test; only where this does not account for all
-that the layer adds does the full search follow. What counts as proof is the same either way.
+Layers of one class mostly have the same writers. So what was found in one is tried first in the next
+ones, parameter by parameter with the same test; only where this does not account for all that a layer
+adds does the full search follow. What counts as proof is the same either way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -70,10 +70,10 @@ class Trial:
 
 @dataclass
 class Memory:
-    """How writers were found in earlier layers, by the make of the layer."""
+    """How writers were found in earlier layers, by the class of the layer."""
 
-    trials: dict[tuple[Any, ...], list[Trial]] = field(default_factory=dict)
-    """A layer's class with its parameters' names, shapes and dtypes, and the trials that found all."""
+    trials: dict[type, list[list[Trial]]] = field(default_factory=dict)
+    """A layer's class, and for each layer that was searched the trials that found its writers."""
 
 
 def search(
@@ -81,21 +81,19 @@ def search(
 ) -> tuple[list[Finding], float]:
     """Return the writers among a layer's parameters, and what is left of the output without them."""
     candidates = _candidates(bench.layer, d_model, names)
-    make = _make(bench.layer)
-    if make in memory.trials:
-        found = _repeated(bench, candidates, memory.trials[make])
+    limit = dtype_limit(bench.call.hidden.dtype)
+    known = memory.trials.setdefault(type(bench.layer), [])
+    for trials in known[::-1]:
+        found = _repeated(bench, candidates, trials)
+        if not found:
+            continue
         zeroed = [f.candidate.parameter for f in found]
-        leftover, limit = bench.leftover(zeroed), dtype_limit(bench.call.hidden.dtype)
+        leftover = bench.leftover(zeroed)
         if leftover <= 0.1 * limit or bench.carried(zeroed, names)[0] <= limit:
             return found + _siblings(found, candidates), leftover
     found, trials, leftover = _searched(bench, candidates, names)
-    memory.trials[make] = trials
+    known.append(trials)
     return found + _siblings(found, candidates), leftover
-
-
-def _make(layer: nn.Module) -> tuple[Any, ...]:
-    parameters = [(n, tuple(p.shape), p.dtype) for n, p in layer.named_parameters()]
-    return (type(layer), *parameters)
 
 
 def _candidates(layer: nn.Module, d_model: int, names: Mapping[int, str]) -> list[Candidate]:
@@ -115,13 +113,16 @@ def _candidates(layer: nn.Module, d_model: int, names: Mapping[int, str]) -> lis
 def _repeated(
     bench: Bench, candidates: Sequence[Candidate], trials: Sequence[Trial]
 ) -> list[Finding]:
-    """Return which of another layer's writers are writers here, by the same trials."""
+    """Return which of another layer's writers are writers here, by the same trials; none if it differs."""
     parameters = dict(bench.layer.named_parameters())
     by_local = {(c.local, c.axis): c for c in candidates}
     found: list[Finding] = []
     for trial in trials:
-        candidate = by_local[trial.local, trial.axis]
-        zero = [f.candidate.parameter for f in found] + [parameters[n] for n in trial.beside]
+        candidate = by_local.get((trial.local, trial.axis))
+        if candidate is None:
+            return []
+        zero = [f.candidate.parameter for f in found]
+        zero += [parameters[name] for name in trial.beside if name in parameters]
         on = bench.quiet() if trial.quiet else bench
         fit = on.fit(candidate.parameter, candidate.axis, zero)
         if fit is not None:
