@@ -14,8 +14,8 @@ def find_layers(model: Any, path: str = "") -> str:
     """Return the dotted path of the decoder's layers.
 
     A candidate is a `ModuleList` whose members all run once on plain text tokens and hand on a
-    stream of width `hidden_size`; the longest is taken, and of equally long ones that with most
-    parameters. Vision and audio towers do not run on text and drop out. The model must be causal:
+    stream of width `hidden_size`; the one with most parameters is taken, and of equals the longest.
+    Vision and audio towers do not run on text and drop out. The model must be causal:
     changing the last token must leave the logits of earlier ones as they are.
 
     Raises `ModelError` when there is no such list, or no causality.
@@ -62,7 +62,7 @@ def find_layers(model: Any, path: str = "") -> str:
             "this model is not causal: a later token changes earlier ones (an encoder?).",
             "Give a decoder-only chat model.",
         )
-    return max(valid, key=lambda name: (len(valid[name]), _parameters(valid[name])))
+    return max(valid, key=lambda name: (_parameters(valid[name]), len(valid[name])))
 
 
 def _why_none(
