@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"mamba_d_head|mamba_head_dim", 16),
     (r"mamba_d_ssm", 2 * WIDTH),
+    (r"^(mamba_)?chunk_size$", 32),
     (r"(patch|temporal|spatial|pool|merge|conv|kernel|stride|downsample|shuffle)", -1),
     (r"^(num_channels|in_channels|in_chans|out_channels|num_mel_bins|type_vocab_size)$", -1),
     (r"(image_size|img_size)$", -1),
