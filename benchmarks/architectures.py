@@ -55,6 +55,9 @@ SMALL = {
     "load": {"device": "cpu", "dtype": "float32"},
 }
 
+#: A random model answers nothing, so any two sets of prompts will do; small ones save time.
+PROMPTS = {"target": "Tell me about number {}", "neutral": "Describe the letter {}"}
+
 
 def language_model(family: str, **changes: Any) -> LanguageModel:
     """Return a small random model of a family, ready for SABER."""
@@ -120,7 +123,11 @@ def whole_pipeline(family: str) -> None:
         path = Path(folder)
         tiny.tiny_model(family).save_pretrained(path / "model")
         make_tokenizer().save_pretrained(path / "model")
-        config = override(preset("default"), SMALL)
+        for name, text in PROMPTS.items():
+            lines = "\n".join(text.format(i) for i in range(24))
+            (path / f"{name}.txt").write_text(lines, encoding="utf-8")
+        files = {name: str(path / f"{name}.txt") for name in PROMPTS}
+        config = override(override(preset("default"), SMALL), {"data": files})
         pipeline.run(str(path / "model"), path / "run", config, force=True, export=("merged",))
 
 

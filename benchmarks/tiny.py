@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_timm_available
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 64, 4, 2, 16, 320
 LAYERS = 4
@@ -27,6 +29,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"mamba_d_head|mamba_head_dim", 16),
     (r"mamba_d_ssm", 2 * WIDTH),
+    (r"^(mamba_)?chunk_size$", 32),
     (r"(patch|temporal|spatial|pool|merge|conv|kernel|stride|downsample|shuffle)", -1),
     (r"^(num_channels|in_channels|in_chans|out_channels|num_mel_bins|type_vocab_size)$", -1),
     (r"(image_size|img_size)$", -1),
@@ -65,6 +68,21 @@ def _rope(sections: list[int] | None = None, partial: float = 1.0) -> dict[str, 
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
+_SLIDING = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), HEADS),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 16),
+    "qk_rope_head_dim": 8,
+    "head_dim": 24,
+}
+_DOTS3: dict[str, Any] = {"per_layer_config": {2: _SLIDING, 3: _SLIDING}}
+_QWEN4: dict[str, Any] = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+
 #: What the rules cannot know, by model type: settings without a usable default, and those that
 #: depend on one another in a way of their own. `~name` removes a setting.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -74,6 +92,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    # Fewer positions than a prompt has tokens, and a cache of as many layers as the encoder has.
+    "blenderbot": {"max_position_embeddings": 256, "encoder_layers": LAYERS},
+    "perception_lm": {"vision_config.model_args": {"embed_dim": WIDTH}},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"] * 2,
+        "text_config.num_experts_per_tok": 2,
+    },
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "4/8"},
@@ -106,8 +131,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # Head sizes that must fit one another.
     "falcon_h1": {"mamba_d_head": 16, "mamba_n_heads": 8, "mamba_d_ssm": 128},
-    "dots3_note": {"text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8},
-    "dots3_note_text": {"swa_head_dim": 24, "qk_rope_head_dim": 8},
+    "dots3_note": {
+        **{f"text_config.{k}": v for k, v in _DOTS3.items()},
+        "audio_config.adapter_input_size": WIDTH,
+    },
+    "dots3_note_text": _DOTS3,
+    # Two layers that share their attention, and head sizes that follow from the rest.
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **dict.fromkeys(("~attention_head_dim", "~attention_hidden_size")),
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        **dict.fromkeys(("~mamba_headdim", "~attention_head_dim", "~attention_hidden_size")),
+        **dict.fromkeys(("~kv_channels", "~num_query_groups", "~hybrid_layer_ids")),
+    },
+    # The rules give heads to an indexer that is off unless all of its settings are there.
+    "qwen4_exp": {f"text_config.{k}": v for k, v in _QWEN4.items()},
+    "qwen4_exp_text": _QWEN4,
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 2, "num_experts": 8},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
@@ -120,6 +161,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+
+def _stand_ins() -> None:
+    """Put an empty module in place of vision towers from timm, which do not run on text anyway."""
+    for name, tower in modeling_auto.MODEL_MAPPING_NAMES.items():
+        if tower == "TimmWrapperModel":
+            config = CONFIG_MAPPING[name]
+            stand_in = type("StandIn", (PreTrainedModel,), {"config_class": config})
+            transformers.AutoModel.register(config, stand_in, exist_ok=True)
+
+
+if not is_timm_available():
+    _stand_ins()
 
 
 def families() -> dict[str, Any]:
@@ -168,6 +222,9 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
                 if name.endswith("config") and "per_layer" not in name
                 else small[name]
             )
+        elif name == "intermediate_size" and isinstance(value, list):
+            # A width for each layer.
+            small[name] = [min(width, _size(name) or width) for width in small[name]]
         elif (
             isinstance(value, int)
             and not isinstance(value, bool)
@@ -228,7 +285,10 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
         *parents, leaf = name.split(".")
         for part in parents:
             target = target[part]
-        target[leaf] = value
+        if leaf.startswith("~"):
+            target.pop(leaf[1:], None)
+        else:
+            target[leaf] = value
     config = cls(**settings)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True

@@ -4,7 +4,7 @@ import torch
 from conftest import make_lm
 
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
-from saber.lm.forward import forward, plan_batches
+from saber.lm.forward import cacheable, forward, plan_batches
 from saber.lm.generate import generate
 
 PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
@@ -59,6 +59,25 @@ def test_kept_head_inputs_give_the_same_logits(llama):
         llama, ids, wanted, extra=lambda r: torch.cat([kept[i] for i in r])
     ):
         torch.testing.assert_close(again, batch.logits)
+
+
+def test_a_model_with_a_cache_of_its_own_kind_gets_none_of_another(llama, monkeypatch):
+    """transformers 5.24 calls every cache `cache`, also one of a class of its own."""
+
+    class OwnCache:
+        pass
+
+    model = type(llama.model)
+    plain = model.forward
+
+    def forward(self, input_ids=None, cache: OwnCache | None = None, **kwargs):
+        assert cache is None
+        return plain(self, input_ids=input_ids, **kwargs)
+
+    expected = generate(llama, ["one two", "one three"], 3)
+    monkeypatch.setattr(model, "forward", forward)
+    assert not cacheable(llama)
+    assert generate(llama, ["one two", "one three"], 3) == expected
 
 
 def test_batches_hold_every_row_once_and_stay_within_bounds():

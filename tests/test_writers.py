@@ -109,6 +109,33 @@ def test_a_hidden_writer_is_an_error_that_names_the_layer(llama):
         find_writers(llama)
 
 
+def test_what_other_layers_have_is_no_proof_for_this_one(llama):
+    """Layers share what was found, but one with a writer more is searched to the end."""
+    mlp = llama.layers[2].mlp
+    mlp.again = torch.nn.Linear(llama.d_model, llama.d_model, bias=False).requires_grad_(False)
+    mlp.register_forward_hook(lambda m, args, output: output + m.again(torch.tanh(args[0])))
+    writers = find_writers(llama)
+    assert len(writers) == 9
+    assert [w.weight for w in writers if "again" in w.weight] == ["model.layers.2.mlp.again.weight"]
+
+
+def test_layers_alike_are_searched_once(monkeypatch):
+    from saber.lm import search
+
+    searched = []
+    full = search._searched
+    monkeypatch.setattr(search, "_searched", lambda b, *a: searched.append(b) or full(b, *a))
+    assert len(find_writers(make_lm("gemma2"))) == 8
+    assert len(searched) == 1
+
+
+def test_a_weak_writer_is_not_taken_for_a_centred_one(llama):
+    """Weights of small inputs are tried with large values; so must be what tells a mean apart."""
+    for layer in llama.layers:
+        layer.mlp.up_proj.weight.mul_(1e-4)
+    assert not any(w.centred for w in find_writers(llama))
+
+
 def test_ablated_stream_removes_the_direction_from_every_output(lm):
     basis = unit(torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(5)))
     outputs = []

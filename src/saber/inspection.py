@@ -27,7 +27,8 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
     except UnprovenWriter as error:
         writers, reason = find_writers(replace(lm, allow_unproven=True)), str(error)
     zeroed = zeroed_law(lm, writers)
-    ablated = max(shares_left(lm, writers))
+    shares = shares_left(lm, writers)
+    ablated = max(shares)
     carried = next((w for w in writers if w.carried), None)
     if carried is not None and not reason:
         reason = (
@@ -36,8 +37,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
         )
     limit = law_limit(lm)
     if ablated >= limit and not reason:
-        layer = _worst(shares_left(lm, writers))
-        reason = str(UnprovenWriter("ablated", layer, ablated, limit, lm.layers_path))
+        reason = str(UnprovenWriter("ablated", _worst(shares), ablated, limit, lm.layers_path))
     return {
         "model_type": lm.model.config.model_type,
         "layers": len(lm.layers),

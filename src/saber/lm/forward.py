@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from saber.lm.chat import common_prefix
@@ -65,10 +65,20 @@ def cacheable(lm: LanguageModel) -> bool:
 def cache_name(lm: LanguageModel) -> str | None:
     """Return the name under which the model takes and gives its cache, where it has one.
 
-    transformers 5.24 renamed `past_key_values` to `cache`.
+    transformers 5.24 renamed `past_key_values` to `cache`. A model that declares a cache of a class
+    of its own has none that can be made here.
     """
     taken = inspect.signature(lm.model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
+    name = next((name for name in ("cache", "past_key_values") if name in taken), None)
+    return None if name is None or _foreign(taken[name].annotation) else name
+
+
+def _foreign(annotation: Any) -> bool:
+    """Whether an argument is declared as of classes that are no cache of transformers."""
+    parts = get_args(annotation) or (annotation,)
+    classes = [p for p in parts if isinstance(p, type) and get_origin(p) is None]
+    classes = [c for c in classes if c not in (type(None), inspect.Parameter.empty)]
+    return bool(classes) and not any(issubclass(c, Cache) for c in classes)
 
 
 def carry(lm: LanguageModel, cache: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _generate_batch(
         else:
             ids, positions = tokens[:, None], later
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if len(keep) < SHRINK_BELOW * len(active) and _selectable(state):
+        if state is not None and len(keep) < SHRINK_BELOW * len(active) and _selectable(state):
             chosen = torch.tensor(keep, device=device)
             state.batch_select_indices(chosen)
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]

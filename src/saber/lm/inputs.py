@@ -22,6 +22,7 @@ from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
     Progress,
+    cache_name,
     carried,
     carry,
     expanded,
@@ -206,7 +207,11 @@ def _run(
         mask[line, offset + length :] = 0
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)):
         out = lm.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **carry(lm, state)
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=cache_name(lm) is not None,
+            **carry(lm, state),
         )
     lm.work.tokens += sum(lengths) if lengths else rows * width
     return carried(lm, out)

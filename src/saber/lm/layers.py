@@ -14,8 +14,8 @@ def find_layers(model: Any, path: str = "") -> str:
     """Return the dotted path of the decoder's layers.
 
     A candidate is a `ModuleList` whose members all run once on plain text tokens and hand on a
-    stream of width `hidden_size`; the longest is taken, and of equally long ones that with most
-    parameters. Vision and audio towers do not run on text and drop out. The model must be causal:
+    stream of width `hidden_size`; the one with most parameters is taken, and of equals the longest.
+    Vision and audio towers do not run on text and drop out. The model must be causal:
     changing the last token must leave the logits of earlier ones as they are.
 
     Raises `ModelError` when there is no such list, or no causality.
@@ -62,19 +62,28 @@ def find_layers(model: Any, path: str = "") -> str:
             "this model is not causal: a later token changes earlier ones (an encoder?).",
             "Give a decoder-only chat model.",
         )
-    return max(valid, key=lambda name: (len(valid[name]), _parameters(valid[name])))
+    return max(valid, key=lambda name: (_parameters(valid[name]), len(valid[name])))
 
 
 def _why_none(
     candidates: dict[str, nn.ModuleList], outputs: dict[str, list[Tensor]], text: Any
 ) -> str:
     """Say what the list that comes nearest does instead of running once."""
-    for name, seen in sorted(outputs.items(), key=lambda item: -len(item[1])):
+    ordered = sorted(outputs.items(), key=lambda item: -len(item[1]))
+    for name, seen in ordered:
         if seen and all(o.ndim > 1 and o.shape[-1] == text.hidden_size for o in seen):
             count = len(candidates[name])
             return (
                 f"no list of decoder layers found: {name} has {count} members, of which "
                 f"{len(seen)} runs were seen on plain text, where each should run once."
+            )
+    for name, seen in ordered:
+        width = seen[0].shape[-1] if seen else 0
+        if width > text.hidden_size and width % text.hidden_size == 0:
+            return (
+                f"no list of decoder layers found: {name} hands on {width // text.hidden_size} streams "
+                f"joined in one axis ({width} wide, hidden_size is {text.hidden_size}), which SABER "
+                "does not take apart."
             )
     return "no list of decoder layers found."
 

@@ -15,10 +15,11 @@ the module is called and however its experts are stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -124,8 +125,14 @@ def held(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 
 
 def zeros(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Return zeros for parameters, to hold them at."""
-    return {p: torch.zeros_like(p.data) for p in parameters}
+    """Return zeros for parameters, to hold them at; they share memory, so leave them as they are."""
+    listed = list(parameters)
+    sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for p in listed:
+        kind = (p.dtype, p.device)
+        sizes[kind] = max(sizes.get(kind, 0), p.numel())
+    blank = {kind: torch.zeros(n, dtype=kind[0], device=kind[1]) for kind, n in sizes.items()}
+    return {p: blank[p.dtype, p.device][: p.numel()].view(p.shape) for p in listed}
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,14 @@ class Fit:
     """Gain behind it, of mean square one."""
     centred: bool
     """Whether its mean over the coordinates is taken off on the way."""
+
+
+class Change(NamedTuple):
+    """A vector that a parameter was made to write, what that changed, and how much it was enlarged."""
+
+    z: Float[Tensor, " d_model"]
+    change: Float[Tensor, "tokens streams d_model"]
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -156,48 +171,61 @@ class Bench:
         """Return the same bench with a stream so weak that whatever is written drowns it."""
         return replace(self, call=self.call.on(self.call.hidden * 1e-4))
 
-    def changes(
-        self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter], seeds: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return (z, change of the output) for each seed; seed -1 takes z = 1. Empty: no effect."""
+    def base(self, parameter: nn.Parameter, zero: Sequence[nn.Parameter]) -> Tensor:
+        """Return the output with a parameter and others held at zero."""
+        with held(zeros([*zero, parameter])):
+            return self.call.run(self.layer)
+
+    def change(
+        self,
+        parameter: nn.Parameter,
+        axis: int,
+        zero: Sequence[nn.Parameter],
+        base: Tensor,
+        seed: int,
+    ) -> Change | None:
+        """Return what a parameter held at a multiple of z v^T changes; None where it has no effect."""
         size = float(self.call.rows.norm())
-        with held({**zeros(zero), **zeros([parameter])}):
-            base = self.call.run(self.layer)
         factor = 1.0
-        found: list[tuple[Tensor, Tensor]] = []
-        for seed in seeds:
-            for attempt in range(3):
-                z, value = _substitute(parameter, axis, seed)
-                with held({**zeros(zero), parameter: factor * value}):
-                    change = self.call.run(self.layer) - base
-                share = float(change.norm()) / size
-                if seed == -1 or attempt == 2 or not share < 0.5:
-                    break
-                # Too small to be read off precisely, or at all, beside the stream.
-                factor *= 1 / share if share > self.floor else 100.0
-            if not bool(torch.isfinite(change).all()):
-                return []
-            if seed != -1 and share <= self.floor:
-                return []
-            found.append((z, change))
-        return found
+        z, value = _substitute(parameter, axis, seed)
+        for attempt in range(3):
+            change = self._written(parameter, factor * value, zero) - base
+            share = float(change.norm()) / size
+            if attempt == 2 or not share < 0.5:
+                break
+            # Too small to be read off precisely, or at all, beside the stream.
+            factor *= 1 / share if share > self.floor else 100.0
+        if not bool(torch.isfinite(change).all()) or share <= self.floor:
+            return None
+        return Change(z, change, factor)
+
+    def _written(
+        self, parameter: nn.Parameter, value: Tensor, zero: Sequence[nn.Parameter]
+    ) -> Tensor:
+        with held({**zeros(zero), parameter: value}):
+            return self.call.run(self.layer)
 
     def fit(self, parameter: nn.Parameter, axis: int, zero: Sequence[nn.Parameter]) -> Fit | None:
         """Return how a parameter writes to the stream, with others held at zero; None if it does not."""
-        tried = self.changes(parameter, axis, zero, (11, 12))
-        if not tried:
-            return None
-        d_model = parameter.shape[axis]
-        ratio = torch.cat([(change / z).reshape(-1, d_model) for z, change in tried])
-        low_precision = self.call.hidden.dtype != torch.float32
-        _, values, right = torch.linalg.svd(ratio, full_matrices=False)
-        misfit = float((values[1:].pow(2).sum() / values.pow(2).sum()).sqrt())
-        if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
-            return None
-        gain = right[0] * right[0].sum().sign() * d_model**0.5
-        ones = self.changes(parameter, axis, zero, (11, -1))
-        centred = bool(ones) and float(ones[1][1].norm()) < 0.02 * float(ones[0][1].norm())
-        return Fit(gain, centred)
+        base = self.base(parameter, zero)
+        tried: list[Change] = []
+        for seed in (11, 12):
+            change = self.change(parameter, axis, zero, base, seed)
+            if change is None:
+                return None
+            tried.append(change)
+            ratio = torch.cat([c.change / c.z for c in tried]).flatten(0, -2)
+            _, values, right = torch.linalg.svd(ratio, full_matrices=False)
+            misfit = float((values[1:].pow(2).sum() / values.pow(2).sum()).sqrt())
+            low_precision = self.call.hidden.dtype != torch.float32
+            # Most that are no writers show it with the first z.
+            if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
+                return None
+        gain = right[0] * right[0].sum().sign() * parameter.shape[axis] ** 0.5
+        _, value = _substitute(parameter, axis, -1)
+        # As large as what it is compared with: a weak writer would else be taken for a centred one.
+        ones = self._written(parameter, tried[0].factor * value, zero) - base
+        return Fit(gain, bool(ones.norm() < 0.02 * tried[0].change.norm()))
 
     def isolated(
         self, parameter: nn.Parameter, axis: int, others: Sequence[nn.Parameter]
@@ -206,11 +234,23 @@ class Bench:
 
         What is left is the parameter's own path to the stream, without the summands beside it.
         """
+        _, value = _substitute(parameter, axis, 11)
         zero: list[nn.Parameter] = []
         for other in others:
-            if other is not parameter and self.changes(parameter, axis, [*zero, other], (11,)):
+            if other is not parameter and self._matters(parameter, value, [*zero, other]):
                 zero.append(other)
         return zero
+
+    def _matters(
+        self, parameter: nn.Parameter, value: Tensor, zero: Sequence[nn.Parameter]
+    ) -> bool:
+        """Return whether a parameter has an effect on the output while others are zero."""
+        base, size = self.base(parameter, zero), float(self.call.rows.norm())
+        for factor in (1.0, 1e2, 1e4):
+            change = float((self._written(parameter, factor * value, zero) - base).norm())
+            if change > self.floor * size:
+                return math.isfinite(change)
+        return False
 
     def leftover(self, zero: Sequence[nn.Parameter]) -> float:
         """With parameters held at zero: the share of the output that is no multiple of the input.

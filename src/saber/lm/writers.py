@@ -1,15 +1,8 @@
 """Find every parameter that writes to the residual stream, by substitution, and prove the list.
 
 A *writer* is a weight whose output reaches a layer's output by addition, as it is or through norms
-with gains. Its name says nothing; what it does to the stream says all (`lm/substitution.py`):
-
-* Candidates are all parameters of a layer with an axis of length `d_model`, along each such axis.
-  Those found are held at zero while the rest is tried, until the layer passes its input on.
-* Where several writers share one norm, none of them can be tried beside the others. Then each
-  candidate is tried alone, with everything at zero that its own path to the stream does not need;
-  at last on a stream close to zero, so that what the layer does to the stream itself (mixing several
-  streams by what they hold) is not taken for what the candidate writes.
-* Experts that the router left out while testing are found by their siblings.
+with gains. Its name says nothing; what it does to the stream says all (`lm/substitution.py`). The
+search through a layer is in `lm/search.py`; here its finds become records.
 
 Two laws prove the list complete: with all writers at zero a layer returns its input up to a scale
 (`zeroed_law`), and after a full edit of a direction, a layer that gets a stream without it returns
@@ -34,6 +27,7 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.lm.disk import disk_names
 from saber.lm.layers import stream, with_stream
 from saber.lm.model import LanguageModel
+from saber.lm.search import Finding, Memory, dtype_limit, search
 from saber.lm.substitution import (
     TOKENS,
     Bench,
@@ -46,7 +40,6 @@ from saber.lm.substitution import (
 )
 
 Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "embedding", "other"]
-LAW_LIMIT, LOW_PRECISION_LIMIT = 1e-4, 5e-2
 UNIFORM, LOW_PRECISION_UNIFORM = 1e-3, 2e-2
 
 
@@ -91,13 +84,6 @@ class Writer:
         return gained - gained.mean(-1, keepdim=True) if self.centred else gained
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    parameter: nn.Parameter
-    axis: int
-
-
 def find_writers(lm: LanguageModel) -> list[Writer]:
     """Return the writers of all layers, in order of depth and then of name.
 
@@ -106,11 +92,12 @@ def find_writers(lm: LanguageModel) -> list[Writer]:
     """
     names = {id(p): name for name, p in lm.model.named_parameters(remove_duplicate=True)}
     writers: list[Writer] = []
-    known: dict[int, Writer] = {}
+    known: set[str] = set()
+    memory = Memory()
+    limit = law_limit(lm)
     for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
         bench = Bench(layer, call)
-        found, leftover = _search(bench, lm.d_model, names)
-        limit = law_limit(lm)
+        found, leftover = search(bench, lm.d_model, names, memory)
         carried = ""
         if leftover > limit:
             residual, carried = bench.carried([c.parameter for c, _ in found], names)
@@ -120,11 +107,9 @@ def find_writers(lm: LanguageModel) -> list[Writer]:
                 "zeroed", index, leftover, limit, lm.layers_path, bench.renormalises()
             )
         for writer in _records(bench, index, found, names, carried):
-            if id_ := next((i for i, n in names.items() if n == writer.weight), None):
-                if id_ in known:
-                    continue
-                known[id_] = writer
-            writers.append(writer)
+            if writer.weight not in known:
+                known.add(writer.weight)
+                writers.append(writer)
     return [replace(w, disk=disk_names(lm.model, w.weight)) for w in writers]
 
 
@@ -195,93 +180,13 @@ def _first_stream(lm: LanguageModel, ids: Tensor) -> Float[Tensor, "tokens strea
 
 def law_limit(lm: LanguageModel) -> float:
     """Return the residual up to which a law counts as kept, by the compute dtype."""
-    return LAW_LIMIT if lm.dtype == torch.float32 else LOW_PRECISION_LIMIT
-
-
-def _candidates(layer: nn.Module, d_model: int, names: dict[int, str]) -> list[_Candidate]:
-    """Return the layer's parameters with an axis of length d_model, weights before vectors."""
-    found = [
-        _Candidate(names[id(p)], p, axis)
-        for p in dict.fromkeys(layer.parameters())
-        if p.dtype.is_floating_point
-        for axis, size in enumerate(p.shape)
-        if size == d_model
-    ]
-    # Later modules first: what they do to an earlier one's output would hide it.
-    later = found[::-1]
-    return [c for c in later if c.parameter.ndim > 1] + [c for c in later if c.parameter.ndim < 2]
-
-
-def _search(
-    bench: Bench, d_model: int, names: dict[int, str]
-) -> tuple[list[tuple[_Candidate, Fit]], float]:
-    """Return the writers among a layer's parameters, and what is left of the output without them."""
-    rest = _candidates(bench.layer, d_model, names)
-    found: list[tuple[_Candidate, Fit]] = []
-    leftover = bench.leftover([])
-    limit = LAW_LIMIT if bench.call.hidden.dtype == torch.float32 else LOW_PRECISION_LIMIT
-    for trial, alone in ((bench, False), (bench, True), (bench.quiet(), True)):
-        # What is left may be no writer's doing.
-        zeroed = [c.parameter for c, _ in found]
-        if alone and (bench.renormalises() or bench.carried(zeroed, names)[0] <= limit):
-            break
-        own_path: dict[tuple[str, int], list[nn.Parameter]] = {}
-        again = True
-        while again and leftover > 0.1 * limit:
-            again = False
-            for candidate in list(rest):
-                zero = [c.parameter for c, _ in found]
-                zero += _vectors_beside(candidate, rest)
-                if alone:
-                    key = (candidate.name, candidate.axis)
-                    if key not in own_path:
-                        others = list(dict.fromkeys(c.parameter for c in rest))
-                        own_path[key] = trial.isolated(candidate.parameter, candidate.axis, others)
-                    zero += own_path[key]
-                fit = trial.fit(candidate.parameter, candidate.axis, zero)
-                if fit is None:
-                    continue
-                found.append((candidate, fit))
-                rest = [c for c in rest if c.parameter is not candidate.parameter]
-                again = True
-                leftover = bench.leftover([c.parameter for c, _ in found])
-                if leftover <= 0.1 * limit:
-                    break
-    found += _siblings(found, rest)
-    return found, leftover
-
-
-def _vectors_beside(candidate: _Candidate, rest: Sequence[_Candidate]) -> list[nn.Parameter]:
-    """Return the vectors of a weight's own module, among them its bias."""
-    module = candidate.name.rpartition(".")[0]
-    return [
-        c.parameter
-        for c in rest
-        if c.name.rpartition(".")[0] == module
-        and c.parameter.ndim < candidate.parameter.ndim
-        and c.axis == c.parameter.ndim - 1
-    ]
-
-
-def _siblings(
-    found: Sequence[tuple[_Candidate, Fit]], rest: Sequence[_Candidate]
-) -> list[tuple[_Candidate, Fit]]:
-    """Return candidates that differ from a writer by a number in their name alone.
-
-    Members of a list of experts that no token was routed to have no effect that could be tested.
-    """
-
-    def pattern(c: _Candidate) -> tuple[str, tuple[int, ...], int]:
-        return re.sub(r"\d+", "#", c.name), tuple(c.parameter.shape), c.axis
-
-    fits = {pattern(c): fit for c, fit in found}
-    return [(c, fits[pattern(c)]) for c in rest if pattern(c) in fits]
+    return dtype_limit(lm.dtype)
 
 
 def _records(
     bench: Bench,
     index: int,
-    found: Sequence[tuple[_Candidate, Fit]],
+    found: Sequence[Finding],
     names: dict[int, str],
     carried: str,
 ) -> list[Writer]:
@@ -324,7 +229,7 @@ def _records(
     return sorted(records, key=lambda w: order[w.weight])
 
 
-def _passed(bench: Bench, found: Sequence[tuple[_Candidate, Fit]]) -> tuple[Tensor, Tensor]:
+def _passed(bench: Bench, found: Sequence[Finding]) -> tuple[Tensor, Tensor]:
     """Return output and input of a layer with its writers at zero."""
     with held(zeros(c.parameter for c, _ in found)):
         return bench.call.run(bench.layer), bench.call.rows
