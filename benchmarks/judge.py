@@ -69,7 +69,7 @@ def table(counts: Counter[tuple[str, str]]) -> str:
 
 def main() -> None:
     """Judge and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--half", choices=("all", "tuning", "reporting"), default="all")
     parser.add_argument("--errors", action="store_true")
