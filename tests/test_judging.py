@@ -272,7 +272,7 @@ def test_wrong_use_ends_at_once(flags, capsys, tmp_path):
 
 
 def test_cutting_long_answers_is_generating_short_ones():
-    lm = make_lm("llama", seed=3)
+    lm = make_lm("llama", seed=4)
     chosen = PromptSet("p", tuple(Prompt(str(i), "", f"question {i}") for i in range(5)))
 
     class Length:
@@ -281,7 +281,7 @@ def test_cutting_long_answers_is_generating_short_ones():
 
         def label(self, completion, *, prompt="", surprise=None):
             self.seen.append((prompt, completion))
-            return "refusal" if len(completion) > 6 else "answer"
+            return "refusal" if len(completion) > 3 else "answer"
 
         def settled(self, text_so_far):
             return False
@@ -295,6 +295,6 @@ def test_cutting_long_answers_is_generating_short_ones():
     assert judge.seen[:5] == list(zip(chosen.texts, short, strict=True))
     assert cuts[0].summary()["refusal"]["n"] == 5
     assert [c.labels.count("refusal") for c in cuts] == [
-        sum(len(t) > 6 for _, t in judge.seen[:5]),
-        sum(len(t) > 6 for _, t in judge.seen[5:]),
+        sum(len(t) > 3 for _, t in judge.seen[:5]),
+        sum(len(t) > 3 for _, t in judge.seen[5:]),
     ]
