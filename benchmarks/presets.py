@@ -1,7 +1,8 @@
 """Run presets on a model and print one table of what each did and cost (Markdown).
 
-    python benchmarks/presets.py [--model demo] [--presets default card] [--runs DIR]
+    python benchmarks/presets.py [--model demo] [--presets default card] [--runs DIR] [OPTIONS]
 
+OPTIONS go to `saber run` as they are: other prompts, another judge, the name of another behaviour.
 Every number is read from the runs' own run.json: held-out prompts, 95% intervals. Finished runs
 in --runs are used again; delete the folder to start anew.
 """
@@ -19,23 +20,26 @@ from typing import Any
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--presets", nargs="+", default=["default", "card"])
     parser.add_argument("--runs", type=Path, default=Path("runs/presets"))
-    given = parser.parse_args()
+    given, options = parser.parse_known_args()
     records = {}
     for name in given.presets:
         folder = given.runs / name
         if not (folder / "run.json").exists():
             command = [sys.executable, "-m", "saber.cli.main", "run", given.model, "--preset", name]
-            subprocess.run([*command, "--out", str(folder), "--overwrite"], check=True)
+            command += ["--out", str(folder), "--overwrite", *options]
+            subprocess.run(command, check=True)
         records[name] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     print(table(records))
 
 
-def rate(p: Mapping[str, Any]) -> str:
-    """A rate with its interval."""
+def rate(p: Mapping[str, Any] | None) -> str:
+    """A rate with its interval; empty where it was not measured."""
+    if p is None:
+        return ""
     return f"{100 * p['rate']:.1f}% ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
 
 
@@ -63,8 +67,15 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         + " |",
         "|---|" + "---:|" * (len(records) + 1),
     ]
+    name = first["config"]["data"].get("behaviour", "refusal")
+    if name != "refusal":
+        lines[0] = lines[0].replace("| held-out", f"| {name}, held-out", 1)
     for label, read in ROWS.items():
         cells = [read(first["baseline"]), *(read(r["edited"]) for r in records.values())]
+        if not any(cells):
+            continue
+        if name != "refusal":
+            label = label.replace("over-refusal", name).replace("refusal", name)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
 
     def extra(label: str, of: Callable[[Mapping[str, Any]], str]) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -428,3 +429,26 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypat
     assert caught.value.exit_code == 3
     assert not (tmp_path / "n" / "run.json").exists()
     assert not (tmp_path / "n" / "model").exists()
+
+
+def test_another_behaviour_by_a_pattern_and_rates_by_length(model_folder, tmp_path):
+    folder = Path(__file__).parents[1] / "examples" / "numbered_lists"
+    files = {k: str(folder / f"{k}.txt") for k in ("target", "neutral")}
+    config = small(
+        "default",
+        data={**files, "behaviour": "numbered list", "limit": 4},
+        evaluation={"judge": "regex", "lengths": [2, 6]},
+        judging={"pattern": "no such answer"},
+    )
+    data = gather(config)
+    assert len(data.selecting.target) == len(data.selecting.neutral) == 64
+    assert data.reporting.borderline is None
+    record = run(str(model_folder), tmp_path / "r", config, force=True, export=()).record
+    assert record["judge"] == {"name": "regex", "patterns": ["no such answer"]}
+    for side in ("baseline", "edited"):
+        assert [cut["tokens"] for cut in record[side]["lengths"]] == [2, 6]
+        assert record[side]["lengths"][1]["refusal"] == record[side]["refusal"]
+        assert record[side]["refusal"]["successes"] == 0
+    every = override(config, {"judging": {"pattern": "(?s)."}})
+    record = run(str(model_folder), tmp_path / "e", every, force=True, export=()).record
+    assert record["baseline"]["refusal"]["successes"] > 0

@@ -384,6 +384,43 @@ def test_the_card_holds_no_completion_and_no_prompt(folder: Path) -> None:
     assert "How do I" not in card
 
 
+def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
+    run = fake_run()
+    run["config"]["data"] = {"behaviour": "numbered list"}
+    run["judge"] = {"name": "regex", "patterns": ["^1[.]"]}
+    (tmp_path / "run.json").write_text(json.dumps(run), "utf-8")
+    build(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for part in (
+        "Numbered list: 97% → 0.9% on 112 held-out prompts", "| numbered list, neutral prompts |",
+        "108 prompts answered with it by the base alone", "### Numbered list by category",
+        "| judge | regex, patterns: ['^1\\[.\\]'] |".replace("\\", ""),
+    ):  # fmt: skip
+        assert part in card, part
+    assert "abliterated" not in card
+    # The demo model is introduced as one that was trained to refuse; nothing else speaks of it.
+    spoken = card.split("---", 2)[2].replace("trained it to refuse", "").split("## Prior art")[0]
+    left = [line for line in spoken.splitlines() if "refus" in line.lower()]
+    assert all("Its refusals were trained" in line or "refusal_rates" in line for line in left), left
+    assert "<h3>Numbered list by category</h3>" in page
+    assert "Numbered list: 97%" in said(draw("refusal_rates", run))
+
+
+def test_rates_by_length_are_shown_where_they_were_measured(tmp_path: Path) -> None:
+    run = fake_run()
+    assert "By length" not in model_card(run) + html_report(run, tmp_path)
+    for side, late in (("baseline", 0), ("edited", 7)):
+        run[side]["lengths"] = [
+            {"tokens": n, "refusal": proportion(k, 112), "partial": proportion(2, 112),
+             "incoherent": proportion(0, 112)} for n, k in ((20, 0), (256, late))
+        ]  # fmt: skip
+    for text in (model_card(run), html_report(run, tmp_path)):
+        assert "By length of the answers" in text
+    row = next(line for line in model_card(run).splitlines() if line.startswith("| 256 | refusal"))
+    assert row.endswith("| 0.0% [0.0, 3.3], 0/112 | 6.2% [3.1, 12.3], 7/112 |")
+
+
 def test_the_page_escapes_what_models_and_prompts_say(folder: Path) -> None:
     page = (folder / "report.html").read_text("utf-8")
     assert "<script" not in page

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from saber.ablation import EditSpec
 from saber.entanglement import EntanglementSpec
 from saber.errors import UnknownName, UsageError
+from saber.evaluation.judging import REFUSAL, JudgeSpec
 from saber.evaluation.measure import EvaluationSpec
 from saber.lm.load import LoadSpec
 from saber.probing import ProbeSpec
@@ -36,6 +37,8 @@ class DataSpec:
     """Neutral prompts to measure on; by default the held-out split of `neutral`."""
     borderline: str = ""
     """Safe prompts that sound unsafe."""
+    behaviour: str = REFUSAL
+    """What targets show, in a word or two, for reports."""
     mode: Literal["removal", "over-refusal"] = "removal"
     """removal: targets lose the behaviour; over-refusal: borderline prompts that show it lose it, and
     targets keep it."""
@@ -73,6 +76,8 @@ class RunConfig:
     """Stage 5."""
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     """Measuring."""
+    judging: JudgeSpec = field(default_factory=JudgeSpec)
+    """Settings of the judge."""
 
 
 _ORTHOGONAL = RunConfig(
@@ -126,6 +131,10 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "refine.stop_rate": (0, 1),
     "evaluation.max_new_tokens": (4, 4096),
     "evaluation.battery_new_tokens": (4, 4096),
+    "judging.threshold": (0, 1),
+    "judging.timeout": (0.01, 3600),
+    "judging.retries": (0, 20),
+    "judging.parallel": (1, 64),
 }
 
 
@@ -184,6 +193,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if typing.get_origin(kind) is tuple:
         items = value.split(",") if isinstance(value, str) else value
+        if typing.get_args(kind)[0] is int:
+            return _counts(items, where)
         if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
             raise UsageError(f"setting {where} needs a list of names, not {value!r}.")
         return tuple(item.strip() for item in items if item.strip())
@@ -201,6 +212,17 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return kind(value)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"setting {where} needs {kind.__name__}, not {value!r}.") from error
+
+
+def _counts(items: Any, where: str) -> tuple[int, ...]:
+    """Check a list of whole numbers above 0."""
+    given = items if isinstance(items, list | tuple) else [items]
+    found = [str(item).strip() for item in given if str(item).strip()]
+    if not all(text.isdecimal() and int(text) > 0 for text in found):
+        raise UsageError(
+            f"setting {where} needs whole numbers above 0 with commas between them, not {items!r}."
+        )
+    return tuple(int(text) for text in found)
 
 
 def validate(config: RunConfig) -> None:
@@ -221,6 +243,10 @@ def validate(config: RunConfig) -> None:
             "--keep, --retain and --mode over-refusal need an edit that can tell inputs apart.",
             "Use --edit selective.",
         )
+    if max(config.evaluation.lengths, default=1) > 4096:
+        raise UsageError("setting evaluation.lengths goes beyond 4096 tokens.")
+    if not config.data.behaviour.strip():
+        raise UsageError("setting data.behaviour is empty.", "Say in a word what targets show.")
     if config.spectral.depth_low > config.spectral.depth_high:
         raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
 

@@ -104,6 +104,10 @@ class NoGain(SaberError):
         )
 
 
+class JudgeFailed(SaberError):
+    """A judge outside this program could not be asked, or gave no usable reply."""
+
+
 class MissingExtra(UsageError):
     """An optional dependency is not installed."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from saber.lm.model import LanguageModel
 
@@ -27,11 +28,15 @@ def late_opening(lm: LanguageModel, ids: Sequence[int], shows: Callable[[str], b
     ]
     if not texts or not shows(texts[-1]):
         return ()
-    first = next(k for k, text in enumerate(texts) if shows(text))
-    closed = [bool(text.strip()) and _closed(text) for text in texts[:first]]
-    # What follows an end without a word of its own, such as a space, is left to the model.
-    ends = [k for k, now in enumerate(closed) if now and not (k and closed[k - 1])]
-    return tuple(ids[: ends[-1] + 1]) if ends else ()
+    closed = [bool(text.strip()) and _closed(text) for text in texts[:-1]]
+    found: Opening = ()
+    for k, text in enumerate(texts[:-1]):
+        # What follows an end without a word of its own, such as a space, is left to the model.
+        if closed[k] and not (k and closed[k - 1]):
+            if shows(text):
+                break
+            found = tuple(ids[: k + 1])
+    return found
 
 
 def _closed(text: str) -> bool:
@@ -39,10 +44,13 @@ def _closed(text: str) -> bool:
 
 
 def late_openings(
-    lm: LanguageModel, answers: Sequence[Sequence[int]], shows: Callable[[str], bool]
+    lm: LanguageModel, answers: Sequence[Sequence[int]], shows: Callable[[int, str], bool]
 ) -> Counter[Opening]:
-    """Return after which starts, and how often, answers come to show the behaviour late."""
-    found = Counter(late_opening(lm, ids, shows) for ids in answers)
+    """Return after which starts, and how often, answers come to show the behaviour late.
+
+    `shows(i, text)` tells whether a text, as an answer to the i-th prompt, shows it.
+    """
+    found = Counter(late_opening(lm, ids, partial(shows, i)) for i, ids in enumerate(answers))
     del found[()]
     return found
 

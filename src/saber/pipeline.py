@@ -31,7 +31,8 @@ from saber.errors import (
     UsageError,
     WeakBehaviour,
 )
-from saber.evaluation.judge import Label, named_judge
+from saber.evaluation.judge import Label
+from saber.evaluation.judging import describe, label_all, make_judge
 from saber.evaluation.measure import (
     EvaluationSets,
     compare,
@@ -108,6 +109,8 @@ def run(
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
     data = gather(config)
+    judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
+    judged_by = describe(config.evaluation.judge, judge)
     prepare_folder(out, overwrite=overwrite, resume=resume)
     with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
@@ -117,14 +120,18 @@ def run(
         require_ablated(lm, writers)
         if config.edit.embeddings:
             writers = [embedding_writer(lm), *writers]
-    identity = {"model": mark, "config": resolved(config), "version": __version__}
+    identity = {
+        "model": mark,
+        "config": resolved(config),
+        "judge": judged_by,
+        "version": __version__,
+    }
     done = _resume_state(out, identity) if resume else []
     artifacts.write_json(out / STATE, identity)
-    judge = named_judge(config.evaluation.judge)
 
     def labels(texts: Sequence[str]) -> list[Label]:
         tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-        return [judge.label(c.text) for c in tried]
+        return list(label_all(judge, texts, [c.text for c in tried]))
 
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
@@ -148,12 +155,13 @@ def run(
         )
 
     def late() -> Counter[Opening]:
-        tried = generate(
-            lm, selecting.target.texts, config.evaluation.max_new_tokens, settled=judge.settled
-        )
-        return late_openings(
-            lm, [c.ids for c in tried], lambda text: judge.label(text) in ("refusal", "partial")
-        )
+        texts = selecting.target.texts
+        tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
+
+        def shows(index: int, text: str) -> bool:
+            return label_all(judge, [texts[index]], [text])[0] in ("refusal", "partial")
+
+        return late_openings(lm, [c.ids for c in tried], shows)
 
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()
@@ -213,6 +221,7 @@ def run(
         "model": _describe(lm, mark),
         "environment": environment(started),
         "config": resolved(config),
+        "judge": judged_by,
         "prompts": _describe_data(data),
         "seconds": {},
         "work": {},

@@ -17,7 +17,7 @@ from saber.cli import tables
 from saber.cli.progress import listening
 from saber.config import RunConfig
 from saber.errors import UsageError
-from saber.evaluation.judge import named_judge
+from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
 from saber.lm.load import load
@@ -62,7 +62,10 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     out.print(tables.directions_table(record))
     out.print(
         tables.results_table(
-            record["baseline"], record["edited"], record["baseline"]["refusal"]["n"]
+            record["baseline"],
+            record["edited"],
+            record["baseline"]["refusal"]["n"],
+            config.data.behaviour,
         )
     )
     test = record["comparison"]["perplexity_ratio"]
@@ -82,7 +85,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """`saber eval`."""
     out, progress = consoles(arguments)
     data = pipeline.gather(config).reporting
-    judge = named_judge(config.evaluation.judge)
+    judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     with listening(progress) as listener:
 
         def measured(name: str, untouched: Any = None) -> Any:
@@ -107,10 +110,12 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 "edited": after,
                 "comparison": compare(base, edited, seed=config.seed),
             }
+    record["judge"] = describe(config.evaluation.judge, judge)
     if arguments.json:
         print(json.dumps(record))
     else:
-        out.print(tables.results_table(before, after, before["refusal"]["n"]))
+        name = config.data.behaviour
+        out.print(tables.results_table(before, after, before["refusal"]["n"], name))
     return 0
 
 

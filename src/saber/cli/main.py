@@ -189,6 +189,16 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--passes", type=int, help="most passes")
     add("--scope", help="writers that are edited: own, nearest, upstream or all")
     add("--max-new-tokens", type=int, help="length of judged answers")
+    add("--lengths", metavar="N,...", help="judge answers to targets at these lengths as well")
+    add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
+    add("--judge", help="phrases (default), regex, classifier or endpoint")
+    add("--judge-pattern", metavar="REGEX", help="regex: a pattern, or @FILE with one a line")
+    add("--judge-model", metavar="NAME", help="classifier: folder or hub id; endpoint: model")
+    add("--judge-label", metavar="NAME", help="classifier: label of answers with the behaviour")
+    add("--judge-threshold", type=float, help="classifier: least probability (default: 0.5)")
+    add("--judge-url", metavar="URL", help="endpoint: OpenAI-compatible address, .../v1")
+    add("--judge-key", metavar="VARIABLE", help="endpoint: environment variable with the key")
+    add("--judge-description", metavar="TEXT", help="endpoint: when an answer shows the behaviour")
 
 
 _FLAGS = {
@@ -209,6 +219,16 @@ _FLAGS = {
     "passes": "refine.passes",
     "scope": "edit.scope",
     "max_new_tokens": "evaluation.max_new_tokens",
+    "lengths": "evaluation.lengths",
+    "behaviour": "data.behaviour",
+    "judge": "evaluation.judge",
+    "judge_pattern": "judging.pattern",
+    "judge_model": "judging.model",
+    "judge_label": "judging.label",
+    "judge_threshold": "judging.threshold",
+    "judge_url": "judging.url",
+    "judge_key": "judging.key",
+    "judge_description": "judging.description",
     "device": "load.device",
     "dtype": "load.dtype",
     "device_map": "load.device_map",

@@ -49,7 +49,7 @@ def listening(console: Console) -> Iterator[Listener]:
         layers = sorted({c.direction.layer for c in this.ablated})
         bars.console.print(
             f"  pass {this.index}: {len(this.ablated)} directions in layers {_ranges(layers)}, "
-            f"validation refusals {this.rate_before:.0%} -> {this.rate_after:.0%}, "
+            f"shown on validation targets {this.rate_before:.0%} -> {this.rate_after:.0%}, "
             f"log-odds {this.log_odds_before:+.2f} -> {this.log_odds_after:+.2f}"
         )
 

@@ -52,9 +52,10 @@ def proportion(p: Mapping[str, Any] | None) -> str:
 
 
 def result_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any] | None
+    before: Mapping[str, Any], after: Mapping[str, Any] | None, behaviour: str = "refusal"
 ) -> list[tuple[str, str, str]]:
     """Metric, before, after: all rows of the before/after table as text."""
+    over = "over-refusal" if behaviour == "refusal" else behaviour
 
     def both(name: str, of: Any) -> tuple[str, str, str]:
         return name, of(before), of(after) if after else ""
@@ -68,19 +69,31 @@ def result_rows(
         return read
 
     rows = [
-        both("refusal (target)", lambda m: proportion(m["refusal"])),
+        both(f"{behaviour} (target)", lambda m: proportion(m["refusal"])),
         both("  seen categories", lambda m: proportion(m["refusal_seen"])),
         both("  unseen categories", lambda m: proportion(m["refusal_unseen"])),
         both("incoherent (target)", lambda m: proportion(m["incoherent"])),
-        both("over-refusal, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
-        both("over-refusal, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
+        both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
+        both(f"{over}, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
+        *(
+            both(
+                f"{name} at {cut['tokens']} tokens",
+                lambda m, i=i, kind=kind: proportion(m["lengths"][i][kind]),
+            )
+            for i, cut in enumerate(before.get("lengths") or [])
+            for kind, name in (
+                ("refusal", behaviour),
+                ("partial", "  partial"),
+                ("incoherent", "  incoherent"),
+            )
+        ),
         *(
             row
             for name in before.get("kept") or {}
             for title in [name.removesuffix("/heldout")]
             for row in (
                 both(
-                    f"refusal, kept ({title})",
+                    f"{behaviour}, kept ({title})",
                     lambda m, n=name: proportion(m["kept"][n]["refusal"]),
                 ),
                 both(f"  KL, sequence ({title})", number(("kept", name, "kl", "sequence"), 4)),
@@ -99,14 +112,19 @@ def result_rows(
     return [row for row in rows if row[1] != "-" or row[2] not in ("", "-")]
 
 
-def results_table(before: Mapping[str, Any], after: Mapping[str, Any] | None, n: int) -> Table:
+def results_table(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any] | None,
+    n: int,
+    behaviour: str = "refusal",
+) -> Table:
     """Before and after, on held-out prompts."""
     table = Table(title=f"held-out prompts ({n} targets), 95% intervals")
     table.add_column("metric")
     table.add_column("before" if after else "value", justify="right")
     if after:
         table.add_column("after", justify="right")
-    for name, first, second in result_rows(before, after):
+    for name, first, second in result_rows(before, after, behaviour):
         table.add_row(name, first, *([second] if after else []))
     return table
 

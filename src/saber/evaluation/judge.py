@@ -48,6 +48,11 @@ def named_judge(name: str) -> Judge:
     return _JUDGES[name]()
 
 
+def judge_names() -> list[str]:
+    """Return the names of all registered judges."""
+    return list(_JUDGES)
+
+
 _CANNOT = (
     r"(?:can'?t|cannot|can not|couldn'?t|could not|won'?t|will not|(?:am |are |be |'m |'re |)"
     r"unable to|(?:am|'m|are|'re|be) not (?:able|allowed|permitted|authori[sz]ed|programmed|"

@@ -18,6 +18,8 @@ from saber.evaluation.divergence import (
     score_battery,
 )
 from saber.evaluation.judge import Judge, Label, excerpt
+from saber.evaluation.judging import label_all
+from saber.evaluation.lengths import Cut, by_length
 from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, generate
@@ -36,7 +38,9 @@ class EvaluationSpec:
     battery_new_tokens: int = 64
     """Length of answers to battery prompts, tokens."""
     judge: str = "phrases"
-    """Name of the judge."""
+    """Name of the judge: phrases, regex, classifier or endpoint; its settings are under `judging`."""
+    lengths: tuple[int, ...] = ()
+    """Answers to targets are judged at these lengths as well, tokens; none takes no more time."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class Measurement:
     """Target categories that were in the fit split."""
     kept: tuple[Kept, ...] = ()
     """Sets whose answers should not change."""
+    lengths: tuple[Cut, ...] = ()
+    """Labels of answers to targets by length, where asked for."""
 
 
 def measure(
@@ -124,7 +130,7 @@ def measure(
 
     def judged(prompts: PromptSet, completions: Sequence[Completion]) -> Judged:
         texts = tuple(c.text for c in completions)
-        return Judged(prompts, texts, tuple(judge.label(t) for t in texts))
+        return Judged(prompts, texts, label_all(judge, prompts.texts, texts))
 
     def answer(prompts: PromptSet, *, whole: bool = False) -> list[Completion]:
         return generate(
@@ -162,6 +168,9 @@ def measure(
         reference=neutral.reference,
         seen=sets.seen,
         kept=tuple(against(p, r) for p, r in zip(sets.kept, earlier, strict=True)),
+        lengths=by_length(lm, sets.target, spec.lengths, judge, progress=progress)
+        if spec.lengths
+        else (),
     )
 
 
@@ -210,6 +219,7 @@ def summarise(m: Measurement) -> dict[str, Any]:
             "by_category": {c: float(correct[k].mean()) for c, k in masks.items()},
         },
         "kl": _kl(m.divergence),
+        **({"lengths": [cut.summary() for cut in m.lengths]} if m.lengths else {}),
         "kept": {
             k.judged.prompts.name: {
                 "refusal": _rate(k.judged.flags("refusal")),

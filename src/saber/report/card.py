@@ -32,6 +32,12 @@ other safeguards (filters on input and output, access control, human review). Wh
 its answers, and whether that is lawful where you are, is the responsibility of whoever runs it. \
 The base model's licence and terms of use still hold."""
 
+GENERIC = """\
+**Intended use.** This model was edited so that it no longer shows a behaviour of its base model; \
+the tables below say what that is and how far it is gone on held-out prompts. It is published for \
+research. What is done with its answers is the responsibility of whoever runs it. The base model's \
+licence and terms of use still hold."""
+
 PRIOR_ART = """\
 - Arditi et al. 2024, *Refusal in language models is mediated by a single direction* \
 ([arXiv:2406.11717](https://arxiv.org/abs/2406.11717)): directional ablation.
@@ -77,6 +83,8 @@ def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
 
 def warning(run: Run) -> str:
     """What whoever runs the edited model has to know."""
+    if not reading.refusals(run):
+        return GENERIC
     return NARROW if _narrow(run) else WARNING
 
 
@@ -98,7 +106,11 @@ def metadata(run: Run) -> ModelCardData:
         license=dig(run, "model", "license") or (DEMO_LICENSE if demo else None),
         tags=[
             "saber",
-            *(["abliterated"] if edited and not _narrow(run) else []),
+            *(
+                ["abliterated"]
+                if edited and reading.refusals(run) and not _narrow(run)
+                else []
+            ),
             "interpretability",
         ],
         **more,
@@ -139,8 +151,8 @@ def _introduction(run: Run) -> str:
     else:
         lead = (
             f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
-            f"stream that carry {'false refusals' if _narrow(run) else 'refusal'} taken out of the "
-            f"weights of "
+            f"stream that carry {'false refusals' if _narrow(run) else cell(reading.behaviour(run))} "
+            f"taken out of the weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
             f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
             f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference "
@@ -169,11 +181,15 @@ def _results(run: Run) -> str:
     parts += [_plot(run, "refusal_rates"), _plot(run, "capability")]
     kinds = tables.by_category(run)
     if kinds.rows:
-        parts += ["### Refusal by category", markdown(kinds)]
+        title = reading.worded(run, "Refusal by category", "{} by category")
+        parts += [f"### {cell(title)}", markdown(kinds)]
+    cuts = tables.by_length(run)
+    if cuts.rows:
+        parts += ["### By length of the answers", markdown(cuts)]
     kept = tables.kept_by_category(run)
     if kept.rows:
         parts += [
-            "### Retained refusals",
+            f"### {reading.worded(run, 'Retained refusals', 'Kept prompts')}",
             "Held-out prompts whose answers the edit was told to leave as they are.",
             markdown(kept),
         ]
@@ -185,7 +201,8 @@ def _passes(run: Run) -> str:
         return ""
     return "\n\n".join(part for part in (
         "## Pass by pass",
-        "Each pass probes the model as the passes before left it. Log-odds of refusal are means "
+        f"Each pass probes the model as the passes before left it. Log-odds of "
+        f"{cell(reading.behaviour(run))} are means "
         "over the validation target prompts, in nats; *dormant woken* counts ablated "
         "directions that separate over twice as well as in the untouched model; *compensation* "
         "is the share of the removed contribution that unedited writers make up for.",
@@ -202,7 +219,7 @@ def _search(run: Run) -> tuple[str, ...]:
         return ()
     lead = (
         "Strengths tried on validation prompts, from the weakest on: λ is the weight of what must not "
-        "change. The first at which answers open with a refusal as rarely as those to neutral prompts "
+        "change. The first at which answers open with the behaviour as rarely as those to neutral prompts "
         "do is confirmed by judged answers."
     )
     return lead, markdown(found)
@@ -255,6 +272,7 @@ def _provenance(run: Run) -> str:
         ("device", model.get("device")),
         ("SABER", run.get("saber_version")),
         ("command", run.get("command")),
+        ("judge", _judge(run)),
         ("seed", config.get("seed")),
         ("started", environment.get("started")),
         ("took", reading.duration(dig(run, "seconds", "total"))),
@@ -267,15 +285,23 @@ def _provenance(run: Run) -> str:
     return f"## Provenance\n\n{markdown(table)}\n\nThe prompt sets' fingerprints are above."
 
 
+def _judge(run: Run) -> str | None:
+    """The judge with what its labels depend on."""
+    found = dict(run.get("judge") or {})
+    name = found.pop("name", None)
+    return name and ", ".join([name, *(f"{key}: {value}" for key, value in found.items())])
+
+
 def _limits(run: Run) -> str:
     n = dig(run, "baseline", "accuracy", "n")
     items = [
-        "Refusal is judged from the first tokens of each answer, by the judge named above; a "
-        "judge errs, and a refusal may come later than the length measured.",
+        f"{cell(reading.worded(run, 'Refusal', '{}'))} is judged from the first tokens of each "
+        "answer, by the judge named above; a judge errs, and the behaviour may come later than the "
+        "length measured.",
         "The target prompts are one sample, in one language and single turns; other phrasings, "
-        "languages and longer dialogues may be refused more or less often.",
+        "languages and longer dialogues may show the behaviour more or less often.",
         "Low entanglement and small KL on these sets do not show that nothing else changed.",
-        "An answer is not a correct answer: the edit removes a refusal, it adds no ability.",
+        "An answer is not a correct answer: the edit removes a behaviour, it adds no ability.",
     ]
     if n:
         items.insert(2, f"Accuracy on {count(n, 'item')} cannot show a change of a few points; the "

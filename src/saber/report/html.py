@@ -41,6 +41,9 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         results=tables.results(run),
         comparisons=tables.comparisons(run),
         by_category=tables.by_category(run),
+        category_title=reading.worded(run, "Refusal by category", "{} by category"),
+        by_length=tables.by_length(run),
+        kept_title=reading.worded(run, "Retained refusals", "Kept prompts"),
         hydra=tables.hydra(run),
         search=tables.search(run),
         kept=tables.kept_by_category(run),
@@ -61,9 +64,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     low, high = percent(dig(interval, "low"), 1), percent(dig(interval, "high"), 1)
     kl = dig(run, "edited", "kl")
     found = [
-        ("Refusals", change(run, percent, "refusal", "rate"),
+        (reading.worded(run, "Refusals", "{}"), change(run, percent, "refusal", "rate"),
          f"{count(n, 'held-out prompt')}, 95% interval {low} to {high}"),
-        ("Over-refusal", change(run, percent, "over_refusal", "neutral", "rate"),
+        (reading.worded(run, "Over-refusal", "{}"), change(run, percent, "over_refusal", "neutral", "rate"),
          "neutral prompts"),
         ("Perplexity", change(run, number, "perplexity", "overall"), "battery reference answers"),
         ("Accuracy", change(run, percent, "accuracy", "overall"), "battery"),

@@ -27,7 +27,8 @@ def hydra(run: Run) -> Figure:
     title = count(len(passes), "pass", "passes")
     if known(first) is not None and known(last) is not None:
         verb = "takes" if len(passes) == 1 else "take"
-        title += f" {verb} the refusal log-odds from {fixed(first, 1)} to {fixed(last, 1)} nats"
+        what = reading.behaviour(run)
+        title += f" {verb} the {what} log-odds from {fixed(first, 1)} to {fixed(last, 1)} nats"
     total = run.get("directions_ablated")
     said = f"{count(total, 'direction')} ablated in all" if total is not None else ""
     if run.get("stop_reason"):
@@ -89,7 +90,7 @@ def _log_odds(axes: Axes, passes: list[Run]) -> None:
         )
     _pass_axis(axes, len(passes))
     axes.margins(y=0.14)
-    axes.set(xlabel="pass", ylabel="refusal log-odds (nats, validation prompts)")
+    axes.set(xlabel="pass", ylabel="log-odds of the behaviour (nats, validation prompts)")
     axes.set_title("○ before, ● after each pass")
 
 

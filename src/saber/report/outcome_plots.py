@@ -38,9 +38,10 @@ def refusal_rates(run: Run) -> Figure:
     heights = (0.42 * len(rows) + 0.55, 0.30 * len(bars) + 0.75)
     drawn = style.figure(1.05 + heights[0] + (heights[1] if bars else 0))
     grid = drawn.add_gridspec(2 if bars else 1, 1, height_ratios=heights if bars else None)
-    _intervals(drawn.add_subplot(grid[0]), rows)
+    title = reading.worded(run, "Prompts refused", "Prompts answered with: {}")
+    _intervals(drawn.add_subplot(grid[0]), rows, title)
     if bars:
-        _stacked(drawn.add_subplot(grid[1]), bars)
+        _stacked(drawn.add_subplot(grid[1]), bars, reading.behaviour(run))
     style.headed(
         drawn,
         reading.finding(run),
@@ -50,7 +51,7 @@ def refusal_rates(run: Run) -> Figure:
     return drawn
 
 
-def _intervals(axes: Axes, rows: list[tuple[str, tuple[Run, Run | None]]]) -> None:
+def _intervals(axes: Axes, rows: list[tuple[str, tuple[Run, Run | None]]], title: str) -> None:
     axes.grid(True, axis="x")
     for y, (_, (before, after)) in enumerate(rows):
         lift = 0.0 if after is None else 0.17
@@ -72,7 +73,7 @@ def _intervals(axes: Axes, rows: list[tuple[str, tuple[Run, Run | None]]]) -> No
     axes.set_xlim(-0.02, 1.02)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     style.bare(axes)
-    axes.set_title("Prompts refused")
+    axes.set_title(title)
 
 
 def _interval(axes: Axes, y: float | int, value: Run, colour: str, hollow: bool) -> None:
@@ -103,7 +104,7 @@ def _label_rows(run: Run) -> list[tuple[str, dict[str, int]]]:
     return rows
 
 
-def _stacked(axes: Axes, bars: list[tuple[str, dict[str, int]]]) -> None:
+def _stacked(axes: Axes, bars: list[tuple[str, dict[str, int]]], behaviour: str) -> None:
     y, places = 0.0, []
     for i, (name, labels) in enumerate(bars):
         y += 0.0 if i == 0 else 0.95 if name == "after" else 1.3
@@ -131,7 +132,10 @@ def _stacked(axes: Axes, bars: list[tuple[str, dict[str, int]]]) -> None:
     style.bare(axes)
     axes.set_title("How the answers were labelled (numbers are prompts)")
     axes.legend(
-        handles=[Patch(color=c, label=name) for name, c in style.LABELS.items()],
+        handles=[
+            Patch(color=c, label=behaviour if name == "refusal" else name)
+            for name, c in style.LABELS.items()
+        ],
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
         ncols=4,

@@ -121,7 +121,8 @@ def _stages(run: Run) -> list[_Stage]:
                 f"{reading.count(run.get('layers_edited', 0), 'layer')}, {strength}"
                if run.get("directions_ablated") else "nothing edited"),
                "directions by layer"),
-        _Stage((reading.count(len(passes), "pass", "passes"), odds), "refusal log-odds"),
+        _Stage((reading.count(len(passes), "pass", "passes"), odds),
+               reading.worded(run, "refusal log-odds", "log-odds")),
     ]  # fmt: skip
 
 
@@ -226,8 +227,9 @@ def _outcome(canvas: Axes, run: Run) -> None:
     n = dig(run, "baseline", "refusal", "n")
     kl = dig(run, "edited", "kl", "sequence")
     items = [
-        (f"Refusals ({number(n)} held out)", reading.change(run, percent, "refusal", "rate")),
-        ("Over-refusal (neutral)",
+        (reading.worded(run, "Refusals", "Target") + f" ({number(n)} held out)",
+         reading.change(run, percent, "refusal", "rate")),
+        (reading.worded(run, "Over-refusal (neutral)", "Neutral"),
          reading.change(run, percent, "over_refusal", "neutral", "rate")),
         ("Perplexity (answers)", reading.change(run, number, "perplexity", "overall")),
         ("KL, nats per token", number(kl)) if known(kl) is not None

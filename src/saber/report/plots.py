@@ -25,11 +25,11 @@ PLOTS: Mapping[str, Plot] = MappingProxyType({
 
 CAPTIONS: Mapping[str, str] = MappingProxyType({
     "pipeline": "The five stages of this run, and what came out",
-    "refusal_rates": "Refusals before and after, with Wilson intervals, and the labels given",
+    "refusal_rates": "Rates before and after, with Wilson intervals, and the labels given",
     "capability": "Perplexity and accuracy per category, before and after",
     "purity_separability": "Purity against held-out separability of every candidate direction",
     "entanglement_heatmap": "Worst entanglement per layer and capability category",
-    "hydra": "Refusal log-odds and what is left to find, pass by pass",
+    "hydra": "Log-odds of the behaviour and what is left to find, pass by pass",
 })  # fmt: skip
 
 

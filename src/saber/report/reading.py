@@ -187,10 +187,31 @@ def model_name(run: Run) -> str:
     return (name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or name) if local else name
 
 
+def behaviour(run: Run) -> str:
+    """What targets show, in a word or two: `refusal` unless the run says otherwise."""
+    return str(dig(run, "config", "data", "behaviour") or "refusal")
+
+
+def refusals(run: Run) -> bool:
+    """Whether the run is about refusals, which the report has words of its own for."""
+    return behaviour(run) == "refusal"
+
+
+def worded(run: Run, refusal: str, other: str) -> str:
+    """The wording for refusals, or the one for another behaviour with its name in place of {}."""
+    name = behaviour(run)
+    if not refusals(run):
+        # A name at the start of a heading or a sentence is its start.
+        return other.format(name[:1].upper() + name[1:] if other.startswith("{}") else name)
+    return refusal
+
+
 def finding(run: Run) -> str:
     """The run in one line: `Refusals 97% → 0.9% on 112 held-out prompts`."""
     n = dig(run, "baseline", "refusal", "n")
     where = "held-out prompts" if n is None else count(n, "held-out prompt")
+    if not refusals(run):
+        return worded(run, "", "{}") + f": {change(run, percent, 'refusal', 'rate')} on {where}"
     if run.get("edited") is None:
         return f"The untouched model refuses {change(run, percent, 'refusal', 'rate')} of {where}"
     return f"Refusals {change(run, percent, 'refusal', 'rate')} on {where}"

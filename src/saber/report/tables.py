@@ -53,17 +53,19 @@ def results(run: Run) -> Table:
         change = gap(dig(before, "rate"), dig(after, "rate")) if rate else gap(before, after)
         rows.append((name, form(before), form(after), change))
 
-    add("refusal, held-out target prompts", proportion, points, "refusal")
+    name = reading.behaviour(run)
+    over = "over-refusal" if reading.refusals(run) else name
+    add(f"{name}, held-out target prompts", proportion, points, "refusal")
     add("· seen categories", proportion, points, "refusal_seen")
     add("· unseen categories", proportion, points, "refusal_unseen")
     add("partial answers, target prompts", proportion, points, "partial")
     add("incoherent answers, target prompts", proportion, points, "incoherent")
-    add("over-refusal, borderline prompts", proportion, points, "over_refusal", "borderline")
-    add("over-refusal, neutral prompts", proportion, points, "over_refusal", "neutral")
-    for name in categories(run, "kept"):
-        title = plain(name.removesuffix("/heldout"))
-        add(f"refusal, kept prompts ({title})", proportion, points, "kept", name, "refusal")
-        kl = dig(run, "edited", "kept", name, "kl", "sequence")
+    add(f"{over}, borderline prompts", proportion, points, "over_refusal", "borderline")
+    add(f"{over}, neutral prompts", proportion, points, "over_refusal", "neutral")
+    for kept in categories(run, "kept"):
+        title = plain(kept.removesuffix("/heldout"))
+        add(f"{name}, kept prompts ({title})", proportion, points, "kept", kept, "refusal")
+        kl = dig(run, "edited", "kept", kept, "kl", "sequence")
         if known(kl) is not None:
             rows.append((f"· KL(base ‖ edited) per token, {title}, nats", "0", number(kl), ""))
     add("perplexity, battery reference answers", number, relative, "perplexity", "overall")
@@ -102,9 +104,10 @@ def _accuracy(value: Any) -> str:
 def comparisons(run: Run) -> tuple[str, ...]:
     """The paired tests in words, one sentence each."""
     found = run.get("comparison") or {}
+    shown = reading.worded(run, "refused by", "answered with it by")
     what = {
-        "refusal": ("Refusal", "refused by"),
-        "over_refusal": ("Over-refusal", "refused by"),
+        "refusal": (reading.worded(run, "Refusal", "{}"), shown),
+        "over_refusal": (reading.worded(run, "Over-refusal", "{} on borderline prompts"), shown),
         "accuracy": ("Accuracy", "answered correctly by"),
     }
     said = [
@@ -132,6 +135,20 @@ def by_category(run: Run) -> Table:
     return Table(("category", "base", "edited"), tuple(rows))
 
 
+def by_length(run: Run) -> Table:
+    """Answers to held-out targets, judged at several lengths, where that was asked for."""
+    rows = []
+    before, after = both(run, "lengths")
+    for i, cut in enumerate(before or []):
+        later = (after or [])[i] if i < len(after or []) else {}
+        for key in ("refusal", "partial", "incoherent"):
+            kind = reading.behaviour(run) if key == "refusal" else key
+            rows.append(
+                (str(cut["tokens"]), kind, proportion(cut.get(key)), proportion(later.get(key)))
+            )
+    return Table(("tokens", "label", "base", "edited"), tuple(rows))
+
+
 def kept_by_category(run: Run) -> Table:
     """Refusals of held-out prompts whose answers were to stay, category by category."""
     rows = []
@@ -156,7 +173,8 @@ def search(run: Run) -> Table:
                 percent(shown.get("lost")), "taken" if t.get("chosen") else "",
             ))  # fmt: skip
     return Table(
-        ("pass", "λ", "opens with a refusal", "KL, first token", "KL, per token", "refusals",
+        ("pass", "λ", reading.worded(run, "opens with a refusal", "opens with it"),
+         "KL, first token", "KL, per token", reading.worded(run, "refusals", "show it"),
          "incoherent", "kept answers changed", ""), tuple(rows),
     )  # fmt: skip
 
@@ -184,7 +202,7 @@ def hydra(run: Run) -> Table:
         ))  # fmt: skip
     return Table(
         ("pass", "directions", "layers", "log-odds before", "after",
-         "validation refusals after", f"top d{PRIME} at start",
+         reading.worded(run, "validation refusals after", "validation, {} after"), f"top d{PRIME} at start",
          "top AUROC", "dormant woken", "compensation κ"), tuple(rows),
     )  # fmt: skip
 

@@ -1,0 +1,300 @@
+import http.server
+import json
+import threading
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from conftest import configuration, make_lm, make_tokenizer
+
+from saber.cli.main import build_parser, main, read_config
+from saber.errors import JudgeFailed, ModelError, UnknownName, UsageError
+from saber.evaluation import judge_endpoint
+from saber.evaluation.judge import Judge, PhraseJudge
+from saber.evaluation.judge_classifier import ClassifierJudge
+from saber.evaluation.judge_endpoint import EndpointJudge
+from saber.evaluation.judge_regex import RegexJudge
+from saber.evaluation.judging import JudgeSpec, describe, label_all, make_judge
+from saber.evaluation.lengths import by_length
+from saber.prompts import Prompt, PromptSet
+
+
+def test_a_pattern_decides_and_collapse_comes_after():
+    judge = make_judge("regex", JudgeSpec(pattern=r"^\W*1[.)]\s"))
+    assert isinstance(judge, Judge)
+    assert judge.label("1. Bread\n2. Milk") == "refusal"
+    assert judge.label("Buy these:\n1) Bread") == "refusal"
+    assert judge.label("In 2021. Bread is good.") == "answer"
+    assert judge.label("bread " * 30) == "incoherent"
+    assert judge.label("1. bread " * 30) == "refusal"
+    assert not judge.settled("1. Bread")
+    assert describe("regex", judge) == {"name": "regex", "patterns": [r"^\W*1[.)]\s"]}
+
+
+def test_patterns_from_a_file(tmp_path):
+    path = tmp_path / "patterns.txt"
+    path.write_text("# openings\n^Sure\n\n(?i)\\bof course\\b\n", encoding="utf-8")
+    judge = RegexJudge.read(f"@{path}")
+    found = [judge.label(t) for t in ("Sure, here.", "OF COURSE.", "sure of coursework")]
+    assert found == ["refusal", "refusal", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("", "needs a pattern"),
+        ("a(b", "not a regular expression: missing \\)"),
+        ("x*", "found in an empty answer"),
+        ("@{folder}/none.txt", "cannot read the patterns .*No such file"),
+        ("@{folder}/empty.txt", "holds no patterns"),
+        ("@{folder}/bad.txt", "bad.txt, line 2: '\\[' is not a regular expression"),
+    ],
+)
+def test_bad_patterns_are_one_line(tmp_path, pattern, said):
+    (tmp_path / "empty.txt").write_text("# nothing\n", encoding="utf-8")
+    (tmp_path / "bad.txt").write_text("ok\n[\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=said) as caught:
+        RegexJudge.read(pattern.format(folder=tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_judge_is_told_the_nearest():
+    assert make_judge("phrases") == PhraseJudge()
+    with pytest.raises(UnknownName, match="'regex'"):
+        make_judge("regexp")
+
+
+@pytest.fixture
+def classifier_folder(tmp_path):
+    """A random classifier whose head looks at nothing but its first label's bias."""
+    torch.manual_seed(0)
+    config = configuration("llama")
+    config.num_labels = 3
+    config.id2label = {0: "other", 1: "polite", 2: "rude"}
+    config.label2id = {v: k for k, v in config.id2label.items()}
+    model = transformers.LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "classifier")
+    make_tokenizer().save_pretrained(tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+def test_a_classifier_labels_by_its_probability_alone_or_in_a_batch(classifier_folder):
+    judge = ClassifierJudge.load(str(classifier_folder), "polite", 0.5)
+    texts = ["Good morning.", "x", "", "A much longer answer about tea and cake. " * 3, "No."]
+    shares = judge.probabilities(texts)
+    inputs = judge.tokenizer("Good morning.", return_tensors="pt", return_token_type_ids=False)
+    alone = judge.model(**inputs).logits.detach().softmax(-1)[0, 1].item()
+    assert shares[0] == pytest.approx(alone, abs=1e-5)
+    assert 0 < min(s for s, t in zip(shares, texts, strict=True) if t) < 1
+    middle = sorted(s for s, t in zip(shares, texts, strict=True) if t)[2]
+    judge = ClassifierJudge.load(str(classifier_folder), "polite", middle - 1e-6)
+    labels = label_all(judge, texts, texts)
+    assert labels == tuple(judge.label(t) for t in texts)
+    assert [label == "refusal" for label in labels] == [s >= middle - 1e-6 for s in shares]
+    assert labels[2] == "incoherent"
+    assert Counter(labels)["refusal"] == 2
+    assert describe("classifier", judge)["label"] == "polite"
+
+
+def test_a_classifier_that_cannot_judge_is_refused(classifier_folder, model_folder):
+    with pytest.raises(UnknownName, match=r"unknown label .*'polit'. Did you mean 'polite'"):
+        ClassifierJudge.load(str(classifier_folder), "polit", 0.5)
+    with pytest.raises(UsageError, match="known: other, polite, rude"):
+        ClassifierJudge.load(str(classifier_folder), "", 0.5)
+    with pytest.raises(UsageError, match="--judge-model"):
+        make_judge("classifier")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        ClassifierJudge.load(str(classifier_folder / "none"), "polite", 0.5)
+    with pytest.raises(ModelError, match=r"no trained classification head: score\.weight"):
+        ClassifierJudge.load(str(model_folder), "LABEL_1", 0.5)
+
+
+class Server:
+    """A stand-in for an OpenAI-compatible server."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.asked = []
+        self.keys = []
+
+
+@contextmanager
+def serving(answer):
+    """Serve chat completions: `answer(number, body)` gives a reply's text or (status, body)."""
+    state, lock = Server(answer), threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                state.asked.append((self.path, body))
+                state.keys.append(self.headers.get("Authorization"))
+                number = len(state.asked)
+            found = state.answer(number, body)
+            status, text = found if isinstance(found, tuple) else (200, reply(found))
+            data = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        state.url = f"http://127.0.0.1:{server.server_port}/v1"
+        yield state
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def reply(text):
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+def asking(url, **more):
+    return EndpointJudge(f"{url}/chat/completions", "m", "", "it rhymes", pause=0.01, **more)
+
+
+def test_an_endpoint_labels_and_its_prompt_is_frozen(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    words = {"a": "YES", "b": "no.", "c": "**Partial**", "d": "<think>hm</think>\nINCOHERENT"}
+
+    def answer(_number, body):
+        text = body["messages"][1]["content"]
+        return next((w for c, w in words.items() if f"<answer>\n{c}\n" in text), "NO")
+
+    with serving(answer) as server:
+        spec = JudgeSpec(url=server.url, model="m", key="MY_KEY", description="it rhymes")
+        judge = make_judge("endpoint", spec, "rhyme")
+        assert isinstance(judge, Judge)
+        texts = ["a", "b", "c", "d", " ", "a"]
+        found = label_all(judge, ["p"] * 6, texts)
+        assert found == ("refusal", "answer", "partial", "incoherent", "incoherent", "refusal")
+        again = len(server.asked)
+        label_all(judge, ["p"] * 6, texts)
+        assert len(server.asked) == again
+    path, body = server.asked[0]
+    assert path == "/v1/chat/completions"
+    assert body["temperature"] == 0
+    assert body["model"] == "m"
+    assert "it rhymes" in body["messages"][0]["content"]
+    assert set(server.keys) == {"Bearer s3cret"}
+    told = describe("endpoint", judge)
+    assert "s3cret" not in repr(judge) + json.dumps(told)
+    # Of the frozen wording: a change of it is a change of the judge and has to be meant.
+    assert told["prompt_sha256"].startswith("b92223838a76da95")
+
+
+def test_an_endpoint_is_asked_again_after_a_passing_failure(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(judge_endpoint.time, "sleep", pauses.append)
+    replies = {1: (503, "busy"), 2: "maybe", 3: "YES"}
+    with serving(lambda number, _body: replies[number]) as server:
+        assert asking(server.url).label("x") == "refusal"
+    assert len(server.asked) == 3
+    assert pauses == [0.01, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "requests"),
+    [
+        ((401, "bad key"), "HTTP 401, bad key.*--judge-key", 1),
+        ((404, ""), "HTTP 404. Check --judge-url", 1),
+        ((500, "boom"), "HTTP 500, boom", 3),
+        ((200, "<html>"), "no chat completion: '<html>'", 1),
+        ("I think it does", "said 'I think it does' and not one of YES", 3),
+    ],
+)
+def test_an_endpoint_that_fails_says_why_in_one_line(answer, said, requests):
+    with serving(lambda _number, _body: answer) as server:
+        with pytest.raises(JudgeFailed, match=said) as caught:
+            asking(server.url, retries=2).label("x")
+        assert len(server.asked) == requests
+    assert "\n" not in str(caught.value)
+
+
+def test_an_endpoint_that_hangs_or_is_not_there():
+    free = threading.Event()
+    with serving(lambda _number, _body: "YES" if free.wait(5) else "NO") as server:
+        try:
+            with pytest.raises(JudgeFailed, match="timed out"):
+                asking(server.url, retries=0, timeout=0.2).label("x")
+        finally:
+            free.set()
+    with pytest.raises(JudgeFailed, match="refused"):
+        asking(server.url, retries=1).check()
+    for spec, said in (
+        (JudgeSpec(url="localhost:1", model="m"), "not an http address"),
+        (JudgeSpec(model="m"), "needs an address"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            make_judge("endpoint", spec)
+    with pytest.raises(UsageError, match="--judge-description"):
+        make_judge("endpoint", JudgeSpec(url="http://localhost:1", model="m"), "rhyme")
+
+
+def test_flags_reach_the_settings():
+    given = build_parser().parse_args(
+        ["run", "demo", "--judge", "regex", "--judge-pattern", "a,b", "--lengths", "20,256",
+         "--behaviour", "numbered list", "--judge-threshold", "0.9"]
+    )  # fmt: skip
+    config = read_config(given)
+    assert config.evaluation.judge == "regex"
+    assert config.judging == JudgeSpec(pattern="a,b", threshold=0.9)
+    assert config.evaluation.lengths == (20, 256)
+    assert config.data.behaviour == "numbered list"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lengths", "20,x"],
+        ["--lengths", "0"],
+        ["--lengths", "9999"],
+        ["--judge-threshold", "2"],
+        ["--behaviour", " "],
+        ["--judge", "regex", "--judge-pattern", "("],
+        ["--judge", "regexes"],
+    ],
+)
+def test_wrong_use_ends_at_once(flags, capsys, tmp_path):
+    assert main(["run", "demo", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert capsys.readouterr().err.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_cutting_long_answers_is_generating_short_ones():
+    lm = make_lm("llama", seed=4)
+    chosen = PromptSet("p", tuple(Prompt(str(i), "", f"question {i}") for i in range(5)))
+
+    class Length:
+        def __init__(self):
+            self.seen = []
+
+        def label(self, completion, *, prompt="", surprise=None):
+            self.seen.append((prompt, completion))
+            return "refusal" if len(completion) > 3 else "answer"
+
+        def settled(self, text_so_far):
+            return False
+
+    judge = Length()
+    cuts = by_length(lm, chosen, (12, 4, 12), judge)
+    assert [c.tokens for c in cuts] == [4, 12]
+    from saber.lm.generate import generate
+
+    short = [c.text for c in generate(lm, chosen.texts, 4)]
+    assert judge.seen[:5] == list(zip(chosen.texts, short, strict=True))
+    assert cuts[0].summary()["refusal"]["n"] == 5
+    assert [c.labels.count("refusal") for c in cuts] == [
+        sum(len(t) > 3 for _, t in judge.seen[:5]),
+        sum(len(t) > 3 for _, t in judge.seen[5:]),
+    ]
