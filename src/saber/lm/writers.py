@@ -83,6 +83,22 @@ class Writer:
         gained = basis if self.gain is None else basis * self.gain.to(basis)
         return gained - gained.mean(-1, keepdim=True) if self.centred else gained
 
+    def write(self, basis: Float[Tensor, "k d_model"]) -> Float[Tensor, "d_model k"]:
+        """Return how to write one unit of each basis vector to the stream, and little else.
+
+        The L with read(basis) L = I that minimises tr(L^T D L). Without a gain D = I, the
+        pseudo-inverse. Behind one, L reaches the stream as g * L, and through the norm's rms it scales
+        all that is written, whose energy a coordinate is mean(g^2): to first order that is
+        D = diag(g^2 + mean(g^2) / d). With D = I large gains would be written to most: with gains as
+        uneven as a trained Gemma's, several times more beside the direction than along it.
+        """
+        reading = self.read(basis)
+        if self.gain is None:
+            return torch.linalg.pinv(reading)
+        squared = self.gain.to(basis).square()
+        scaled = reading / (squared + squared.mean() / len(squared))
+        return scaled.T @ torch.linalg.pinv(reading @ scaled.T)
+
 
 def find_writers(lm: LanguageModel) -> list[Writer]:
     """Return the writers of all layers, in order of depth and then of name.
