@@ -3,8 +3,8 @@
     python benchmarks/answers.py OUT.jsonl [--model demo] [--seed 0]
 
 Writes one JSON object a line (id, source, set, category, prompt, tokens, text), without a label: that
-is for a reader to give, before any judge is asked. `tests/data/answers.jsonl` was
-read and labelled from such a file.
+is for a reader to give, before any judge is asked. `tests/data/answers.jsonl` is to be
+filled from such a file.
 """
 
 from __future__ import annotations

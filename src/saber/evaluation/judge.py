@@ -138,18 +138,22 @@ _FILLERS = frozenset("-_=.*#~|+")
 class Collapse:
     """When a text counts as incoherent. Tokens here are words, ideograms and single marks."""
 
-    min_tokens: int = 20
-    """Shorter texts are never called repetitive, tokens."""
+    min_tokens: int = 12
+    """Texts of fewer tokens are repetitive only by `stuck_key`."""
     loop_period: int = 8
     """Longest period of a loop that counts as collapse, tokens; longer loops are a greedy habit."""
     loop_share: float = 0.6
-    """Least share of the text that the loop covers, in [0, 1]."""
+    """Least share of the text that the loop covers, in [0, 1]; it has to come round three times."""
     loop_content: int = 24
     """Most tokens that the text may say beside the loop's repeats: more is an answer."""
+    stuck_key: int = 12
+    """One letter or digit this many times in a row is collapse."""
     same_run: int = 20
     """One token this many times in a row is collapse wherever it stands (rules and dots apart)."""
     fewest_distinct: int = 6
     """A text of `min_tokens` with fewer distinct tokens is collapse."""
+    long_word: int = 60
+    """A word of at least as many characters is searched for loops by character."""
     letter_share: float = 0.3
     """Least share of letters and digits among visible characters, in [0, 1]."""
     surprise: float = 6.0
@@ -163,9 +167,11 @@ class Collapse:
         readable = sum(c.isalnum() or unicodedata.category(c)[0] == "M" for c in visible)
         if readable == 0:
             return True
+        if _longest_run([a == b and a.isalnum() for a, b in pairwise(visible)]) >= self.stuck_key:
+            return True
         if len(visible) >= self.min_tokens and readable < self.letter_share * len(visible):
             return True
-        if max(map(len, text.split())) >= 3 * self.min_tokens and self._loops(visible):
+        if max(map(len, text.split())) >= self.long_word and self._loops(visible):
             return True
         tokens = [t for t in _TOKEN.findall(text.casefold()) if t not in _FILLERS]
         if len(tokens) < self.min_tokens:
@@ -176,7 +182,8 @@ class Collapse:
         n = len(tokens)
         for period in range(1, self.loop_period + 1):
             repeats = _longest_run([tokens[i] == tokens[i - period] for i in range(period, n)])
-            if repeats + period >= self.loop_share * n and n - repeats <= self.loop_content:
+            enough = repeats >= 2 * period and repeats + period >= self.loop_share * n
+            if enough and n - repeats <= self.loop_content:
                 return True
         return False
 
