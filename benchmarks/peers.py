@@ -1,10 +1,11 @@
 """SABER beside the tools of its kind that install from a package index: same model, prompts and ruler.
 
-    python benchmarks/peers.py [--tools saber heretic abliterated] [--budget-seconds 200] [--out runs/peers]
+    python benchmarks/peers.py [--tools saber heretic abliterated] [--budget-seconds 300] [--out runs/peers]
 
 Each peer gets an environment of its own and runs as a program of its own, offline, on the CPU, in float32,
-at its own defaults, for about the time of SABER's whole run and for four times as long. All tools see the
-same fit and validation prompts and none sees the held-out ones, on which all models are measured alike.
+one thread, at its own defaults, for about the processor time of SABER's whole run and for four times as long.
+All tools see the same fit and validation prompts and none sees the held-out ones, on which all models are
+measured alike.
 What is finished in --out is not run again unless --again is given; so one tool's rows can be made anew:
 
     python benchmarks/peers.py --tools saber --again
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import peers_ruler
 import peers_saber
 from peers_common import Outcome, Workplace
 
-TOOLS: Mapping[str, Callable[[Workplace, float, str], list[Outcome]]] = {
+TOOLS: Mapping[str, Callable[[Workplace, Sequence[float], str], list[Outcome]]] = {
     "heretic": peers_heretic.run,
     "abliterated": peers_abliterated.run,
     "saber": peers_saber.run,
@@ -40,15 +41,12 @@ def main() -> None:
     place = Workplace(given.out)
     place.out.mkdir(parents=True, exist_ok=True)
     peers_common.prepare(place, given.model)
+    budgets = [factor * given.budget_seconds for factor in given.factors]
     for name in given.tools:
-        # SABER takes the time that it takes: one run.
-        for factor in [1] if name == "saber" else given.factors:
-            label = name if name == "saber" else f"{name}-x{factor:g}"
-            if given.again or not finished(place, label):
-                forget(place, label)
-                found = TOOLS[name](place, factor * given.budget_seconds, given.torch)
-                for i, outcome in enumerate(found):
-                    outcome.save(place.out / f"{label}.{i}{OUTCOME}")
+        if given.again or not any(place.out.glob(f"{name}.*{OUTCOME}")):
+            forget(place, name)
+            for i, outcome in enumerate(TOOLS[name](place, budgets, given.torch)):
+                outcome.save(place.out / f"{name}.{i}{OUTCOME}")
     outcomes = {path: Outcome.load(path) for path in sorted(place.out.glob(f"*{OUTCOME}"), key=rank)}
     measured = {path: path.with_name(path.name.replace(OUTCOME, MEASURED)) for path in outcomes}
     if given.measure:
@@ -67,7 +65,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
-    parser.add_argument("--budget-seconds", type=float, default=200.0)
+    parser.add_argument("--budget-seconds", type=float, default=300.0)
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0, 4.0])
     parser.add_argument("--model", default="demo", help="what is edited (default: demo)")
     parser.add_argument("--torch", default="torch==2.13.0", help="which torch the peers get")
@@ -85,14 +83,9 @@ def rank(path: Path) -> tuple[bool, str]:
     return not path.name.startswith("saber"), path.name
 
 
-def finished(place: Workplace, label: str) -> bool:
-    """Whether a tool's run at this budget is there."""
-    return any(place.out.glob(f"{label}.*{OUTCOME}"))
-
-
-def forget(place: Workplace, label: str) -> None:
-    """Remove a run's rows."""
-    for path in [*place.out.glob(f"{label}.*{OUTCOME}"), *place.out.glob(f"{label}.*{MEASURED}")]:
+def forget(place: Workplace, name: str) -> None:
+    """Remove a tool's rows."""
+    for path in [*place.out.glob(f"{name}.*{OUTCOME}"), *place.out.glob(f"{name}.*{MEASURED}")]:
         path.unlink()
 
 

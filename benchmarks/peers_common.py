@@ -13,11 +13,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-OFFLINE = {
+SETTING = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    # One thread each: processor time is then what a tool takes, whatever else the machine does. The limit
+    # holds for tools that set the number of threads themselves.
+    "OMP_NUM_THREADS": "1",
+    "OMP_THREAD_LIMIT": "1",
+    "MKL_NUM_THREADS": "1",
 }
 
 
@@ -47,13 +52,13 @@ class Outcome:
     settings: str
     """What was set, in a line."""
     budget: float
-    """Wall time that was aimed at, seconds; 0 where the tool was not given one."""
+    """Processor time that was aimed at, seconds; 0 where the tool was not given one."""
     seconds: float
-    """Wall time from the start of the tool to its saved model."""
-    search_seconds: float
-    """The part of it that went into finding and making the edit."""
+    """Wall time from the start of the tool to its saved model; other work on the machine adds to it."""
     cpu_seconds: float
-    """Processor time of all its threads, seconds; other work on the machine hardly changes it."""
+    """Processor time of the same, one thread."""
+    search_share: float
+    """The share of it that went into finding and making the edit, 0 to 1."""
     model: str
     """The edited model's folder, relative to the folder of everything."""
     own: dict[str, Any] = field(default_factory=dict)
@@ -179,7 +184,7 @@ def timed(command: Sequence[str], cwd: Path, log: Path) -> Cost:
         done = subprocess.run(
             command,
             cwd=cwd,
-            env={**os.environ, **OFFLINE},
+            env={**os.environ, **SETTING},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

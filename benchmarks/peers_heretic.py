@@ -1,8 +1,9 @@
 """Run heretic (heretic-llm, AGPL-3.0) as a separate program: its menus are answered line by line.
 
-It tunes by trials, not by time, so a run of two trials first tells what one costs; the batch size and
-the answers' common prefix that it finds there are given to the real run, which then spends its time on
-trials. That first run is not charged.
+It counts trials, not time: two trials tell what one costs, and "Run additional trials" of its own menu
+fills each budget in turn, so that one session serves all budgets. Two things that it would find out by
+itself in minutes are told to it, to leave it the time for trials: the batch size and that answers have no
+common prefix. Its share of random trials (60 of 200) is kept for the smallest budget.
 """
 
 from __future__ import annotations
@@ -18,24 +19,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peers_common import (
-    OFFLINE,
+    SETTING,
+    Cost,
     Outcome,
     Workplace,
     environment,
-    processor_seconds,
     system_prompt,
     version_of,
 )
 
 PACKAGE = "heretic-llm==1.4.0"
-DEFAULT_TRIALS, DEFAULT_STARTUP = 200, 60
-_ASKS = ("Enter number: ", "folder:: ")
-_MARKS = (
-    "Determining optimal batch size",
-    "Loading good evaluation prompts",
-    "Running trial",
-    "Optimization finished",
-)
+BATCH = 32
+STARTUP_TRIALS, FIRST_TRIALS = 10, 2
+_ASKS = ("Enter number: ", "folder:: ", "run?: ")
 WORDS = {"fewest": "fewest refusals", "balanced": "the least sum of refusal rate and KL"}
 _TRIAL = re.compile(
     r"\[(\d+)\] \[Trial +(\d+)\] Refusals: +(\d+)/(\d+), KL divergence: +([\d.]+)"
@@ -58,24 +54,6 @@ class MenuTrial:
     """Its divergence, first token of answers to validation neutral prompts, nats."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What a first short run tells."""
-
-    batch_size: int
-    """The batch size that heretic found fastest."""
-    prefix: str
-    """What all answers open with."""
-    around: float
-    """Seconds before the first trial and after the last."""
-    per_trial: float
-    """Seconds a trial."""
-
-    def trials(self, budget: float) -> int:
-        """Return how many trials fill the budget."""
-        return max(4, round((budget - self.around) / self.per_trial))
-
-
 def menu_trials(text: str) -> list[MenuTrial]:
     """Return the trials of the last menu in the output, in its order: fewest refusals first."""
     tail = text[text.rindex("Which trial do you want to use?") :]
@@ -95,8 +73,8 @@ def picks(offered: Sequence[MenuTrial]) -> dict[str, MenuTrial]:
     return {"fewest": fewest} if balanced == fewest else {"fewest": fewest, "balanced": balanced}
 
 
-def configuration(place: Workplace, values: dict[str, object]) -> str:
-    """Return the TOML of a run: local files, float32, and the given values."""
+def configuration(place: Workplace) -> str:
+    """Return the TOML of a run: local files and float32; what is not named is heretic's default."""
     lines = {
         "model": str(place.model.resolve()),
         "dtypes": ["float32"],
@@ -104,7 +82,10 @@ def configuration(place: Workplace, values: dict[str, object]) -> str:
         "export_strategy": "merge",
         "system_prompt": system_prompt(place),
         "seed": 0,
-        **values,
+        "n_trials": FIRST_TRIALS,
+        "n_startup_trials": STARTUP_TRIALS,
+        "batch_size": BATCH,
+        "response_prefix": "",
     }
     # A JSON string, number or list of strings is a TOML one too.
     text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())
@@ -118,26 +99,37 @@ def configuration(place: Workplace, values: dict[str, object]) -> str:
     return text
 
 
+def more_trials(left: float, per_trial: float) -> int:
+    """Return how many trials surely fit into what is left, seconds; 0 when it is not worth asking."""
+    # Trials differ in cost, so that most of the way is gone first and the rest looked at again.
+    return int(0.9 * left / per_trial) if left > 3 * per_trial else max(0, int(left / per_trial))
+
+
 class Session:
     """A running heretic: reads its output up to the next question and answers."""
 
-    def __init__(self, program: Path, folder: Path) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, place: Workplace, folder: Path) -> None:
         self.text = ""
-        self.seen: dict[str, float] = {}
+        self.start = time.perf_counter()
+        self.before_trials = 0.0
         self._log = (folder / "log.txt").open("w", encoding="utf-8")
+        program = place.out / "environments/heretic/bin/heretic"
         self._process = subprocess.Popen(
             [str(program.absolute())],
             cwd=folder,
-            env={**os.environ, **OFFLINE, "COLAB_GPU": "1", "COLUMNS": "200"},
+            env={**os.environ, **SETTING, "COLAB_GPU": "1", "COLUMNS": "200"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
-    def until_asked(self) -> None:
-        """Read to the next question; note when the phases of the search began."""
+    def ask(self, line: object = None) -> None:
+        """Give an input line, if any, and read to the next question."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if line is not None:
+            self._process.stdin.write(f"{line}\n".encode())
+            self._process.stdin.flush()
         while True:
             piece = os.read(self._process.stdout.fileno(), 65536).decode("utf-8", "replace")
             if not piece:
@@ -145,103 +137,74 @@ class Session:
             self.text += piece
             self._log.write(piece)
             self._log.flush()
-            for mark in _MARKS:
-                if mark in self.text:
-                    self.seen.setdefault(mark, time.perf_counter() - self.start)
+            if not self.before_trials and "Running trial" in self.text:
+                self.before_trials = self.spent()
             if self.text.endswith(_ASKS):
                 return
 
-    def answer(self, line: object) -> None:
-        """Give an input line."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n".encode())
-        self._process.stdin.flush()
+    def spent(self) -> float:
+        """Return its processor time so far, seconds."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End the program."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
         self._log.close()
 
+    def save(self, trial: MenuTrial, folder: Path) -> None:
+        """Save a trial's model, and go back to the menu of trials."""
+        for line in (trial.choice, 1, folder.resolve(), 5):
+            self.ask(line)
 
-def search(place: Workplace, folder: Path, values: dict[str, object]) -> tuple[Session, dict[str, float]]:
-    """Run a search and save the picks to `folder`/NAME; return the session and when each was saved."""
+
+def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]:
+    """Search for each budget (processor seconds) in turn; return an outcome for each saved trial."""
+    version = version_of(environment(place, "heretic", torch, PACKAGE), "heretic-llm")
+    folder = place.out / "heretic"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(configuration(place, values), encoding="utf-8")
-    session = Session(place.out / "environments/heretic/bin/heretic", folder)
+    (folder / "config.toml").write_text(configuration(place), encoding="utf-8")
+    session = Session(place, folder)
+    found: list[Outcome] = []
+    saving = Cost(0.0, 0.0)
     try:
-        session.until_asked()
-        saved: dict[str, float] = {}
-        leave = 0
-        for name, trial in picks(menu_trials(session.text)).items():
-            if leave:
-                session.answer(leave)
-                session.until_asked()
-            session.answer(trial.choice)
-            session.until_asked()
-            session.answer(1)
-            session.until_asked()
-            session.answer((folder / name).resolve())
-            session.until_asked()
-            saved[name] = time.perf_counter() - session.start
-            leave = 5
+        session.ask()
+        trials, start = FIRST_TRIALS, session.before_trials
+        for budget in sorted(budgets):
+            while True:
+                spent = session.spent() - saving.cpu_seconds
+                more = more_trials(budget - spent, (spent - start) / trials)
+                if more == 0:
+                    break
+                session.ask(len(menu_trials(session.text)) + 1)
+                session.ask(more)
+                trials += more
+            offered = menu_trials(session.text)
+            wall = time.perf_counter() - session.start - saving.seconds
+            search = spent - start
+            for name, trial in picks(offered).items():
+                begun = Cost(time.perf_counter(), session.spent())
+                model = folder / f"{budget:.0f}-{name}"
+                session.save(trial, model)
+                cost = Cost(
+                    time.perf_counter() - begun.seconds, session.spent() - begun.cpu_seconds
+                )
+                saving = Cost(saving.seconds + cost.seconds, saving.cpu_seconds + cost.cpu_seconds)
+                found.append(
+                    Outcome(
+                        tool=f"heretic {version}",
+                        settings=f"{trials} trials ({STARTUP_TRIALS} random), {WORDS[name]}",
+                        budget=budget,
+                        seconds=wall + cost.seconds,
+                        cpu_seconds=spent + cost.cpu_seconds,
+                        search_share=search / (spent + cost.cpu_seconds),
+                        model=str(model.relative_to(place.out)),
+                        own={"chosen": asdict(trial), "front": [asdict(t) for t in offered]},
+                    )
+                )
     finally:
         session.close()
-    return session, saved
-
-
-def calibrate(place: Workplace) -> Calibration:
-    """Run two trials, once, and read what they cost."""
-    path = place.out / "heretic-calibration.json"
-    if path.exists():
-        return Calibration(**json.loads(path.read_text(encoding="utf-8")))
-    folder = place.out / "heretic-calibration"
-    session, saved = search(place, folder, {"n_trials": 2, "n_startup_trials": 2})
-    batch = re.search(r"Chosen batch size: (\d+)", session.text)
-    prefix = re.search(r"Prefix found: '(.*)'", session.text)
-    sizing, measured, begun, ended = (session.seen[mark] for mark in _MARKS)
-    # Finding batch size and prefix is not paid again; loading and the rest is.
-    found = Calibration(
-        int(batch.group(1)) if batch else 0,
-        prefix.group(1) if prefix else "",
-        begun - (measured - sizing) + saved["fewest"] - ended,
-        (ended - begun) / 2,
-    )
-    path.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
     return found
-
-
-def run(place: Workplace, budget: float, torch: str) -> list[Outcome]:
-    """Search for about `budget` seconds; return an outcome for each saved trial."""
-    version = version_of(environment(place, "heretic", torch, PACKAGE), "heretic-llm")
-    known = calibrate(place)
-    trials = known.trials(budget)
-    # The share of random trials is heretic's own.
-    startup = max(2, round(trials * DEFAULT_STARTUP / DEFAULT_TRIALS))
-    folder = place.out / f"heretic-{budget:.0f}"
-    values: dict[str, object] = {
-        "n_trials": trials,
-        "n_startup_trials": startup,
-        "batch_size": known.batch_size,
-        "response_prefix": known.prefix,
-    }
-    used = processor_seconds()
-    session, saved = search(place, folder, values)
-    used = processor_seconds() - used
-    begun, ended = session.seen["Running trial"], session.seen["Optimization finished"]
-    offered = menu_trials(session.text[: session.text.index("Restoring model from trial")])
-    return [
-        Outcome(
-            tool=f"heretic {version}",
-            settings=f"{trials} trials ({startup} random), the one with {WORDS[name]}",
-            budget=budget,
-            # What was saved after the first is there for the table alone.
-            seconds=saved["fewest"],
-            search_seconds=ended - begun,
-            cpu_seconds=used,
-            model=str((folder / name).relative_to(place.out)),
-            own={"chosen": asdict(trial), "front": [asdict(t) for t in offered]},
-        )
-        for name, trial in picks(offered).items()
-    ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 
 from peers_common import Outcome, Workplace, timed
 
 from saber import __version__
 
 
-def run(place: Workplace, budget: float, torch: str) -> list[Outcome]:
-    """Run the default preset; its time is what it takes, so budget and torch are not read."""
+def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]:
+    """Run the default preset; its time is what it takes, so budgets and torch are not read."""
     folder = place.out / "saber"
     options = ["run", str(place.model.resolve()), "--device", "cpu", "--overwrite"]
     line = [sys.executable, "-m", "saber.cli.main", *options, "--out", str(folder.resolve())]
@@ -24,8 +25,8 @@ def run(place: Workplace, budget: float, torch: str) -> list[Outcome]:
             settings=f"defaults, {record['directions_ablated']} directions",
             budget=0.0,
             seconds=cost.seconds,
-            search_seconds=stages["total"] - stages["evaluate"],
             cpu_seconds=cost.cpu_seconds,
+            search_share=(stages["total"] - stages["evaluate"]) / cost.seconds,
             model=f"{folder.name}/model",
             own={"seconds": stages},
         )

@@ -48,11 +48,58 @@ def test_fewest_refusals_and_the_balanced_trial_are_picked_and_one_only_where_th
     assert list(peers_heretic.picks(offered[1:])) == ["fewest"]
 
 
-def test_trials_fill_what_the_budget_leaves():
-    known = peers_heretic.Calibration(batch_size=16, prefix="", around=40.0, per_trial=8.0)
-    assert known.trials(200.0) == 20
-    assert known.trials(800.0) == 95
-    assert known.trials(1.0) == 4
+def test_trials_fill_what_is_left_in_two_looks():
+    assert peers_heretic.more_trials(left=400.0, per_trial=8.0) == 45
+    assert peers_heretic.more_trials(left=20.0, per_trial=8.0) == 2
+    assert peers_heretic.more_trials(left=7.0, per_trial=8.0) == 0
+    assert peers_heretic.more_trials(left=-50.0, per_trial=8.0) == 0
+
+
+# Asks what heretic 1.4.0 asks, in its words, and burns time for each trial.
+STAND_IN = """#!{python}
+import pathlib, time
+def burn(trials):
+    for _ in range(trials):
+        print("Running trial")
+        end = time.process_time() + 0.05
+        while time.process_time() < end: pass
+    print("Optimization finished!")
+burn(2)
+done = 2
+while True:
+    print("Which trial do you want to use?")
+    print("[1] [Trial   1] Refusals:  0/32, KL divergence: 0.9000")
+    print("[2] [Trial   2] Refusals:  3/32, KL divergence: 0.0100")
+    print("[3] Run additional trials")
+    print("[4] Exit program")
+    choice = input("Enter number: ")
+    if choice == "3":
+        more = int(input("How many additional trials do you want to run?: "))
+        burn(more); done += more
+        continue
+    assert choice in "12", choice
+    while input("Enter number: ") == "1":
+        folder = pathlib.Path(input("Path to the folder:: "))
+        folder.mkdir(parents=True); (folder / "trial").write_text(choice + " of " + str(done))
+"""
+
+
+def test_one_session_serves_all_budgets_and_saves_both_picks_of_each(tmp_path, monkeypatch):
+    place = saved_tokenizer(tmp_path, TURNS)
+    program = tmp_path / "environments/heretic/bin/heretic"
+    program.parent.mkdir(parents=True)
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    (tmp_path / "environments/heretic/ready").touch()
+    monkeypatch.setattr(peers_heretic, "version_of", lambda folder, package: "9")
+    found = peers_heretic.run(place, [2.0, 0.8], "torch")
+    assert [o.budget for o in found] == [0.8, 0.8, 2.0, 2.0]
+    made = [(tmp_path / o.model / "trial").read_text().split(" of ") for o in found]
+    assert [choice for choice, _ in made] == ["1", "2", "1", "2"]
+    assert 2 < int(made[0][1]) == int(made[1][1]) < int(made[2][1]) == int(made[3][1])
+    assert f"{made[3][1]} trials" in found[3].settings
+    assert all(0.3 * o.budget < o.cpu_seconds < 1.2 * o.budget for o in found)
+    assert all(0.5 < o.search_share <= 1 for o in found)
 
 
 def test_every_stretch_of_interleaved_prompts_holds_all_categories():
@@ -112,14 +159,13 @@ RECORD = {
 }
 
 
-def test_an_outcome_says_whether_the_budget_ended_the_search_and_comes_back_from_its_file(tmp_path):
-    made = peers_abliterated.outcome("1.1.1", 200.0, 100.0, Cost(198.0, 350.0), RECORD, "a-200")
-    assert made.settings == "31 trials, 100 s for the search (stopped by its time budget), its own pick"
-    assert (made.model, made.seconds, made.search_seconds) == ("a-200/model", 198.0, 101.5)
-    own_end = peers_abliterated.outcome(
-        "1.1.1", 200.0, 100.0, Cost(1.0, 1.0), {**RECORD, "budget_stopped": False}, "a"
-    )
-    assert "ended by itself" in own_end.settings
+def test_an_outcome_is_read_from_the_tools_record_and_comes_back_from_its_file(tmp_path):
+    made = peers_abliterated.outcome("1.1.1", 200.0, Cost(203.0, 198.0), 101.5, RECORD, "a/model")
+    assert made.settings == "31 trials, its own pick, unverified: none passed its gate"
+    checked = {**RECORD, "candidates": [{}, {}]}
+    assert "of 2 that it verified" in peers_abliterated.pick(checked)
+    assert (made.model, made.seconds, made.cpu_seconds) == ("a/model", 203.0, 198.0)
+    assert made.search_share == 0.5
     made.save(tmp_path / "x.json")
     assert Outcome.load(tmp_path / "x.json") == made
 
@@ -139,15 +185,14 @@ def test_the_table_has_a_cell_for_every_column_and_counts_with_intervals():
     row = {
         "tool": "a tool",
         "settings": "as it comes",
-        "seconds": 199.6,
-        "search_seconds": 80.2,
         "cpu_seconds": 351.0,
+        "search_share": 0.25,
         "edited": measured(3),
         "comparison": {"perplexity_ratio": {"estimate": 1.01, "low": 1.0, "high": 1.02}},
     }
     lines = peers_ruler.table(measured(105), [row]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert "| 105/112 (1.0-6.2%) |" in lines[2]
-    assert "| 200 | 80 | 351 | 3/112 (1.0-6.2%) | 0/112" in lines[3]
+    assert "| as it comes | 351 | 88 | 3/112 (1.0-6.2%) | 0/112" in lines[3]
     assert "| 24/48 " in lines[3]
     assert "| 0.1234 | 0.0123 | 1.010 (1.000-1.020) | 42% |" in lines[3]
