@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import peers_ruler
 import peers_saber
 from peers_common import Outcome, Workplace
 
-TOOLS: Mapping[str, Callable[[Workplace, Sequence[float], str], list[Outcome]]] = {
+TOOLS: Mapping[str, Callable[[Workplace, Sequence[float], str], Iterator[Outcome]]] = {
     "heretic": peers_heretic.run,
     "abliterated": peers_abliterated.run,
     "saber": peers_saber.run,
@@ -42,20 +43,25 @@ def main() -> None:
     place.out.mkdir(parents=True, exist_ok=True)
     peers_common.prepare(place, given.model)
     budgets = [factor * given.budget_seconds for factor in given.factors]
-    for name in given.tools:
-        if given.again or not any(place.out.glob(f"{name}.*{OUTCOME}")):
-            forget(place, name)
-            for i, outcome in enumerate(TOOLS[name](place, budgets, given.torch)):
-                outcome.save(place.out / f"{name}.{i}{OUTCOME}")
+    waiting = [n for n in given.tools if given.again or not any(place.out.glob(f"{n}.*{OUTCOME}"))]
+
+    def run(name: str) -> None:
+        forget(place, name)
+        for i, outcome in enumerate(TOOLS[name](place, budgets, given.torch)):
+            outcome.save(place.out / f"{name}.{i}{OUTCOME}")
+
+    # Each has one thread and is a process of its own, so they need not wait for each other.
+    with ThreadPoolExecutor(max(1, given.jobs)) as pool:
+        list(pool.map(run, waiting))
     outcomes = {path: Outcome.load(path) for path in sorted(place.out.glob(f"*{OUTCOME}"), key=rank)}
     measured = {path: path.with_name(path.name.replace(OUTCOME, MEASURED)) for path in outcomes}
     if given.measure:
-        waiting = {
+        unmeasured = {
             place.out / outcomes[path].model: result
             for path, result in measured.items()
             if given.measure_again or not result.exists()
         }
-        peers_ruler.measure_all(place.model, waiting, place.out / peers_ruler.BASELINE)
+        peers_ruler.measure_all(place.model, unmeasured, place.out / peers_ruler.BASELINE)
         report(place, outcomes, measured)
 
 
@@ -67,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--budget-seconds", type=float, default=300.0)
     parser.add_argument("--factors", nargs="+", type=float, default=[1.0, 4.0])
+    parser.add_argument("--jobs", type=int, default=2, help="tools that run at once (default: 2)")
     parser.add_argument("--model", default="demo", help="what is edited (default: demo)")
     parser.add_argument("--torch", default="torch==2.13.0", help="which torch the peers get")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))

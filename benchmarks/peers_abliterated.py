@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,17 @@ def command(place: Workplace, folder: Path, model: Path, search_seconds: float) 
     return [str(item) for item in line]
 
 
-def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]:
-    """Search within each budget in turn; return an outcome for each."""
+def run(place: Workplace, budgets: Sequence[float], torch: str) -> Iterator[Outcome]:
+    """Search within each budget in turn; yield an outcome for each."""
     version = version_of(environment(place, "abliterated", torch, PACKAGE), "temaq-abliterated")
     folder = place.out / "abliterated"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     text = f"system_prompt = {json.dumps(system_prompt(place))}\n"
     (folder / "settings.toml").write_text(text, encoding="utf-8")
-    found: list[Outcome] = []
     spent, searched, rest, slowness = Cost(0.0, 0.0), 0.0, 0.0, 1.0
     for budget in sorted(budgets):
-        left = budget - spent.cpu_seconds - rest if found else FIRST_SHARE * budget
+        left = budget - spent.cpu_seconds - rest if searched else FIRST_SHARE * budget
         wanted = slowness * left
         model, log = folder / f"model-{budget:.0f}", folder / f"log-{budget:.0f}.txt"
         cost = timed(command(place, folder, model, max(LEAST_SEARCH, wanted)), folder, log)
@@ -64,10 +63,7 @@ def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]
         searched += record["search_seconds"]
         slowness = cost.seconds / cost.cpu_seconds
         rest = (cost.seconds - record["search_seconds"]) / slowness
-        found.append(
-            outcome(version, budget, spent, searched, record, str(model.relative_to(place.out)))
-        )
-    return found
+        yield outcome(version, budget, spent, searched, record, str(model.relative_to(place.out)))
 
 
 def pick(record: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -160,15 +160,14 @@ class Session:
             self.ask(line)
 
 
-def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]:
-    """Search for each budget (processor seconds) in turn; return an outcome for each saved trial."""
+def run(place: Workplace, budgets: Sequence[float], torch: str) -> Iterator[Outcome]:
+    """Search for each budget (processor seconds) in turn; yield an outcome for each saved trial."""
     version = version_of(environment(place, "heretic", torch, PACKAGE), "heretic-llm")
     folder = place.out / "heretic"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(configuration(place), encoding="utf-8")
     session = Session(place, folder)
-    found: list[Outcome] = []
     saving = Cost(0.0, 0.0)
     try:
         session.ask()
@@ -193,18 +192,15 @@ def run(place: Workplace, budgets: Sequence[float], torch: str) -> list[Outcome]
                     time.perf_counter() - begun.seconds, session.spent() - begun.cpu_seconds
                 )
                 saving = Cost(saving.seconds + cost.seconds, saving.cpu_seconds + cost.cpu_seconds)
-                found.append(
-                    Outcome(
-                        tool=f"heretic {version}",
-                        settings=f"{trials} trials ({STARTUP_TRIALS} random), {WORDS[name]}",
-                        budget=budget,
-                        seconds=wall + cost.seconds,
-                        cpu_seconds=spent + cost.cpu_seconds,
-                        search_share=search / (spent + cost.cpu_seconds),
-                        model=str(model.relative_to(place.out)),
-                        own={"chosen": asdict(trial), "front": [asdict(t) for t in offered]},
-                    )
+                yield Outcome(
+                    tool=f"heretic {version}",
+                    settings=f"{trials} trials ({STARTUP_TRIALS} random), {WORDS[name]}",
+                    budget=budget,
+                    seconds=wall + cost.seconds,
+                    cpu_seconds=spent + cost.cpu_seconds,
+                    search_share=search / (spent + cost.cpu_seconds),
+                    model=str(model.relative_to(place.out)),
+                    own={"chosen": asdict(trial), "front": [asdict(t) for t in offered]},
                 )
     finally:
         session.close()
-    return found

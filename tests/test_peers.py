@@ -92,7 +92,7 @@ def test_one_session_serves_all_budgets_and_saves_both_picks_of_each(tmp_path, m
     program.chmod(0o755)
     (tmp_path / "environments/heretic/ready").touch()
     monkeypatch.setattr(peers_heretic, "version_of", lambda folder, package: "9")
-    found = peers_heretic.run(place, [2.0, 0.8], "torch")
+    found = list(peers_heretic.run(place, [2.0, 0.8], "torch"))
     assert [o.budget for o in found] == [0.8, 0.8, 2.0, 2.0]
     made = [(tmp_path / o.model / "trial").read_text().split(" of ") for o in found]
     assert [choice for choice, _ in made] == ["1", "2", "1", "2"]
