@@ -194,7 +194,7 @@ def run(place: Workplace, budgets: Sequence[float], torch: str) -> Iterator[Outc
                 saving = Cost(saving.seconds + cost.seconds, saving.cpu_seconds + cost.cpu_seconds)
                 yield Outcome(
                     tool=f"heretic {version}",
-                    settings=f"{trials} trials ({STARTUP_TRIALS} random), {WORDS[name]}",
+                    settings=f"{trials} trials ({min(trials, STARTUP_TRIALS)} random), {WORDS[name]}",
                     budget=budget,
                     seconds=wall + cost.seconds,
                     cpu_seconds=spent + cost.cpu_seconds,
