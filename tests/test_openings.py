@@ -1,7 +1,5 @@
 """Late behaviour: where an answer turns is found, and measured behind a forced start."""
 
-from collections import Counter
-
 import torch
 
 from saber.lm.chat import encode
@@ -31,10 +29,10 @@ def test_answers_that_show_it_at_once_or_never_have_no_late_opening(llama):
 def test_the_commonest_opening_is_taken_and_the_shortest_of_equals(llama):
     texts = ["Sure. no way", "Oh. Sure. no way", "Sure. But no way", "Fine.", "no way"]
     found = late_openings(llama, [ids(llama, t) for t in texts], lambda _i, text: shows(text))
-    assert found.total() == 3
+    assert sorted(found) == [0, 1, 2]
     assert commonest(found) == ids(llama, "Sure.")
-    assert commonest(Counter({(1, 2, 3): 1, (4, 5): 1})) == (4, 5)
-    assert commonest(Counter()) == ()
+    assert commonest({0: (1, 2, 3), 1: (4, 5)}) == (4, 5)
+    assert commonest({}) == ()
 
 
 def test_probing_behind_an_opening_reads_its_last_token(llama):

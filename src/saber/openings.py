@@ -7,7 +7,7 @@ that position measurable on all of them, whatever they would have answered by th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from saber.lm.model import LanguageModel
@@ -45,18 +45,16 @@ def _closed(text: str) -> bool:
 
 def late_openings(
     lm: LanguageModel, answers: Sequence[Sequence[int]], shows: Callable[[int, str], bool]
-) -> Counter[Opening]:
-    """Return after which starts, and how often, answers come to show the behaviour late.
+) -> dict[int, Opening]:
+    """Return, for each prompt whose answer comes to show the behaviour late, behind which start.
 
     `shows(i, text)` tells whether a text, as an answer to the i-th prompt, shows it.
     """
-    found = Counter(late_opening(lm, ids, partial(shows, i)) for i, ids in enumerate(answers))
-    del found[()]
-    return found
+    found = {i: late_opening(lm, ids, partial(shows, i)) for i, ids in enumerate(answers)}
+    return {i: opening for i, opening in found.items() if opening}
 
 
-def commonest(found: Counter[Opening]) -> Opening:
+def commonest(found: Mapping[int, Opening]) -> Opening:
     """Return the start that occurs most often, the shortest of equals; empty where there is none."""
-    if not found:
-        return ()
-    return min(found, key=lambda opening: (-found[opening], len(opening), opening))
+    counts = Counter(found.values())
+    return min(counts, key=lambda o: (-counts[o], len(o), o), default=())

@@ -154,14 +154,15 @@ def run(
             lost / max(len(later), 1),
         )
 
-    def late() -> Counter[Opening]:
-        texts = selecting.target.texts
+    def late(rows: Sequence[int]) -> dict[int, Opening]:
+        texts = [selecting.target.texts[row] for row in rows]
         tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
 
         def shows(index: int, text: str) -> bool:
             return label_all(judge, [texts[index]], [text])[0] in ("refusal", "partial")
 
-        return late_openings(lm, [c.ids for c in tried], shows)
+        found = late_openings(lm, [c.ids for c in tried], shows)
+        return {rows[i]: opening for i, opening in found.items()}
 
     if rate < config.minimum_rate and not force:
         (out / STATE).unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
 from saber.selective import solve
 from saber.spectral import Direction, SpectralSpec, extract
-from saber.strength import ANSWER_TOKENS, LAMBDAS, Ruler, Shown, Trial, search
+from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
 Status = Literal["ablated", "weakened", "skipped", "not selected"]
 
@@ -192,7 +192,7 @@ def refine(
     seed: int,
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
-    late: Callable[[], Counter[Opening]] = Counter,
+    late: Late = lambda _rows: {},
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
@@ -200,18 +200,15 @@ def refine(
     """Run the passes; the model's weights are the untouched ones before and after.
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
-    `shown` is that of the untouched model, where it is known already. `late` answers fit targets and
-    tells behind which starts of an answer the behaviour comes; a selective pass after the first looks
-    behind the commonest.
+    `shown` is that of the untouched model, where it is known already. A selective pass after the first
+    looks behind the commonest start that `late` finds.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
     clock = _Clock()
 
     def look(prompts: PromptSet, first: bool = False, opening: Opening = ()) -> Activations:
-        return probe(
-            lm, prompts, probing, first_token=first, opening=opening, progress=progress
-        )
+        return probe(lm, prompts, probing, first_token=first, opening=opening, progress=progress)
 
     with clock("probe"):
         original = (look(data.target, True), look(data.neutral, True))
@@ -229,18 +226,18 @@ def refine(
     if edit.kind == "selective":
         with clock("moments"):
             editor = _Selective(
-                lm, writers, data, edit, spec, probing, readout, behaviour, progress
+                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress
             )
     else:
         editor = _Orthogonal(lm, writers, edit, [r for p in passes for r in p.removals])
     current = passes[-1].log_odds_after if passes else start
     rate = passes[-1].rate_after if passes else start_rate
-    amiss, pending = math.inf, Counter[Opening]()
-    selective = edit.kind == "selective"
+    amiss, selective = math.inf, edit.kind == "selective"
+    pending: Mapping[int, Opening] = {}
 
-    def turns(plan: EditPlan) -> Counter[Opening]:
+    def turns(plan: EditPlan) -> Mapping[int, Opening]:
         with clock("refine"), applied(lm.model, plan):
-            return late()
+            return late(range(len(data.target)))
 
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
@@ -277,7 +274,7 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            plan, trials, chosen = editor(earlier, chosen, number, opening, (target, neutral))
+            plan, trials, chosen = editor(earlier, chosen, pending, (target, neutral))
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
@@ -318,10 +315,10 @@ def refine(
             lost_after=reached.lost,
             trials=trials,
             opening=str(lm.tokenizer.decode(list(opening))),
-            late=pending.total() if selective else None,
+            late=len(pending) if selective else None,
         )
         worse = (reached.amiss - amiss) * len(data.target_validation)
-        if passes and selective and worse + pending.total() - before.total() >= 0:
+        if passes and selective and worse + len(pending) - len(before) >= 0:
             plan, reason = earlier, "a further pass did not help"
             break
         passes.append(this)
@@ -334,7 +331,10 @@ def refine(
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
 _Sides = tuple[Activations, Activations]
-_Editor = Callable[[EditPlan, Sequence[Candidate], int, Opening, _Sides], Step]
+_Editor = Callable[[EditPlan, Sequence[Candidate], Mapping[int, Opening], _Sides], Step]
+Late = Callable[[Sequence[int]], Mapping[int, Opening]]
+"""Answers some fit targets, given by number, with the model as it stands; tells which of them come to
+show the behaviour late, and behind which start."""
 
 
 @dataclass(frozen=True)
@@ -350,11 +350,11 @@ class _Orthogonal:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        number: int,
-        opening: Opening,
+        pending: Mapping[int, Opening],
         sides: _Sides,
     ) -> Step:
-        del opening, sides
+        del pending, sides
+        number = 1 + max((r.step for r in self.removals), default=0)
         self.removals.extend(_removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
         return plan, (), list(chosen)
@@ -373,8 +373,10 @@ class _Selective:
         probing: ProbeSpec,
         readout: Readout,
         behaviour: Callable[[], Shown],
+        late: Late,
         progress: Progress[Any],
     ) -> None:
+        self.late = late
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
         self.ruler = Ruler(
@@ -407,11 +409,18 @@ class _Selective:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        number: int,
-        opening: Opening,
+        pending: Mapping[int, Opening],
         sides: _Sides,
     ) -> Step:
-        del number
+        opening = commonest(pending)
+
+        def shown() -> Shown:
+            found = self.behaviour()
+            if not opening:
+                return found
+            still = self.late(list(pending))
+            return replace(found, late=len(still) / len(self.data.target))
+
         by_layer: dict[int, list[Candidate]] = {}
         for candidate in chosen:
             by_layer.setdefault(candidate.direction.layer, []).append(candidate)
@@ -447,13 +456,17 @@ class _Selective:
                 return {k: [base] * len(cs) for k, cs in by_layer.items()}
             return {k: [base / c.entanglement.purity for c in cs] for k, cs in by_layer.items()}
 
+        lambdas_tried: Sequence[float] = LATE_LAMBDAS if opening else LAMBDAS
+        if self.edit.lambda_:
+            lambdas_tried = (self.edit.lambda_,)
         plan, trials = search(
             self.lm,
             lambda base: plan + solved.plan(lambdas(base), alphas),
             ruler,
-            self.behaviour,
-            lambdas=(self.edit.lambda_,) if self.edit.lambda_ else LAMBDAS,
+            shown,
+            lambdas=lambdas_tried,
             aim=self.spec.stop_rate,
+            direct=bool(opening),
             progress=self.progress,
         )
         used = lambdas(next(t.lambda_ for t in trials if t.chosen))

@@ -24,6 +24,8 @@ ANSWER_TOKENS = 32
 """Length of the untouched model's answers along which divergence is measured, tokens."""
 MARGIN = 0.01
 """How much more likely than a neutral prompt's answer a target's may be to open with the behaviour."""
+LATE_LAMBDAS = (300.0, 100.0, 30.0)
+"""The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 FURTHER = 2
 """How many stronger edits are confirmed by answers when the first does not do."""
 
@@ -39,10 +41,18 @@ class Shown:
     lost: float = 0.0
     """Share of answers to prompts of keep sets that have another label than before."""
 
+    late: float = 0.0
+    """Share of fit targets whose answers show it late, where these were asked."""
+
+    @property
+    def left(self) -> float:
+        """What an edit is to bring down to the aim: the behaviour, and changed kept answers."""
+        return self.rate + self.late + self.lost
+
     @property
     def amiss(self) -> float:
-        """What an edit is to bring down: answers that are not coherent ones, and changed kept ones."""
-        return self.rate + self.incoherent + self.lost
+        """By what edits are compared: all answers that are not coherent ones, and changed kept ones."""
+        return self.left + self.incoherent
 
 
 @dataclass(frozen=True)
@@ -130,14 +140,16 @@ def search(
     *,
     lambdas: Sequence[float] = LAMBDAS,
     aim: float = 0.1,
+    direct: bool = False,
     progress: Progress[Any] = silent,
 ) -> tuple[EditPlan, tuple[Trial, ...]]:
     """Return the weakest edit that does, and what was tried.
 
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
-    rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers. If more
-    than `aim` of these are amiss, up to two stronger edits are tried; of all confirmed, the one with
-    fewest answers amiss is taken, the weaker of equals.
+    rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
+    all where the search is `direct`. If more than `aim` of these are left as they should not be, up to
+    two stronger edits are tried; of all confirmed, the one with fewest answers amiss is taken, the
+    weaker of equals.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
@@ -145,12 +157,12 @@ def search(
         plan = make(lambda_)
         trial = ruler(plan, lambda_)
         last = lambda_ == lambdas[-1]
-        if confirmed or last or trial.opening <= ruler.usual + MARGIN:
+        if direct or confirmed or last or trial.opening <= ruler.usual + MARGIN:
             with applied(lm.model, plan):
                 trial = replace(trial, shown=behaviour())
             confirmed.append(len(trials))
         trials.append(trial)
-        if confirmed and (trials[-1].shown or Shown(1.0)).amiss <= aim:
+        if confirmed and (trials[-1].shown or Shown(1.0)).left <= aim:
             break
         if len(confirmed) > FURTHER:
             break
