@@ -387,6 +387,7 @@ def test_the_card_holds_no_completion_and_no_prompt(folder: Path) -> None:
 def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
     run = fake_run()
     run["config"]["data"] = {"behaviour": "numbered list"}
+    run["prompts"]["borderline"] = None
     run["judge"] = {"name": "regex", "patterns": ["^1[.]"]}
     (tmp_path / "run.json").write_text(json.dumps(run), "utf-8")
     build(tmp_path)

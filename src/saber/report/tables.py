@@ -230,6 +230,9 @@ def prompts(run: Run) -> Table:
     """The prompt sets: sizes by split, and the fingerprint that names their exact content."""
     rows = []
     for kind, one in (run.get("prompts") or {}).items():
+        if one is None:
+            # A set that the run did without: other targets have no borderline prompts of their own.
+            continue
         if "fit" in one:
             size = (f"{one['fit']} fit, {one.get('validation', 0)} validation, "
                     f"{one.get('heldout', 0)} held out")  # fmt: skip
