@@ -266,7 +266,9 @@ def refine(
                 causal = _causal_scores(
                     lm, found, measured, data, probing, readout, untouched, current, spec, progress
                 )
-        candidates = choose(found, measured, causal, edit, spec, scale=spec.decay ** len(passes))
+        # A late turn is decided in layers that the answer's own start does not single out.
+        limits = replace(spec, top_k=0) if opening else spec
+        candidates = choose(found, measured, causal, edit, limits, scale=spec.decay ** len(passes))
         chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
         if not chosen:
             reason = "no candidate passes the filters"
@@ -319,7 +321,11 @@ def refine(
         )
         worse = (reached.amiss - amiss) * len(data.target_validation)
         if passes and selective and worse + len(pending) - len(before) >= 0:
-            plan, reason = earlier, "a further pass did not help"
+            plan = earlier
+            reason = (
+                f"a further pass did not help (amiss {amiss:.0%} -> {reached.amiss:.0%} on validation "
+                f"prompts, late {len(before)} -> {len(pending)} of {len(data.target)} fit targets)"
+            )
             break
         passes.append(this)
         current, rate, amiss = after, reached.rate, reached.amiss
