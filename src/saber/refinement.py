@@ -40,7 +40,7 @@ class RefineSpec:
 
     passes: int = 4
     """Most passes, 1 or more."""
-    top_k: int = 10
+    top_k: int = 0
     """global_top_k: directions ablated in a pass, over all layers; 0 sets no limit."""
     per_layer: int = 1
     """Most directions a pass takes from one layer; 0 sets no limit."""
@@ -266,9 +266,7 @@ def refine(
                 causal = _causal_scores(
                     lm, found, measured, data, probing, readout, untouched, current, spec, progress
                 )
-        # A late turn is decided in layers that the answer's own start does not single out.
-        limits = replace(spec, top_k=0) if opening else spec
-        candidates = choose(found, measured, causal, edit, limits, scale=spec.decay ** len(passes))
+        candidates = choose(found, measured, causal, edit, spec, scale=spec.decay ** len(passes))
         chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
         if not chosen:
             reason = "no candidate passes the filters"
