@@ -3,7 +3,7 @@
 import torch
 
 from saber.lm.chat import encode
-from saber.openings import commonest, late_opening, late_openings
+from saber.openings import late_opening, late_openings, likeliest
 from saber.probing import ProbeSpec, probe
 from saber.prompts import Prompt, PromptSet
 
@@ -26,13 +26,30 @@ def test_answers_that_show_it_at_once_or_never_have_no_late_opening(llama):
         assert late_opening(llama, ids(llama, text), shows) == ()
 
 
-def test_the_commonest_opening_is_taken_and_the_shortest_of_equals(llama):
-    texts = ["Sure. no way", "Oh. Sure. no way", "Sure. But no way", "Fine.", "no way"]
+def test_late_openings_are_told_by_prompt(llama):
+    texts = ["Sure. no way", "Oh. Sure. no way", "Fine.", "no way"]
     found = late_openings(llama, [ids(llama, t) for t in texts], lambda _i, text: shows(text))
-    assert sorted(found) == [0, 1, 2]
-    assert commonest(found) == ids(llama, "Sure.")
-    assert commonest({0: (1, 2, 3), 1: (4, 5)}) == (4, 5)
-    assert commonest({}) == ()
+    assert found == {0: ids(llama, "Sure."), 1: ids(llama, "Oh. Sure.")}
+
+
+def test_the_start_that_the_model_gives_most_often_is_taken(llama):
+    prompts = ["one", "two two"]
+
+    def chance(opening):
+        total = 0.0
+        for e in encode(llama, prompts, [opening] * 2):
+            logits = llama.model(input_ids=torch.tensor([e.ids])).logits[0]
+            p = logits[e.answer_positions].log_softmax(-1)
+            total += float(p[range(len(opening)), list(opening)].sum().exp())
+        return total
+
+    starts = [(40, 41), (50, 51), (60, 61)]
+    best = max(starts, key=chance)
+    found = dict(enumerate([*starts, starts[0], starts[1], starts[2]]))
+    assert likeliest(llama, prompts, found) == best
+    others = [s for s in starts if s != best]
+    assert likeliest(llama, prompts, {0: others[0]}) == others[0]
+    assert likeliest(llama, prompts, {}) == ()
 
 
 def test_probing_behind_an_opening_reads_its_last_token(llama):

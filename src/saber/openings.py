@@ -10,6 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
+
+from saber.lm.chat import encode
+from saber.lm.forward import forward
 from saber.lm.model import LanguageModel
 
 Opening = tuple[int, ...]
@@ -54,7 +58,26 @@ def late_openings(
     return {i: opening for i, opening in found.items() if opening}
 
 
-def commonest(found: Mapping[int, Opening]) -> Opening:
-    """Return the start that occurs most often, the shortest of equals; empty where there is none."""
+def likeliest(
+    lm: LanguageModel, prompts: Sequence[str], found: Mapping[int, Opening], limit: int = 3
+) -> Opening:
+    """Return the start with which the model would open most answers; empty where there is none.
+
+    Of the `limit` that occur most often (the shorter first), the one of greatest mean probability over
+    all prompts: a start that says nothing of its own prompt can come before any answer.
+    """
     counts = Counter(found.values())
-    return min(counts, key=lambda o: (-counts[o], len(o), o), default=())
+    starts = sorted(counts, key=lambda o: (-counts[o], len(o), o))[:limit]
+    if len(starts) < 2:
+        return starts[0] if starts else ()
+    return max(starts, key=lambda opening: _probability(lm, prompts, opening))
+
+
+def _probability(lm: LanguageModel, prompts: Sequence[str], opening: Opening) -> float:
+    encoded = encode(lm, prompts, [opening] * len(prompts))
+    wanted = torch.tensor(opening)[:, None]
+    total = 0.0
+    for batch, _ in forward(lm, [e.ids for e in encoded], [e.answer_positions for e in encoded]):
+        for piece in batch.split(batch.logits.log_softmax(-1)):
+            total += float(piece.gather(1, wanted.to(piece.device)).sum().exp())
+    return total / len(prompts)

@@ -24,7 +24,7 @@ from saber.lm.generate import generate
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
 from saber.moments import Preserved, read_decisions
-from saber.openings import Opening, commonest
+from saber.openings import Opening, likeliest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
 from saber.selective import solve
@@ -51,7 +51,8 @@ class RefineSpec:
     stop: Literal["behaviour", "never"] = "behaviour"
     """behaviour: end once hardly any validation target shows it; never: do all passes."""
     stop_rate: float = 0.03
-    """Share of validation targets that may still show the behaviour at the end, 0 to 1."""
+    """Share of validation targets that may still show the behaviour at the end, and of fit targets that
+    may come to it late, 0 to 1."""
     max_q: float = 0.05
     """Candidates whose separability has a larger false-discovery rate are dropped, 0 to 1."""
 
@@ -201,7 +202,7 @@ def refine(
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
     `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind the commonest start that `late` finds.
+    looks behind a start that `late` finds: of the three commonest, the likeliest over all targets.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
     """
@@ -242,10 +243,10 @@ def refine(
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
         pending = turns(plan) if selective else pending
-    reason = "all passes made"
-    while len(passes) < spec.passes:
-        opening = commonest(pending)
-        if spec.stop == "behaviour" and rate <= spec.stop_rate and not opening:
+    reason, vain = "all passes made", set[Opening]()
+    while len(passes) + len(vain) < spec.passes:
+        few = len(pending) <= spec.stop_rate * len(data.target)
+        if spec.stop == "behaviour" and rate <= spec.stop_rate and few:
             reason = "the behaviour is gone on validation targets"
             break
         # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
@@ -253,9 +254,13 @@ def refine(
         torch_rng = torch.Generator().manual_seed(seed * 1009 + len(passes))
         with applied(lm.model, plan):
             with clock("probe"):
-                fresh = not passes
-                target = original[0] if fresh else look(data.target, True, opening)
-                neutral = original[1] if fresh else look(data.neutral, True, opening)
+                opening: Opening = ()
+                target, neutral = original
+                if passes:
+                    left = {i: o for i, o in pending.items() if o not in vain}
+                    opening = likeliest(lm, data.target.texts, left)
+                    target = look(data.target, True, opening)
+                    neutral = look(data.neutral, True, opening)
             with clock("spectral"):
                 found = extract(target, neutral, spectral, capability=capability, generator=rng)
             with clock("entanglement"):
@@ -274,7 +279,9 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            plan, trials, chosen = editor(earlier, chosen, pending, (target, neutral))
+            plan, trials, chosen = editor(
+                earlier, chosen, opening, list(pending), (target, neutral)
+            )
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
@@ -319,12 +326,15 @@ def refine(
         )
         worse = (reached.amiss - amiss) * len(data.target_validation)
         if passes and selective and worse + len(pending) - len(before) >= 0:
-            plan = earlier
             reason = (
                 f"a further pass did not help (amiss {amiss:.0%} -> {reached.amiss:.0%} on validation "
                 f"prompts, late {len(before)} -> {len(pending)} of {len(data.target)} fit targets)"
             )
-            break
+            plan, pending = earlier, before
+            vain.add(opening)
+            if set(before.values()) <= vain:
+                break
+            continue
         passes.append(this)
         current, rate, amiss = after, reached.rate, reached.amiss
         if finished is not None:
@@ -335,7 +345,7 @@ def refine(
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
 _Sides = tuple[Activations, Activations]
-_Editor = Callable[[EditPlan, Sequence[Candidate], Mapping[int, Opening], _Sides], Step]
+_Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], _Sides], Step]
 Late = Callable[[Sequence[int]], Mapping[int, Opening]]
 """Answers some fit targets, given by number, with the model as it stands; tells which of them come to
 show the behaviour late, and behind which start."""
@@ -354,10 +364,11 @@ class _Orthogonal:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        pending: Mapping[int, Opening],
+        opening: Opening,
+        pending: Sequence[int],
         sides: _Sides,
     ) -> Step:
-        del pending, sides
+        del opening, pending, sides
         number = 1 + max((r.step for r in self.removals), default=0)
         self.removals.extend(_removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
@@ -413,16 +424,15 @@ class _Selective:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        pending: Mapping[int, Opening],
+        opening: Opening,
+        pending: Sequence[int],
         sides: _Sides,
     ) -> Step:
-        opening = commonest(pending)
-
         def shown() -> Shown:
             found = self.behaviour()
             if not opening:
                 return found
-            still = self.late(list(pending))
+            still = self.late(pending)
             return replace(found, late=len(still) / len(self.data.target))
 
         by_layer: dict[int, list[Candidate]] = {}
