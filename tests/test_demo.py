@@ -8,10 +8,11 @@ import pytest
 from saber import prompts
 from saber.config import override, preset
 from saber.evaluation.judge import named_judge
+from saber.evaluation.judging import label_all
 from saber.lm import demo
 from saber.lm.generate import generate
 from saber.lm.load import load
-from saber.pipeline import run
+from saber.pipeline import gather, run
 
 pytestmark = pytest.mark.slow
 
@@ -56,12 +57,24 @@ def test_adapter_shares_no_prompt_with_the_bundled_sets():
     assert not shared
 
 
-def test_the_main_job_takes_the_refusals_out(tmp_path):
+def incoherent_without_adapter(config, monkeypatch):
+    """How many answers are incoherent that the model gives which never learned to refuse."""
+    monkeypatch.setattr(demo, "merge_adapter", lambda _model: None)
+    lm = load("demo", config.load)
+    monkeypatch.undo()
+    texts = gather(config).reporting.target.texts
+    answers = [c.text for c in generate(lm, texts, config.evaluation.max_new_tokens)]
+    return label_all(named_judge("phrases"), texts, answers).count("incoherent")
+
+
+def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
     config = override(preset("default"), {"data": {"limit": 24}})
+    usual = incoherent_without_adapter(config, monkeypatch)
     record = run("demo", tmp_path / "run", config, export=()).record
     before, after = record["baseline"], record["edited"]
     assert before["refusal"]["rate"] >= 0.9
     assert after["refusal"]["rate"] <= 0.1
-    assert after["incoherent"]["rate"] <= before["incoherent"]["rate"] + 0.05
+    # A refusal is always coherent: what it hid shows in the model without it.
+    assert after["incoherent"]["successes"] <= usual + 2
     assert after["kl"]["sequence"] < 0.3
     assert record["comparison"]["refusal"]["p_value"] < 0.001

@@ -1,11 +1,15 @@
 """Laws of forward passes and generation: batching and shared prefixes change nothing."""
 
+import copy
+
 import torch
 from conftest import make_lm
+from transformers import DynamicCache
 
+from saber.lm.cache import RoomyLayer, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
 from saber.lm.forward import cacheable, forward, plan_batches
-from saber.lm.generate import generate
+from saber.lm.generate import agreed, generate, greedy_starts
 
 PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
 
@@ -34,6 +38,44 @@ def test_generation_equals_one_prompt_at_a_time(lm):
             pad_token_id=0,
         )
         assert list(completion.ids) == plain[0, ids.shape[1] :].tolist()
+
+
+def test_drafts_change_nothing_but_the_work(lm):
+    whole = generate(lm, PROMPTS, 12)
+    drafts = [list(c.ids) for c in whole]
+    drafts[1][5] = drafts[1][5] % 7 + 3  # from here on the model does not agree
+    drafts[2] = drafts[2][:3]
+    starts = greedy_starts(lm, PROMPTS, drafts)
+    assert [len(s) for s in starts] == [len(drafts[0]), 6, len(drafts[2]), len(drafts[3])]
+    before = lm.work.tokens
+    assert generate(lm, PROMPTS, 12, starts=starts) == whole
+    drafted = lm.work.tokens - before
+    generate(lm, PROMPTS, 12)
+    assert drafted < lm.work.tokens - before - drafted
+
+
+def test_a_start_ends_with_the_first_token_that_is_another():
+    assert agreed([1, 2, 3], [1, 5, 9]) == (1, 5)
+    assert agreed([1, 2], [1, 2]) == (1, 2)
+    assert agreed([], []) == ()
+
+
+def test_a_roomy_cache_holds_what_a_plain_one_does():
+    generator = torch.Generator().manual_seed(0)
+    plain = DynamicCache()
+    first = torch.randn(3, 2, 4, 8, generator=generator)
+    plain.update(first, -first, 0)
+    roomy = copy.deepcopy(plain)
+    make_room(roomy, 2)
+    assert type(roomy.layers[0]) is RoomyLayer
+    for step in range(4):  # two more than there is room for
+        new = torch.randn(len(plain.layers[0].keys), 2, 1, 8, generator=generator)
+        for expected, found in zip(plain.update(new, -new, 0), roomy.update(new, -new, 0), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        if step == 1:
+            for cache in (plain, roomy):
+                cache.batch_select_indices(torch.tensor([2, 0]))
+    assert roomy.get_seq_length() == plain.get_seq_length() == 8
 
 
 def test_settled_rows_stop_early_and_leave_the_others_alone(llama):

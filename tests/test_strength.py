@@ -30,8 +30,11 @@ class Fake(Ruler):
 
         monkeypatch.setattr(strength, "applied", applied)
 
-    def __call__(self, plan, lambda_):
-        return Trial(lambda_, self.opening[lambda_], 0.0, 0.0, 0.0)
+    def openings(self, lambda_):
+        return Trial(lambda_, self.opening[lambda_], 0.0)
+
+    def cost(self, trial):
+        return trial
 
     def behaviour(self):
         self.generated.append(self.current.lambda_)
@@ -69,7 +72,7 @@ def test_stronger_edits_are_tried_when_answers_are_amiss_and_the_best_is_taken(m
     amiss = {**dict.fromkeys(LAMBDAS, 0.5), 30.0: 0.2}
     fake = Fake(openings(100), amiss, monkeypatch)
     assert fake.run()[0] == 30.0
-    assert fake.generated == [100.0, 30.0, 10.0]
+    assert fake.generated == [100.0, 30.0]
 
 
 def test_of_equals_the_weaker_is_taken(monkeypatch):

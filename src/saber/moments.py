@@ -80,7 +80,9 @@ class Moment:
 
     def add(self, rows: Float[Tensor, "n d_in"], weight: float) -> None:
         """Add rows (on any device, in any dtype), each of this weight."""
-        if self._count + len(rows) > self.width:
+        # Rows wait for one larger product; once they are summed, fewer of them, to save memory.
+        room = self.width if self._sum is None else self.width // 4
+        if self._count + len(rows) > room:
             self._fold()
         self._rows.append(rows.float() * weight**0.5)
         self._count += len(rows)
@@ -218,6 +220,7 @@ class Preserved:
                 if key not in moments:
                     moments[key] = Moment(rows.shape[-1])
                 moments[key].add(rows, weight)
+                self._lm.work.products += 2.0 * rows.shape[0] * rows.shape[1] ** 2
 
             read_inputs(
                 self._lm,

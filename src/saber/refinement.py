@@ -113,8 +113,9 @@ class Hydra:
     """Its d'."""
     top_layer: int
     """Its layer."""
-    dormant: int
-    """Ablated directions that separate more than twice as well now as in the untouched model."""
+    dormant: int | None
+    """Ablated directions that separate more than twice as well now as in the untouched model; None behind
+    a forced start, where the untouched model was not probed."""
     compensation: Compensation | None
     """Of the pass's first direction; None where no writer is unedited."""
 
@@ -148,7 +149,8 @@ class Pass:
     opening: str = ""
     """Start of the answer behind which it looked; empty for the answer's own start."""
     late: int | None = None
-    """Fit targets whose answers show the behaviour late at its end; None where not looked for."""
+    """Fit targets whose answers show the behaviour late at its end (of those that did before it, where
+    validation targets are clean); None where not looked for."""
 
     @property
     def ablated(self) -> tuple[Candidate, ...]:
@@ -236,17 +238,20 @@ def refine(
     amiss, selective = math.inf, edit.kind == "selective"
     pending: Mapping[int, Opening] = {}
 
-    def turns(plan: EditPlan) -> Mapping[int, Opening]:
+    everyone, few = range(len(data.target)), spec.stop_rate * len(data.target)
+
+    def turns(plan: EditPlan, rows: Sequence[int]) -> Mapping[int, Opening]:
         with clock("refine"), applied(lm.model, plan):
-            return late(range(len(data.target)))
+            return late(rows)
 
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
-        pending = turns(plan) if selective else pending
+        last = passes[-1]
+        settled = last.opening and last.rate_after <= spec.stop_rate and (last.late or 0) <= few
+        pending = turns(plan, everyone) if selective and not settled else pending
     reason, vain = "all passes made", set[Opening]()
     while len(passes) + len(vain) < spec.passes:
-        few = len(pending) <= spec.stop_rate * len(data.target)
-        if spec.stop == "behaviour" and rate <= spec.stop_rate and few:
+        if spec.stop == "behaviour" and rate <= spec.stop_rate and len(pending) <= few:
             reason = "the behaviour is gone on validation targets"
             break
         # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
@@ -300,15 +305,16 @@ def refine(
                     data.neutral_validation.texts,
                     generator=rng,
                 )
-        best, first = found[0], original
-        if opening:
-            with clock("probe"):
-                first = (
-                    look(data.target, opening=opening),
-                    look(data.neutral, opening=opening),
-                )
-        hydra = Hydra(best.auroc, best.d_prime, best.layer, _dormant(chosen, first), back)
-        before, pending = pending, turns(plan) if selective else pending
+        best = found[0]
+        woken = None if opening else _dormant(chosen, original)
+        hydra = Hydra(best.auroc, best.d_prime, best.layer, woken, back)
+        before = pending
+        if selective:
+            # Once validation targets are clean, those that came late may do: they are asked first.
+            clean = bool(opening) and reached.rate <= spec.stop_rate
+            pending = turns(plan, list(pending)) if clean else {}
+            if not clean or len(pending) > few:
+                pending = turns(plan, everyone)
         this = Pass(
             index=number,
             candidates=tuple(candidates),

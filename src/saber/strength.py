@@ -26,8 +26,9 @@ MARGIN = 0.01
 """How much more likely than a neutral prompt's answer a target's may be to open with the behaviour."""
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
-FURTHER = 2
-"""How many stronger edits are confirmed by answers when the first does not do."""
+FURTHER = 1
+"""How many stronger edits are confirmed by answers when the first does not do: what they leave shows
+late, and is the next pass's matter."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Trial:
     """Mean probability that an answer to a target opens with the behaviour."""
     log_odds: float
     """Mean log-odds of the same, nats."""
-    kl_first: float
-    """KL from the untouched model at the first answer token of neutral and kept prompts, nats."""
-    kl_sequence: float
+    kl_first: float | None = None
+    """KL from the untouched model at the first answer token of neutral and kept prompts, nats; None where
+    answers were not asked for, as nothing is chosen by it."""
+    kl_sequence: float | None = None
     """The same as a mean along its own answers."""
     shown: Shown | None = None
     """What judged answers to targets show, where they were generated."""
@@ -118,18 +120,24 @@ class Ruler:
         other.usual = other._usually()
         return other
 
-    def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
-        """Measure a plan by forward passes alone."""
-        with applied(self._lm.model, plan):
-            odds = self._readout.log_odds(self._first(self._target))
-            found = diverge(self._lm, self._reference)
-        return Trial(
-            lambda_,
-            float(odds.sigmoid().mean()),
-            float(odds.mean()),
-            float(found.first_token.mean()),
-            float(found.sequence.mean()),
+    def openings(self, lambda_: float = 0.0) -> Trial:
+        """Measure, of the model as it stands, how answers to targets open."""
+        odds = self._readout.log_odds(self._first(self._target))
+        return Trial(lambda_, float(odds.sigmoid().mean()), float(odds.mean()))
+
+    def cost(self, trial: Trial) -> Trial:
+        """Measure, of the model as it stands, how far answers that should stay have moved."""
+        found = diverge(self._lm, self._reference)
+        return replace(
+            trial,
+            kl_first=float(found.first_token.mean()),
+            kl_sequence=float(found.sequence.mean()),
         )
+
+    def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
+        """Measure both of a plan, by forward passes alone."""
+        with applied(self._lm.model, plan):
+            return self.cost(self.openings(lambda_))
 
 
 def search(
@@ -147,20 +155,19 @@ def search(
 
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
-    all where the search is `direct`. If more than `aim` of these are left as they should not be, up to
-    two stronger edits are tried; of all confirmed, the one with fewest answers amiss is taken, the
-    weaker of equals.
+    all where the search is `direct`. If more than `aim` of these are left as they should not be, one
+    stronger edit is tried (`FURTHER`); of those confirmed, the one with fewest answers amiss is taken,
+    the weaker of equals.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
     for lambda_ in progress(lambdas, "line search", len(lambdas)):
-        plan = make(lambda_)
-        trial = ruler(plan, lambda_)
         last = lambda_ == lambdas[-1]
-        if direct or confirmed or last or trial.opening <= ruler.usual + MARGIN:
-            with applied(lm.model, plan):
-                trial = replace(trial, shown=behaviour())
-            confirmed.append(len(trials))
+        with applied(lm.model, make(lambda_)):
+            trial = ruler.openings(lambda_)
+            if direct or confirmed or last or trial.opening <= ruler.usual + MARGIN:
+                trial = replace(ruler.cost(trial), shown=behaviour())
+                confirmed.append(len(trials))
         trials.append(trial)
         if confirmed and (trials[-1].shown or Shown(1.0)).left <= aim:
             break

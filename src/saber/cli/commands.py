@@ -20,6 +20,7 @@ from saber.errors import UsageError
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
+from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
 from saber.report import build
 
@@ -41,6 +42,7 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         raise UsageError("--export none goes alone.")
     arguments.out = arguments.out or Path("runs") / _slug(arguments.model)
     out, progress = consoles(arguments)
+    keep_freed_memory()
     with listening(progress) as listener:
         result = pipeline.run(
             arguments.model,

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.forward import Progress, forward, silent
+from saber.lm.generate import agreed
 from saber.lm.model import LanguageModel
 from saber.prompts import PromptSet
+
+KL_ROWS = 64
+"""Rows of logits that are compared at a time, so that few copies of them lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Divergence:
     """Every token of every answer."""
     scores: TextScores
     """Negative log-likelihood of the answers under the edited model."""
+    starts: tuple[tuple[int, ...], ...] = ()
+    """How the edited model's own greedy answers start, as far as this run tells: `generate` takes it."""
 
 
 def keep_reference(
@@ -145,6 +151,7 @@ def diverge(
     wanted = [e.answer_positions for e in encoded]
     scores = TextScores(np.zeros(len(encoded)), np.zeros(len(encoded), dtype=int))
     divergences: list[np.ndarray] = [np.empty(0)] * len(encoded)
+    starts: list[tuple[int, ...]] = [()] * len(encoded)
     for batch, untouched in forward(
         lm,
         sequences,
@@ -155,14 +162,19 @@ def diverge(
     ):
         assert untouched is not None
         _add_losses(scores, batch, sequences)
-        kl = kl_divergence(untouched, batch.logits).double().cpu()
-        for row, piece in zip(batch.rows, batch.split(kl), strict=True):
+        pairs = zip(untouched.split(KL_ROWS), batch.logits.split(KL_ROWS), strict=True)
+        kl = torch.cat([kl_divergence(p, q) for p, q in pairs]).double().cpu()
+        chosen = batch.logits.argmax(-1).cpu()
+        pieces = zip(batch.rows, batch.split(kl), batch.split(chosen), strict=True)
+        for row, piece, tokens in pieces:
             divergences[row] = piece.numpy()
+            starts[row] = agreed(reference.answers[row], tokens.tolist())
     return Divergence(
         first_token=np.array([d[0] for d in divergences]),
         sequence=np.array([d.mean() for d in divergences]),
         per_token=np.concatenate(divergences),
         scores=scores,
+        starts=tuple(starts),
     )
 
 

@@ -22,7 +22,7 @@ from saber.evaluation.judging import label_all
 from saber.evaluation.lengths import Cut, by_length
 from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, generate
+from saber.lm.generate import Completion, generate, greedy_starts
 from saber.lm.model import LanguageModel
 from saber.prompts import PromptSet
 
@@ -105,6 +105,8 @@ class Measurement:
     """Its perplexities."""
     correct: tuple[bool, ...]
     """Its checked answers."""
+    solved: tuple[tuple[int, ...], ...]
+    """The same as tokens."""
     divergence: Divergence | None
     """From the untouched model; None for the untouched model itself."""
     reference: Reference
@@ -132,31 +134,38 @@ def measure(
         texts = tuple(c.text for c in completions)
         return Judged(prompts, texts, label_all(judge, prompts.texts, texts))
 
-    def answer(prompts: PromptSet, *, whole: bool = False) -> list[Completion]:
+    def answer(
+        prompts: PromptSet, *, whole: bool = False, starts: Sequence[Sequence[int]] | None = None
+    ) -> list[Completion]:
         return generate(
             lm,
             prompts.texts,
             spec.max_new_tokens,
             settled=None if whole else judge.settled,
+            starts=starts,
             progress=progress,
             label=f"answers to {prompts.name}",
         )
 
     def against(prompts: PromptSet, before: Reference | None) -> Kept:
-        answers = answer(prompts, whole=before is None)
         divergence = None
         if before is None:
+            answers = answer(prompts, whole=True)
             ids = [c.ids for c in answers]
             before = keep_reference(lm, prompts.texts, ids, progress=progress)
         else:
             divergence = diverge(lm, before, progress=progress)
+            answers = answer(prompts, starts=divergence.starts)
         return Kept(judged(prompts, answers), before, divergence)
 
     neutral = against(sets.neutral, untouched.reference if untouched else None)
     earlier = [k.reference for k in untouched.kept] if untouched else [None] * len(sets.kept)
-    solved = generate(
-        lm, sets.battery.texts, spec.battery_new_tokens, progress=progress, label="battery answers"
-    )
+    shown: dict[str, Any] = {"progress": progress, "label": "battery answers"}
+    starts = None
+    if untouched:
+        # An edit leaves most of these answers as they are.
+        starts = greedy_starts(lm, sets.battery.texts, untouched.solved, **shown)
+    solved = generate(lm, sets.battery.texts, spec.battery_new_tokens, starts=starts, **shown)
     return Measurement(
         target=judged(sets.target, answer(sets.target)),
         neutral=neutral.judged,
@@ -166,6 +175,7 @@ def measure(
         correct=check_all(sets.battery, [c.text for c in solved]),
         divergence=neutral.divergence,
         reference=neutral.reference,
+        solved=tuple(c.ids for c in solved),
         seen=sets.seen,
         kept=tuple(against(p, r) for p, r in zip(sets.kept, earlier, strict=True)),
         lengths=by_length(lm, sets.target, spec.lengths, judge, progress=progress)

@@ -23,7 +23,7 @@ Progress = Callable[[Iterable[T], str, int], Iterator[T]]
 """Wraps an iterable of `total` steps, under a label, to show how far it is."""
 
 TOKENS_PER_BATCH = 2048
-LOGITS_PER_BATCH = 50_000_000
+LOGITS_PER_BATCH = 25_000_000
 
 
 def silent(steps: Iterable[T], label: str, total: int) -> Iterator[T]:

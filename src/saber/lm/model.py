@@ -22,6 +22,8 @@ class Work:
     """Tokens that went through the decoder layers."""
     head_tokens: int = 0
     """Positions that went through the output head."""
+    products: float = 0.0
+    """Work beside the model's own, such as second moments, FLOP."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class LanguageModel:
 
     @property
     def flops(self) -> float:
-        """Multiply-add work so far, in FLOP: 2 x parameters x tokens, layers and head apart."""
+        """Work so far, in FLOP: 2 x parameters x tokens, layers and head apart, and second moments."""
         in_layers = sum(p.numel() for p in self.layers.parameters())
         in_head = sum(p.numel() for p in self.head.parameters())
-        return 2.0 * (self.work.tokens * in_layers + self.work.head_tokens * in_head)
+        forward = self.work.tokens * in_layers + self.work.head_tokens * in_head
+        return 2.0 * forward + self.work.products
 
 
 def fingerprint(model: nn.Module, samples: int = 256) -> str:

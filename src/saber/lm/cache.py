@@ -1,0 +1,63 @@
+"""A cache of keys and values with room ahead, so that a step writes its own rows and copies no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's cache that grows into memory taken beforehand; beyond that it grows as any other."""
+
+    def __init__(self, filled: DynamicLayer, room: int) -> None:
+        """Take over a filled layer, with room for so many more tokens."""
+        super().__init__()
+        keys, values = filled.keys, filled.values
+        assert keys is not None
+        assert values is not None
+        self.lazy_initialization(keys, values)
+        self._used = keys.shape[-2]
+        self._space = (_longer(keys, room), _longer(values, room))
+        self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (t[..., : self._used, :] for t in self._space)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new states (batch, heads, new, d) behind the old ones; return all."""
+        del args, kwargs
+        start, self._used = self._used, self._used + key_states.shape[-2]
+        lacking = self._used - self._space[0].shape[-2]
+        if lacking > 0:
+            keys, values = self._space
+            self._space = (_longer(keys, lacking), _longer(values, lacking))
+        for space, new in zip(self._space, (key_states, value_states), strict=True):
+            space[..., start : self._used, :] = new
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        keys, values = self._space
+        self._space = (keys[indices], values[indices])
+        self._show()
+
+
+def make_room(cache: Any, tokens: int) -> None:
+    """Let the plain layers of a filled cache take so many more tokens without copying the old ones."""
+    for index, layer in enumerate(getattr(cache, "layers", None) or []):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[index] = RoomyLayer(layer, tokens)
+
+
+def _longer(states: Tensor, room: int) -> Tensor:
+    shape = list(states.shape)
+    shape[-2] += room
+    longer = states.new_empty(shape)
+    longer[..., : states.shape[-2], :] = states
+    return longer
