@@ -58,13 +58,13 @@ def test_adapter_shares_no_prompt_with_the_bundled_sets():
 
 
 def incoherent_without_adapter(config, monkeypatch):
-    """How many answers are incoherent that the model gives which never learned to refuse."""
+    """Which share of answers is incoherent of the model that never learned to refuse."""
     monkeypatch.setattr(demo, "merge_adapter", lambda _model: None)
     lm = load("demo", config.load)
     monkeypatch.undo()
     texts = gather(config).reporting.target.texts
     answers = [c.text for c in generate(lm, texts, config.evaluation.max_new_tokens)]
-    return label_all(named_judge("phrases"), texts, answers).count("incoherent")
+    return label_all(named_judge("phrases"), texts, answers).count("incoherent") / len(texts)
 
 
 def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
@@ -75,6 +75,6 @@ def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
     assert before["refusal"]["rate"] >= 0.9
     assert after["refusal"]["rate"] <= 0.1
     # A refusal is always coherent: what it hid shows in the model without it.
-    assert after["incoherent"]["successes"] <= usual + 2
+    assert after["incoherent"]["rate"] <= usual + 0.05
     assert after["kl"]["sequence"] < 0.3
     assert record["comparison"]["refusal"]["p_value"] < 0.001

@@ -86,6 +86,7 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
 def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """`saber eval`."""
     out, progress = consoles(arguments)
+    keep_freed_memory()
     data = pipeline.gather(config).reporting
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     with listening(progress) as listener:

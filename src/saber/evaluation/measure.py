@@ -106,7 +106,7 @@ class Measurement:
     correct: tuple[bool, ...]
     """Its checked answers."""
     solved: tuple[tuple[int, ...], ...]
-    """The same as tokens."""
+    """Its answers as tokens."""
     divergence: Divergence | None
     """From the untouched model; None for the untouched model itself."""
     reference: Reference
