@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
@@ -14,16 +15,17 @@ import torch
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
 from saber.entanglement import Entanglement, EntanglementSpec, entangle
-from saber.evaluation.divergence import kl_divergence
+from saber.evaluation.divergence import exact, kl_divergence, reference_of
 from saber.evaluation.readout import Readout, derive_readout
 from saber.hydra import Compensation, compensation
 from saber.linalg import d_prime
 from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import generate
+from saber.lm.generate import Request, answer
+from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
-from saber.moments import Preserved, read_decisions
+from saber.moments import Decisions, Preserved, read_decisions
 from saber.openings import Opening, likeliest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
@@ -210,16 +212,32 @@ def refine(
     """
     clock = _Clock()
 
-    def look(prompts: PromptSet, first: bool = False, opening: Opening = ()) -> Activations:
-        return probe(lm, prompts, probing, first_token=first, opening=opening, progress=progress)
+    # A selective edit needs what goes into writers too; routed experts are read by themselves.
+    tapped = () if edit.kind != "selective" or routes(lm, writers) else writers
+
+    def look(
+        prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = ()
+    ) -> Activations:
+        return probe(
+            lm,
+            prompts,
+            probing,
+            first_token=True,
+            opening=opening,
+            writers=writers,
+            progress=progress,
+        )
+
+    def sides(opening: Opening = ()) -> _Sides:
+        return look(data.target, opening, tapped), look(data.neutral, opening, tapped)
 
     with clock("probe"):
-        original = (look(data.target, True), look(data.neutral, True))
+        original = sides()
         assert original[0].first_token is not None
         assert original[1].first_token is not None
         readout = derive_readout(original[0].first_token, original[1].first_token)
-        untouched = look(data.neutral_validation, True)
-        start = _mean_log_odds(look(data.target_validation, True), readout)
+        untouched = look(data.neutral_validation)
+        start = _mean_log_odds(look(data.target_validation), readout)
         start_rate = (behaviour() if shown is None else shown).rate
         # What must be kept is what the untouched model does: this is probed once.
         capability = probe_capabilities(lm, data.capability, probing, progress=progress)
@@ -264,8 +282,7 @@ def refine(
                 if passes:
                     left = {i: o for i, o in pending.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
-                    target = look(data.target, True, opening)
-                    neutral = look(data.neutral, True, opening)
+                    target, neutral = sides(opening)
             with clock("spectral"):
                 found = extract(target, neutral, spectral, capability=capability, generator=rng)
             with clock("entanglement"):
@@ -291,7 +308,7 @@ def refine(
             candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
             with applied(lm.model, plan):
-                after = _mean_log_odds(look(data.target_validation, True), readout)
+                after = _mean_log_odds(look(data.target_validation), readout)
                 reached = next((t.shown for t in trials if t.chosen), None) or behaviour()
             back = None
             if len(plan.factors) < len(writers):
@@ -400,6 +417,12 @@ class _Selective:
         self.late = late
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
+        watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
+        kept = (data.neutral, *data.keep)
+        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
+        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
+        written = iter(answer(lm, asked, progress=progress, label="own answers"))
+        reference = reference_of(lm, watched, list(islice(written, len(watched))), progress=progress)
         self.ruler = Ruler(
             lm,
             data.target_validation,
@@ -407,11 +430,9 @@ class _Selective:
             data.keep_validation,
             readout,
             progress,
+            reference,
         )
-        kept = (data.neutral, *data.keep)
-        answers = [
-            [c.ids for c in generate(lm, p.texts, ANSWER_TOKENS, progress=progress)] for p in kept
-        ]
+        answers = [[c.ids for c in islice(written, len(p))] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
         self.preserved = Preserved(
             lm,
@@ -455,16 +476,7 @@ class _Selective:
             solved = solve(
                 self.lm,
                 {layer: torch.stack(found).float() for layer, found in patterns.items()},
-                read_decisions(
-                    self.lm,
-                    self.writers,
-                    *(
-                        encode(self.lm, p.texts, [opening] * len(p))
-                        for p in (self.data.target, self.data.neutral)
-                    ),
-                    positions=1 if opening else self.probing.positions,
-                    progress=self.progress,
-                ),
+                self._decisions(sides, opening),
                 self.preserved,
                 ridge=self.edit.ridge,
                 progress=self.progress,
@@ -499,6 +511,24 @@ class _Selective:
             for i, c in enumerate(cs)
         ]
         return plan, trials, done
+
+    def _decisions(self, sides: _Sides, opening: Opening) -> Decisions:
+        """Return what goes into the writers where the behaviour is decided; read, where not probed."""
+        target, neutral = sides
+        if target.inputs is not None and neutral.inputs is not None:
+            prompts, positions = target.hidden.shape[:2]
+            return Decisions.of(target.inputs, neutral.inputs, prompts * positions)
+        encoded = (
+            encode(self.lm, p.texts, [opening] * len(p))
+            for p in (self.data.target, self.data.neutral)
+        )
+        return read_decisions(
+            self.lm,
+            self.writers,
+            *encoded,
+            positions=1 if opening else self.probing.positions,
+            progress=self.progress,
+        )
 
 
 def _removals(chosen: Sequence[Candidate], step: int) -> list[Removal]:
