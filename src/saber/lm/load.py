@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from saber.errors import ModelError
 from saber.lm import demo
-from saber.lm.device import DtypeName, choose_device, choose_dtype
+from saber.lm.device import DtypeName, choose_device, choose_dtype, share_keys_on_cpu
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source
 
@@ -58,6 +58,7 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
 def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     source, location, gguf = _locate(name, with_tokenizer=with_tokenizer)
     device = choose_device(spec.device)
+    share_keys_on_cpu(device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     trusted = {"trust_remote_code": spec.trust_remote_code}
     config = _read(
