@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saber import artifacts
-from saber.linalg import accumulated_removal, exact_product
+from saber.linalg import accumulated_removal
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
+from saber.products import exact_product
 
 Scope = Literal["own", "nearest", "upstream", "all"]
 KIND = "edit-plan"

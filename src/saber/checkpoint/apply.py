@@ -19,7 +19,7 @@ from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
 from saber.checkpoint.stream import touched
 from saber.checkpoint.workers import Done, Job, each
-from saber.errors import DataError, ModelError, OutputError, SaberError, UsageError
+from saber.errors import DataError, ModelError, OutputError, SaberError
 
 CARD, STATE, MARKS, FILES = "README.md", "state.json", "marks", "files"
 MARGIN = 1 << 24

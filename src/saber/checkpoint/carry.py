@@ -53,6 +53,7 @@ def link_or_copy(
     """Put a file at `target` by a hard link, or by a copy where there can be none; return its SHA-256."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)  # a rename onto a link to the same file would do nothing
     try:
         if not link:
             raise OSError

@@ -1,4 +1,4 @@
-"""Where an edited checkpoint comes from: in its shards' own metadata, in a record of its files, in its card."""
+"""Where an edited checkpoint comes from: in its shards' metadata, a record of its files, and its card."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from saber.checkpoint.blocks import Reader, Sink, opened
 from saber.checkpoint.plan_on_disk import Factors, TensorEdit
 from saber.checkpoint.shards import DTYPES, Shard, Source, Stored
 from saber.errors import NonFinite
-from saber.linalg import on_grid
+from saber.products import on_grid
 
 BLOCK = 1 << 19
 """Entries edited at once."""
@@ -115,7 +115,7 @@ def edited(
 def deltas(edit: TensorEdit, factors: Factors, block: int) -> Iterator[Tensor]:
     """Yield the change of a tensor in float32, in the order of its bytes, some whole rows at a time.
 
-    The sums are exact before their one rounding (`linalg.on_grid`), so that these blocks have the
+    The sums are exact before their one rounding (`products.on_grid`), so that these blocks have the
     same bits as the change of the whole parameter in memory.
     """
     if edit.part == "bias":

@@ -198,7 +198,8 @@ def each(jobs: Sequence[Job], workers: int, tick: Callable[[], None]) -> Iterato
         while pending:
             done, pending = wait(pending, POLL, FIRST_COMPLETED)
             tick()
-            for future in done:
+            # What is finished comes before what failed, so that none of it is lost.
+            for future in sorted(done, key=lambda f: f.exception() is not None):
                 yield future.result()
     finally:
         for future in pending:
