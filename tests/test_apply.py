@@ -811,3 +811,22 @@ def test_the_commands(sharded, tmp_path, capsys):
     assert main(["verify", str(out)]) == 1
     assert "config.json" in capsys.readouterr().out
     assert main([*command, "--workers", "-1"]) == 2
+
+
+# Every way in which files and memory differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("aria", "bloom", "cohere2", "dbrx", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "gemma3"),
+        *("gemma4", "glm4_moe", "gpt_neox", "granitemoehybrid", "jamba", "jetmoe", "lfm2_moe"),
+        *("llama4", "minimax", "olmoe", "phi3", "phimoe", "qwen2_moe", "qwen3_next"),
+        *("qwen3_vl_moe", "zamba2"),
+    ],
+)
+def test_families_that_are_stored_otherwise(family, tmp_path):
+    made = make(tmp_path, tiny.tiny_model(family), torch.float32)
+    made.apply(tmp_path / "out")
+    assert_same(tmp_path / "out", made.merged)
