@@ -5,8 +5,8 @@
 Generates Llama-like checkpoints (bfloat16, shards of 1 GB) in a temporary folder, which is deleted at
 the end. Time is held against `cp -r` plus a SHA-256 of the same bytes, one after the other, with the
 page cache warm; `saber apply` also brings its files to the disk, so `cp` with a sync is shown beside.
-Memory is the peak of resident memory over what the process held after its imports and one small
-edit. With `--kills N` a process is killed N times at random moments and the same call resumes.
+Memory is the peak of resident memory over what the process held after its imports. With `--kills N` a
+process is killed N times at random moments, and the same call resumes.
 """
 
 from __future__ import annotations
@@ -163,9 +163,7 @@ def measure_peak(root: Path, name: str) -> int:
 
 def peak(root: str, name: str) -> None:
     """Print the peak of one call over the base (run in a process of its own)."""
-    here = Path(root)
-    one = ApplySpec(workers=1)
-    apply_to_files(here / "run-warm", str(here / "warm"), here / "out-warm", one)
+    here, one = Path(root), ApplySpec(workers=1)
     Path("/proc/self/clear_refs").write_text("5")
     base = memory("VmRSS")
     apply_to_files(here / f"run-{name}", str(here / name), here / f"out-{name}", one)
@@ -223,10 +221,10 @@ def main() -> None:
         needed, free = 2.2e9 * max([*options.gigabytes, 1]), shutil.disk_usage(root).free
         if free < needed + 5e9:
             sys.exit(f"{needed / 1e9:.0f} GB are needed in {root}, {free / 1e9:.0f} GB are free")
-        generate(root / "warm", 2e8)
-        plan_for(root / "warm", root / "run-warm", options.rank)
         if options.kills:
-            print(killed(root, "warm", options.kills))
+            generate(root / "small", 4e8)
+            plan_for(root / "small", root / "run-small", options.rank)
+            print(killed(root, "small", options.kills))
         if options.gigabytes:
             print(
                 "| checkpoint | cp | + sync | SHA-256 | `apply`, 1 worker | 2 workers | "
@@ -261,7 +259,6 @@ def row(root: Path, size: float, options: argparse.Namespace) -> None:
     mid = {key: statistics.median(value) for key, value in times.items()}
     over = measure_peak(root, name)
     clean(root / f"out-{name}")
-    clean(root / "out-warm")
     best = min(mid["1"], mid["2"])
     plain = mid["cp"] + mid["sha"]
     cells = [

@@ -25,7 +25,7 @@ from saber.checkpoint.apply import ApplySpec, apply_to_files
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import Record
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
-from saber.checkpoint.verify import verify
+from saber.checkpoint.verification import verify
 from saber.errors import DataError, ModelError, NonFinite, OutputError, SaberError
 from saber.linalg import unit
 from saber.lm.disk import Layout, piece
@@ -830,3 +830,13 @@ def test_families_that_are_stored_otherwise(family, tmp_path):
     made = make(tmp_path, tiny.tiny_model(family), torch.float32)
     made.apply(tmp_path / "out")
     assert_same(tmp_path / "out", made.merged)
+
+
+def test_a_damaged_record_is_one_clear_line(sharded, tmp_path):
+    sharded.apply(tmp_path / "out")
+    path = tmp_path / "out" / "saber_provenance.json"
+    value = json.loads(path.read_text())
+    del value["files"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(DataError, match="damaged"):
+        verify(tmp_path / "out")

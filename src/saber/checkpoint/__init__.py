@@ -7,7 +7,7 @@ _FACE = {
     "ApplySpec": "saber.checkpoint.apply",
     "apply_to_files": "saber.checkpoint.apply",
     "save_merged": "saber.checkpoint.merged",
-    "verify": "saber.checkpoint.verify",
+    "verify": "saber.checkpoint.verification",
 }
 
 __all__ = ["ApplySpec", "apply_to_files", "save_merged", "verify"]

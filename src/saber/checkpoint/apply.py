@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
 
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
@@ -17,11 +15,12 @@ from saber.checkpoint.carry import Cargo, cargo
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, hub_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
+from saber.checkpoint.stage import Stage, in_use
 from saber.checkpoint.stream import touched
-from saber.checkpoint.workers import Done, Job, each
-from saber.errors import DataError, ModelError, OutputError, SaberError
+from saber.checkpoint.workers import Job, each
+from saber.errors import DataError, ModelError, OutputError
 
-CARD, STATE, MARKS, FILES = "README.md", "state.json", "marks", "files"
+CARD = "README.md"
 MARGIN = 1 << 24
 """Bytes that must stay free beside what is written."""
 
@@ -80,8 +79,8 @@ def apply_to_files(
     begun = perf_counter()
     plan = DiskPlan.read(plan_folder(run))
     folder = model_folder(model)
-    stage = _Stage(out, out.with_name(f".{out.name}.part"))
-    _check_places(folder, out)
+    stage = Stage(out, out.with_name(f".{out.name}.part"))
+    _check_places(folder, out, stage)
     with stage.locked():
         source_folder = folder
         if pickled.needed(folder):
@@ -140,7 +139,7 @@ def model_folder(model: str) -> Path:
     return cached
 
 
-def _check_places(folder: Path, out: Path) -> None:
+def _check_places(folder: Path, out: Path, stage: Stage) -> None:
     source, target = folder.resolve(), out.resolve()
     if target == source or target.is_relative_to(source):
         raise OutputError(
@@ -149,6 +148,8 @@ def _check_places(folder: Path, out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
+    if out.exists() and any(out.iterdir()) and not stage.folder.exists():
+        raise in_use(out)
 
 
 def _check_base(plan: DiskPlan, origin: Mapping[str, str], force: bool) -> bool:
@@ -180,7 +181,7 @@ def _jobs(
     source: Source,
     edits: Mapping[str, TensorEdit],
     origin: Mapping[str, str],
-    stage: _Stage,
+    stage: Stage,
     spec: ApplySpec,
     *,
     converted: bool,
@@ -202,7 +203,7 @@ def _jobs(
     ]
 
 
-def _check_space(stage: _Stage, source: Source, left: list[Job]) -> None:
+def _check_space(stage: Stage, source: Source, left: list[Job]) -> None:
     """Raise `OutputError` when what is left to write does not fit the disk."""
     linked = stage.files.stat().st_dev == source.folder.stat().st_dev
     needed = sum(source.shards[j.file].size for j in left if j.edit or not (j.link and linked))
@@ -216,7 +217,7 @@ def _check_space(stage: _Stage, source: Source, left: list[Job]) -> None:
 
 
 def _finish(
-    stage: _Stage,
+    stage: Stage,
     folder: Path,
     source: Source,
     edits: Mapping[str, TensorEdit],
@@ -249,106 +250,3 @@ def _finish(
     record = Record(origin, touched(source, edits), files, cards.skipped, rounding)
     record.save(stage.files)
     return record
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The folder beside --out in which it comes into being.
-
-    `files` is what will be moved to --out, `state.json` says what it is made from, and `marks` has a
-    file for each finished shard. A shard counts as finished when it has its name and its mark, and
-    its bytes still have the mark's SHA-256.
-    """
-
-    out: Path
-    folder: Path
-
-    @property
-    def files(self) -> Path:
-        return self.folder / FILES
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder against another process that would write the same --out."""
-        with blocks.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock: IO[str] = (self.folder / "lock").open("w")
-        with lock:
-            try:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass  # a system without such locks
-            except OSError as error:
-                raise OutputError(f"another process is writing {self.out}.") from error
-            try:
-                yield
-            except SaberError:
-                if not (self.folder / STATE).exists():
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                raise
-
-    def finished(self, identity: Mapping[str, Any]) -> Record | None:
-        """Return the record of --out if all was done but clearing up; raises when --out is in use."""
-        if not self.out.exists() or not any(self.out.iterdir()):
-            return None
-        same = (self.folder / STATE).exists() and artifacts.read_json(
-            self.folder / STATE
-        ) == identity
-        if same and not self.files.exists() and (self.out / provenance.FILE).exists():
-            record = Record.load(self.out)
-            shutil.rmtree(self.folder)
-            return record
-        raise OutputError(f"--out {self.out} is not empty.", "Choose another folder, or empty it.")
-
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Keep what an interrupted call of the same work left; remove what another left."""
-        state = self.folder / STATE
-        with blocks.writing(self.folder):
-            if not state.exists() or artifacts.read_json(state) != identity:
-                for folder in (self.files, self.folder / MARKS):
-                    shutil.rmtree(folder, ignore_errors=True)
-                artifacts.write_json(state, identity)
-            self.files.mkdir(exist_ok=True)
-            (self.folder / MARKS).mkdir(exist_ok=True)
-            for part in self.files.rglob(".*.part"):
-                part.unlink()
-
-    def left(self, jobs: list[Job], source: Source) -> tuple[int, list[Job]]:
-        """Return how many jobs are finished, and those that are not."""
-        left = [job for job in jobs if not self._whole(job.file)]
-        return len(jobs) - len(left), left
-
-    def _whole(self, file: str) -> bool:
-        done, path = self.marked(file), self.files / file
-        return done is not None and path.is_file() and blocks.sha256(path) == done.sha256
-
-    def mark(self, done: Done) -> None:
-        """Note that a shard is finished."""
-        artifacts.write_json(self.folder / MARKS / f"{done.file}.json", asdict(done))
-
-    def marked(self, file: str) -> Done | None:
-        """Return what was noted of a finished shard."""
-        path = self.folder / MARKS / f"{file}.json"
-        return Done(**artifacts.read_json(path)) if path.exists() else None
-
-    def written(self) -> int:
-        """Bytes of shards so far, unfinished ones included."""
-        total = 0
-        for path in self.files.iterdir():
-            try:
-                total += path.stat().st_size
-            except FileNotFoundError:
-                continue  # it has just got its name
-        return total
-
-    def publish(self) -> None:
-        """Move the whole folder to --out, and clear up."""
-        with blocks.writing(self.out):
-            blocks.settle_folder(self.files)
-            if self.out.exists():
-                self.out.rmdir()
-            os.replace(self.files, self.out)
-            blocks.settle_folder(self.out.parent)
-            shutil.rmtree(self.folder)

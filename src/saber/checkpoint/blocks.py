@@ -14,8 +14,8 @@ from typing import IO, Any
 
 from saber.errors import ModelError, OutputError
 
-CHUNK = 1 << 22
-"""Bytes copied at once."""
+CHUNK, SYNC = 1 << 22, 1 << 26
+"""Bytes copied at once; bytes after which the disk is set to work on what is there already."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -42,7 +42,10 @@ def reading(path: Path) -> Iterator[None]:
 
 @dataclass
 class Sink:
-    """A file that is written once, from front to back, and hashed on the way by a thread of its own."""
+    """A file that is written once, from front to back.
+
+    Threads of its own hash it on the way and bring it to the disk, so that little is left to wait for.
+    """
 
     path: Path | None
     """Where to write; None to hash alone."""
@@ -52,8 +55,10 @@ class Sink:
     """Bytes written so far."""
     _digest: Any = field(default_factory=hashlib.sha256)
     _handle: int = -1
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     _hashing: Future[None] | None = None
+    _syncing: Future[None] | None = None
+    _synced: int = 0
 
     def __enter__(self) -> Sink:
         if self.path is not None:
@@ -80,6 +85,10 @@ class Sink:
                 while done < len(view):
                     done += os.write(self._handle, view[done:])
         self.size += len(view)
+        idle = self._syncing is None or self._syncing.done()
+        if self._handle >= 0 and idle and self.size - self._synced >= SYNC:
+            self._synced = self.size
+            self._syncing = self._pool.submit(os.fsync, self._handle)
 
     def _settle(self) -> None:
         if self._hashing is not None:
@@ -90,6 +99,8 @@ class Sink:
         self._settle()
         if self._handle >= 0:
             with writing(self.path):
+                if self._syncing is not None:
+                    self._syncing.result()
                 os.fsync(self._handle)
         return str(self._digest.hexdigest())
 

@@ -131,9 +131,12 @@ class DiskPlan:
                 "Make the run again, or use its merged model.",
             )
         disk = artifacts.read_json(folder / FILE)
-        if disk.get("schema") != SCHEMA or disk.get("factors", {}).keys() != meta["axes"].keys():
+        if (
+            disk.get("schema") != SCHEMA
+            or disk.get("factors", {}).keys() != meta.get("axes", {}).keys()
+        ):
             raise DataError(f"{folder / FILE} does not belong to the plan beside it.")
-        return cls(folder, meta, disk["checkpoint"], disk["factors"])
+        return cls(folder, meta, disk.get("checkpoint"), disk["factors"])
 
     def edits(self, source: Source) -> dict[str, TensorEdit]:
         """Return what changes each tensor of a checkpoint, by its name there.

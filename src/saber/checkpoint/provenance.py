@@ -98,10 +98,12 @@ class Record:
         value = artifacts.read_json(folder / FILE)
         if value.get("kind") != KIND or value.get("schema") != SCHEMA:
             raise DataError(f"{folder / FILE} is not a record of this version.")
-        files = {n: FileMark(m["sha256"], m["size"]) for n, m in value["files"].items()}
-        return cls(
-            value["origin"], tuple(value["edited"]), files, value["skipped"], value["rounding"]
-        )
+        try:
+            files = {n: FileMark(m["sha256"], m["size"]) for n, m in value["files"].items()}
+            edited, skipped = tuple(value["edited"]), tuple(value["skipped"])
+            return cls(dict(value["origin"]), edited, files, skipped, dict(value["rounding"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{folder / FILE} is damaged.") from error
 
 
 def carried(path: Path) -> dict[str, str]:

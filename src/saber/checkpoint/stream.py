@@ -106,8 +106,10 @@ def edited(
     for delta in deltas(edit, factors, BLOCK):
         raw = reader.read(at, delta.numel() * dtype.itemsize)
         held = torch.frombuffer(raw, dtype=dtype)
-        held.copy_(held.float().add_(delta.reshape(-1)))
-        _finite(held, stored.name, shard)
+        wanted = held.float().add_(delta.reshape(-1))
+        # The extremes stand for all: NaN is among them if it is anywhere.
+        _finite(torch.stack(wanted.aminmax()).to(dtype), stored.name, shard)
+        held.copy_(wanted)
         yield raw
         at += len(raw)
 

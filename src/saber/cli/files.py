@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from saber.checkpoint.apply import ApplySpec, apply_to_files
-from saber.checkpoint.verify import verify
+from saber.checkpoint.verification import verify
 from saber.errors import UsageError
 
 
