@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors.torch import load_file
 
 from saber import pipeline, prompts
+from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
@@ -89,6 +91,12 @@ def test_run_leaves_a_complete_folder(finished, pico):
     }
     assert edited.dtype == base.dtype
     transformers.AutoTokenizer.from_pretrained(folder / "model")
+    # The plan made on the base's files, without the model, gives the same weights.
+    made = apply_to_files(folder, str(model_folder), folder.parent / "applied")
+    assert made.record.origin["base_fingerprint"] == record["model"]["fingerprint"]
+    weights = load_file(folder.parent / "applied" / "model.safetensors")
+    for name, value in load_file(folder / "model" / "model.safetensors").items():
+        assert torch.equal(value, weights[name])
 
 
 def test_same_seed_gives_the_same_record(finished, pico, tmp_path):

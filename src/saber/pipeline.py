@@ -20,7 +20,7 @@ import transformers
 
 from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
-from saber.checkpoint import save_merged
+from saber.checkpoint import plan_on_disk, save_merged
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
 from saber.errors import (
@@ -202,6 +202,7 @@ def run(
     if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
         first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
         raise NoGain(first, last, len(selecting.target_validation))
+    plan_on_disk.save(out / PLAN, lm, outcome.plan)
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
     )

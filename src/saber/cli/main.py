@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SaberError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
+        if arguments.command == "apply":
+            print("saber: interrupted. The same command goes on from here.", file=sys.stderr)
+            return INTERRUPTED
         hint = (
             f" Go on with: saber run {arguments.model} --out {arguments.out} --resume (and the same options)"
             if _resumable(arguments)
@@ -112,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.set_defaults(handler=_chat)
 
+    _file_commands(commands)
+
     report = commands.add_parser(
         "report", help="draw the plots, the HTML report and the model card again"
     )
@@ -119,6 +124,35 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
     return parser
+
+
+def _file_commands(commands: Any) -> None:
+    """Add the commands that work on a checkpoint's files."""
+    apply = commands.add_parser("apply", help="make a run's edit on a checkpoint's files, unloaded")
+    apply.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
+    apply.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
+    apply.add_argument(
+        "--workers", type=int, default=0, help="processes that write shards (default: one a core)"
+    )
+    apply.add_argument(
+        "--copy", action="store_true", help="copy untouched shards instead of hard-linking them"
+    )
+    apply.add_argument(
+        "--force", action="store_true", help="apply the plan to another model than its own"
+    )
+    apply.add_argument(
+        "--allow-pickle", action="store_true", help="convert .bin weights first (weights_only)"
+    )
+    apply.add_argument("--json", action="store_true", help="print the result as JSON")
+    apply.set_defaults(handler=_apply)
+
+    verify = commands.add_parser("verify", help="check where an edited model comes from")
+    verify.add_argument("path", metavar="DIR", type=Path, help="what SABER wrote")
+    verify.add_argument("--run", type=Path, help="the run that it should come from")
+    verify.add_argument("--base", help="the model that it should be made from")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.set_defaults(handler=_verify)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +330,18 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise UsageError("--max-new-tokens must be at least 1.")
     limit, arguments.max_new_tokens = arguments.max_new_tokens, None
     return chat_command(arguments, read_config(arguments), limit)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from saber.cli.files import apply_command
+
+    return apply_command(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from saber.cli.files import verify_command
+
+    return verify_command(arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:
