@@ -1,0 +1,106 @@
+"""Whether a GGUF file holds the weights a plan was made on, and in which types its changes are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saber.checkpoint.card import DROWNED
+from saber.checkpoint.gguf_file import (
+    Change,
+    GgufFile,
+    blocks,
+    changed_rows,
+    fits,
+    known_types,
+    read_rows,
+    rounding,
+    writable,
+)
+from saber.checkpoint.sketch import ALIKE, Sketch, likeness, positions
+from saber.errors import ModelError, UnknownName, UsageError
+
+SAFE = "Q8_0"
+"""Type that changed tensors are raised to: any edit outlives it."""
+TRIED = 4
+"""Pieces of a tensor that are tried to see whether the edit outlives its type."""
+
+
+def require_alike(file: GgufFile, changes: Sequence[Change], sketch: Sketch) -> None:
+    """Raise `ModelError` unless the file's weights are those of the sketch, seen through rounding."""
+    with file.path.open("rb") as source:
+        for change in changes:
+            if change.bias or change.factor not in sketch.samples:
+                continue
+            found = likeness(_samples(source, change), sketch.samples[change.factor])
+            if not found >= ALIKE:
+                raise ModelError(
+                    f"{file.path.name} does not hold the weights that the plan was made for: "
+                    f"{change.tensor.name} resembles them by {found:.2f}, where 1 is alike.",
+                    "Give the GGUF file of the very model that the run was made on, or --force.",
+                )
+
+
+def _samples(source: IO[bytes], change: Change) -> Float[Tensor, " samples"]:
+    """Return the file's values at the positions of a sketch, (experts, d_model, d_in) flattened."""
+    tensor, columns = change.tensor, change.tensor.shape[-1]
+    values = []
+    for at in positions(tensor.experts * tensor.rows * columns).tolist():
+        row, column = divmod(at, columns)
+        if change.embedding:
+            column, row = divmod(at, tensor.rows)
+        values.append(float(read_rows(source, tensor, row, row + 1)[0, column]))
+    return torch.tensor(values)
+
+
+def choose(
+    file: GgufFile, changes: Sequence[Change], wanted: str
+) -> Mapping[str, tuple[Change, str]]:
+    """Return the type to store each changed tensor in.
+
+    auto: the file's own, where it can be written and most of the edit outlives it, otherwise Q8_0.
+    keep: the file's own; raises `UsageError` where it cannot be written. Otherwise one type for all.
+    """
+    if wanted not in ("auto", "keep", *known_types()):
+        raise UnknownName("tensor type", wanted, ["auto", "keep", *known_types()])
+    if wanted == "keep":
+        closed = [c.tensor for c in changes if not writable(c.tensor.type)]
+        if closed:
+            types = ", ".join(sorted({t.type for t in closed}))
+            raise UsageError(
+                f"the gguf package cannot write {types}, the type of {len(closed)} tensors that the plan "
+                f"changes ({closed[0].name} the first).",
+                "Use --type auto or --type q8_0: those tensors become Q8_0, all others stay.",
+            )
+    with file.path.open("rb") as source:
+        return {c.tensor.name: (c, _type_for(source, c, wanted)) for c in changes}
+
+
+def _type_for(source: IO[bytes], change: Change, wanted: str) -> str:
+    own, columns = change.tensor.type, change.tensor.shape[-1]
+    if wanted == "keep" or change.bias:
+        return own
+    if wanted != "auto":
+        if not fits(wanted, columns):
+            raise UsageError(
+                f"rows of {change.tensor.name} have {columns} values, which {wanted} cannot store.",
+                "Use --type f16.",
+            )
+        return wanted.upper()
+    if writable(own) and _outlives(source, change, own):
+        return own
+    return SAFE if fits(SAFE, columns) else "F16"
+
+
+def _outlives(source: IO[bytes], change: Change, kind: str) -> bool:
+    """Whether most of an edit is there after storing, told from a few pieces of the tensor."""
+    pieces = list(blocks(change.tensor))
+    step = max(1, len(pieces) // TRIED)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for piece in pieces[::step][:TRIED]:
+        sums += changed_rows(source, change, kind, piece)[1]
+    return rounding(change, kind, sums).kept >= DROWNED
