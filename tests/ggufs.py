@@ -21,20 +21,20 @@ ARCHITECTURES = {
 
 def moe_model(family: str, seed: int = 0, hidden: int = 64, inner: int = 32):
     """A pico mixture of experts with fused experts; sizes are multiples of a quantisation block."""
-    common = dict(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=300,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    common = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 300,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
     if family == "qwen3_moe":
         config = transformers.Qwen3MoeConfig(
             **common,
@@ -50,7 +50,7 @@ def moe_model(family: str, seed: int = 0, hidden: int = 64, inner: int = 32):
 
 def dense_model(family: str, seed: int = 0, hidden: int = 64):
     """A pico dense model whose sizes are multiples of a quantisation block."""
-    common = dict(vocab_size=300, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    common = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if family == "gpt2":
         config = transformers.GPT2Config(
             n_embd=hidden, n_layer=2, n_head=4, n_positions=128, **common
@@ -64,7 +64,7 @@ def dense_model(family: str, seed: int = 0, hidden: int = 64):
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=16,
+            head_dim=hidden // 4,
             max_position_embeddings=128,
             **common,
             **more,
@@ -146,10 +146,10 @@ def write(model, path, kind="F32", extra=None):
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_key_length(16)
-        writer.add_value_length(16)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
         writer.add_vocab_size(300)
-        writer.add_rope_dimension_count(16)
+        writer.add_rope_dimension_count(config.head_dim)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -159,13 +159,13 @@ def write(model, path, kind="F32", extra=None):
         writer.add_expert_used_count(2)
         if arch == "qwen3moe":
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    # Bytes and nothing else: tests put token ids in.
-    tokens = ["<pad>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    # Tests put token ids in; every token is whole text, so that the server holds none back.
+    tokens = ["<pad>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(128))]
     tokens += [f"w{i}" for i in range(300 - len(tokens))]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * 300)
-    writer.add_token_types([3, 3, 3, *[6] * 256, *[1] * 41])
+    writer.add_token_types([3, 3, 3, *[6] * 128, *[1] * 169])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
@@ -209,7 +209,13 @@ def llama_server(path, lora=None, scale=1.0, context=256):
 def llama_logprobs(server, ids, vocabulary=300):
     """Log-probabilities of the token that follows `ids`."""
     answer = server.handle_completions(
-        {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": vocabulary, "cache_prompt": False}
+        {
+            "prompt": ids,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": vocabulary,
+            "cache_prompt": False,
+        }
     )
     found = torch.full((vocabulary,), float("nan"))
     for row in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:

@@ -303,6 +303,7 @@ def _gguf_path(run: Run, spec: ExportSpec) -> tuple[Path, bool]:
 def _gguf(run: Run, kind: str, out: Path, spec: ExportSpec, progress: Progress[Any]) -> _Written:
     path, lacks_adapter = _gguf_path(run, spec)
     file = open_gguf(path)
+    gguf_fit.require_architecture(file, str(run.model.get("model_type", "")))
     edits = changes(file, run.plan)
     notes = _matches(run, file, edits, spec)
     if lacks_adapter:

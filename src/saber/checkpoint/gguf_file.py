@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from saber.errors import ModelError, OutputError
@@ -196,11 +196,11 @@ def _row_bytes(kind: str, columns: int) -> int:
     return columns // block * size
 
 
-def decode(raw: bytes, kind: str, columns: int) -> np.ndarray[Any, Any]:
+def decode(raw: bytes, kind: str, columns: int) -> Float32[np.ndarray, "rows columns"]:
     """Return stored rows as float32; raises `ModelError` for a type that the library cannot read."""
     from gguf import quants
 
-    stored = np.frombuffer(raw, np.uint8).reshape(-1, _row_bytes(kind, columns))
+    stored = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, _row_bytes(kind, columns))
     try:
         return np.asarray(quants.dequantize(stored, _type(kind)), np.float32)
     except NotImplementedError as error:
@@ -210,7 +210,7 @@ def decode(raw: bytes, kind: str, columns: int) -> np.ndarray[Any, Any]:
         ) from error
 
 
-def encode(rows: np.ndarray[Any, Any], kind: str) -> bytes:
+def encode(rows: Float32[np.ndarray, "rows columns"], kind: str) -> bytes:
     """Return rows of float32 as they are stored in a type."""
     from gguf import quants
 
@@ -219,7 +219,9 @@ def encode(rows: np.ndarray[Any, Any], kind: str) -> bytes:
     return np.ascontiguousarray(stored).tobytes()
 
 
-def read_rows(file: IO[bytes], tensor: GgufTensor, first: int, last: int) -> np.ndarray[Any, Any]:
+def read_rows(
+    file: IO[bytes], tensor: GgufTensor, first: int, last: int
+) -> Float32[np.ndarray, "rows columns"]:
     """Return rows `first` to `last` of a tensor, its experts one below the other, as float32."""
     columns = tensor.shape[-1]
     step = _row_bytes(tensor.type, columns)

@@ -24,8 +24,8 @@ from saber.checkpoint.gguf_file import (
 from saber.checkpoint.sketch import ALIKE, Sketch, likeness, positions
 from saber.errors import ModelError, UnknownName, UsageError
 
-SAFE = "Q8_0"
-"""Type that changed tensors are raised to: any edit outlives it."""
+RAISED = ("Q8_0", "F16")
+"""Types that changed tensors are raised to: the first that the edit outlives."""
 TRIED = 4
 """Pieces of a tensor that are tried to see whether the edit outlives its type."""
 
@@ -57,12 +57,32 @@ def _samples(source: IO[bytes], change: Change) -> Float[Tensor, " samples"]:
     return torch.tensor(values)
 
 
+def require_architecture(file: GgufFile, model_type: str) -> None:
+    """Raise `ModelError` when a model type of transformers is another architecture than the file's.
+
+    Types that llama.cpp keeps under another name (mistral, cohere) are left to shapes and weights.
+    """
+    import gguf
+
+    def plain(name: str) -> str:
+        return name.lower().removesuffix("_text").replace("-", "").replace("_", "")
+
+    known = {plain(name) for name in gguf.MODEL_ARCH_NAMES.values()}
+    if plain(model_type) in known and plain(model_type) != plain(file.architecture):
+        raise ModelError(
+            f"{file.path.name} is a {file.architecture!r} model, and the run was made on a "
+            f"{model_type!r} one.",
+            "Give the GGUF file of the model that the run was made on.",
+        )
+
+
 def choose(
     file: GgufFile, changes: Sequence[Change], wanted: str
 ) -> Mapping[str, tuple[Change, str]]:
     """Return the type to store each changed tensor in.
 
-    auto: the file's own, where it can be written and most of the edit outlives it, otherwise Q8_0.
+    auto: the file's own, where it can be written and most of the edit outlives it, otherwise Q8_0, or
+    F16 for the smallest edits.
     keep: the file's own; raises `UsageError` where it cannot be written. Otherwise one type for all.
     """
     if wanted not in ("auto", "keep", *known_types()):
@@ -91,9 +111,10 @@ def _type_for(source: IO[bytes], change: Change, wanted: str) -> str:
                 "Use --type f16.",
             )
         return wanted.upper()
-    if writable(own) and _outlives(source, change, own):
-        return own
-    return SAFE if fits(SAFE, columns) else "F16"
+    for kind in (own, *RAISED):
+        if writable(kind) and fits(kind, columns) and _outlives(source, change, kind):
+            return kind
+    return own if own in ("F32", "BF16") else RAISED[-1]
 
 
 def _outlives(source: IO[bytes], change: Change, kind: str) -> bool:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from saber.checkpoint.gguf_file import OWN, Change, GgufFile
 from saber.errors import OutputError
 
 
-def pairs(change: Change, alpha: float) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+def pairs(change: Change, alpha: float) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
     """Yield the two tensors of a change with their names."""
     rank = change.right.shape[0]
     down, up = change.right, change.left * (rank / alpha)

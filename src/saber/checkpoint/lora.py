@@ -118,15 +118,16 @@ def write_lora(
     peft = require_peft()
     config = _config(peft, model, plan, where)
     with warnings.catch_warnings():
-        # Of transformers to PEFT; it concerns training.
+        # Of transformers to PEFT, about training; and of PEFT, which takes a bias for a lost shard.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", r".*invalid shape: \S*lora_B\.bias")
         adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    wrappers = _wrappers(peft, adapted)
-    for name, target in where.modules.items():
-        _fill_module(wrappers[target], plan.factors[name], where.bias)
-    for name, target in where.parameters.items():
-        _fill_parameter(peft, wrappers[target], plan.factors[name])
-    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        wrappers = _wrappers(peft, adapted)
+        for name, target in where.modules.items():
+            _fill_module(wrappers[target], plan.factors[name], where.bias)
+        for name, target in where.parameters.items():
+            _fill_parameter(peft, wrappers[target], plan.factors[name])
+        state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     left = [key for key, value in tensors.items() if value.is_meta]
     assert not left, left
