@@ -127,6 +127,10 @@ def _rounding(table: Sequence[Rounding]) -> str:
 
 
 def _origin(origin: Mapping[str, str], record: Mapping[str, Any]) -> str:
-    rows = [*origin.items(), ("command", str(record.get("command") or "-"))]
+    rows = [(name, value) for name, value in origin.items() if name != "config"]
+    rows.append(("command", str(record.get("command") or "-")))
     lines = "\n".join(f"| {name.replace('_', ' ')} | `{value}` |" for name, value in rows)
-    return f"## Provenance\n\n| what | value |\n| :-- | :-- |\n{lines}"
+    return (
+        f"## Provenance\n\n| what | value |\n| :-- | :-- |\n{lines}\n\n"
+        "The same stands in the metadata of the weights, with the whole configuration."
+    )

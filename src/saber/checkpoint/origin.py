@@ -12,13 +12,15 @@ from saber.ablation import EditPlan
 
 
 def origin(record: Mapping[str, Any], plan: EditPlan) -> dict[str, str]:
-    """Return base model, its fingerprint, the plan's and the configuration's hash, version and seed."""
+    """Return base model, its fingerprint, the plan's hash, configuration and its hash, versions, seed."""
     model, config = record.get("model") or {}, record.get("config") or {}
+    text = json.dumps(config, sort_keys=True, allow_nan=False)
     found = {
         "base": model.get("base") or model.get("name"),
         "base_fingerprint": model.get("fingerprint"),
         "plan_hash": plan_hash(plan),
-        "config_hash": _sha256(json.dumps(config, sort_keys=True, allow_nan=False).encode()),
+        "config_hash": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+        "config": text,
         "seed": config.get("seed"),
         "version": __version__,
         "run_version": record.get("saber_version"),
@@ -36,7 +38,3 @@ def plan_hash(plan: EditPlan) -> str:
                 digest.update(json.dumps(list(part.shape)).encode())
                 digest.update(part.float().contiguous().numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _sha256(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
