@@ -4,7 +4,8 @@
 
 The edited model is the run's plan applied in memory, in float32. Held against it, under greedy decoding of
 the same tokens: the merged folder and the LoRA adapter in transformers, and every GGUF in llama.cpp. The
-first row is the floor: the untouched base file in llama.cpp against the same file in transformers.
+first row is the floor: the untouched base file in llama.cpp against the same file in transformers. The last
+is the control: the edited file with every tensor in F32, where llama.cpp rounds as little as transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ import xllamacpp
 from saber import prompts
 from saber.ablation import applied
 from saber.checkpoint.export import Exported, ExportSpec, Format, Run, export
+from saber.checkpoint.gguf_file import Change, open_gguf, rewrite
+from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.lora import read_lora
 from saber.lm import demo
 from saber.lm.load import load
 
@@ -32,9 +37,7 @@ CASES: tuple[tuple[str, Format, str], ...] = (
     ("lora", "lora", "auto"),
     ("gguf, auto", "gguf", "auto"),
     ("gguf, keep (Q4_1)", "gguf", "keep"),
-    ("gguf, q8_0", "gguf", "q8_0"),
     ("gguf, f16", "gguf", "f16"),
-    ("gguf, f32", "gguf", "f32"),
     ("gguf-lora", "gguf-lora", "auto"),
 )
 Greedy = Callable[[Sequence[int]], list[int]]
@@ -65,24 +68,41 @@ def main() -> None:
     del plain
     floor = answers(llama_greedy(demo.base_gguf(), None, count), ids)
     rows: list[dict[str, Any]] = [{"name": "base file, untouched", **agreement(base, floor)}]
-    show(rows[-1])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save(arguments.out, rows)
     for name, kind, type_ in CASES:
         out = arguments.out / name.replace(", ", "-").split(" ")[0]
         shutil.rmtree(out, ignore_errors=True)
-        arguments.out.mkdir(parents=True, exist_ok=True)
         made = export(run, kind, out, ExportSpec(type=type_))
         found = answers(reader(made, lm, count), ids)
         rows.append({"name": name, **described(made), **agreement(wanted, found)})
-        show(rows[-1])
+        save(arguments.out, rows)
         gc.collect()
-    (arguments.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (arguments.out / "table.md").write_text(table(rows))
+    control = arguments.out / "control.gguf"
+    throughout(run, control)
+    found = answers(llama_greedy(control, None, count), ids)
+    rows.append({"name": "control: F32 throughout", **agreement(wanted, found)})
+    save(arguments.out, rows)
     print(table(rows))
 
 
-def show(row: dict[str, Any]) -> None:
-    """Print a finished row at once; the whole takes minutes."""
-    print(json.dumps(row), flush=True)
+def save(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Keep what is finished; the whole takes minutes."""
+    print(json.dumps(rows[-1]), flush=True)
+    (folder / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "table.md").write_text(table(rows))
+
+
+def throughout(run: Run, out: Path) -> None:
+    """Write the demo's base file with the adapter and the edit, every tensor in F32."""
+    file = open_gguf(demo.base_gguf())
+    with as_file(files("saber.lm") / "data" / "demo_adapter") as folder:
+        plan = read_lora(folder) + run.plan
+    edits = {c.tensor.name: (c, "F32") for c in changes(file, plan)}
+    for t in file.tensors.values():
+        nothing = Change(t, "", torch.zeros(t.rows, 1), torch.zeros(1, t.experts, t.shape[-1]))
+        edits.setdefault(t.name, (nothing, "F32"))
+    rewrite(file, out, edits, {})
 
 
 def answers(greedy: Greedy, ids: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -229,9 +229,9 @@ def read_rows(
     return decode(file.read((last - first) * step), tensor.type, columns)
 
 
-def blocks(tensor: GgufTensor) -> Iterator[tuple[int, int, int]]:
-    """Yield (expert, first row, last row) of pieces of a tensor that are decoded at a time."""
-    step = max(1, BLOCK // tensor.shape[-1])
+def blocks(tensor: GgufTensor, values: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield (expert, first row, last row) of pieces of a tensor of at most `values` values (`BLOCK`)."""
+    step = max(1, (values or BLOCK) // tensor.shape[-1])
     for expert in range(tensor.experts):
         for start in range(0, tensor.rows, step):
             yield expert, start, min(start + step, tensor.rows)

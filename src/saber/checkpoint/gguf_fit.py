@@ -26,8 +26,8 @@ from saber.errors import ModelError, UnknownName, UsageError
 
 RAISED = ("Q8_0", "F16")
 """Types that changed tensors are raised to: the first that the edit outlives."""
-TRIED = 4
-"""Pieces of a tensor that are tried to see whether the edit outlives its type."""
+PIECES, PIECE = 8, 1 << 16
+"""Pieces of a tensor, and values in each, that are tried to see whether the edit outlives its type."""
 
 
 def require_alike(file: GgufFile, changes: Sequence[Change], sketch: Sketch) -> None:
@@ -119,9 +119,9 @@ def _type_for(source: IO[bytes], change: Change, wanted: str) -> str:
 
 def _outlives(source: IO[bytes], change: Change, kind: str) -> bool:
     """Whether most of an edit is there after storing, told from a few pieces of the tensor."""
-    pieces = list(blocks(change.tensor))
-    step = max(1, len(pieces) // TRIED)
+    pieces = list(blocks(change.tensor, PIECE))
+    step = max(1, len(pieces) // PIECES)
     sums = torch.zeros(4, dtype=torch.float64)
-    for piece in pieces[::step][:TRIED]:
+    for piece in pieces[step // 2 :: step][:PIECES]:
         sums += changed_rows(source, change, kind, piece)[1]
     return rounding(change, kind, sums).kept >= DROWNED

@@ -19,7 +19,7 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.errors import DataError
 
-KIND, SAMPLES, ALIKE = "weight-sketch", 64, 0.8
+KIND, SAMPLES, ALIKE = "weight-sketch", 64, 0.5
 _GOLDEN = 0.6180339887498949
 
 
