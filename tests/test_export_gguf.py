@@ -54,6 +54,23 @@ def test_file_holds_the_merged_models_weights(family, tmp_path):
     assert len(weights) == len(list(writers(model)))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_rows_of_queries_and_keys_are_paired_as_the_file_has_them(family, tmp_path):
+    model = build(family)
+    generator = torch.Generator().manual_seed(0)
+    factors = {}
+    for part in ("q_proj", "k_proj", "v_proj"):
+        name = f"model.layers.1.self_attn.{part}"
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        left, right = (torch.randn(*s, generator=generator) for s in ((rows, 2), (2, columns)))
+        factors[name] = Factor(left, right * 0.05, None, 0)
+    _, out, report, merged = edited(family, tmp_path, plan=EditPlan(factors))
+    found, wanted = ggufs.weights(out), ggufs.tensors_of(merged)
+    assert len(report) == 3
+    for row in report:
+        np.testing.assert_allclose(found[row.name], wanted[row.name], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_answers_as_the_merged_model_does(family, tmp_path):
     pytest.importorskip("xllamacpp")
