@@ -79,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     _config_options(run)
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
     run.add_argument(
-        "--export", default="merged", help="merged, or none for the plan alone (default: merged)"
+        "--export",
+        default="merged",
+        help="any of merged, lora, gguf and gguf-lora, or none for the plan alone (default: merged)",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a former run in --out")
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
@@ -116,6 +118,26 @@ def build_parser() -> argparse.ArgumentParser:
     chat.set_defaults(handler=_chat)
 
     _file_commands(commands)
+
+    export = commands.add_parser("export", help="ship a run's edit: LoRA, merged folder, GGUF")
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    export.add_argument("--format", required=True, help="lora, merged, gguf or gguf-lora")
+    export.add_argument("--out", required=True, type=Path, help="folder or .gguf file; must be new")
+    export.add_argument("--base", help="the model or .gguf file to build on (default: the run's)")
+    export.add_argument(
+        "--type",
+        default="auto",
+        help="GGUF, changed tensors: keep their type, q8_0, f16, ...; auto keeps it where the edit "
+        "outlives it and takes q8_0 elsewhere (default: auto)",
+    )
+    export.add_argument(
+        "--partial", action="store_true", help="leave out what the format cannot hold"
+    )
+    export.add_argument(
+        "--force", action="store_true", help="build on a model that does not match the run's"
+    )
+    _load_options(export)
+    export.set_defaults(handler=_export)
 
     report = commands.add_parser(
         "report", help="draw the plots, the HTML report and the model card again"
@@ -157,6 +179,10 @@ def _file_commands(commands: Any) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
+    _load_options(parser)
+
+
+def _load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
     parser.add_argument(
         "--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)"
@@ -342,6 +368,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from saber.cli.files import verify_command
 
     return verify_command(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from saber.cli.export import export_command
+
+    return export_command(arguments, read_config(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> int:
