@@ -277,6 +277,7 @@ def kinds(found: Difference) -> list[dict[str, Any]]:
                 "relative_median": _median([p.change.relative for p in pieces]),
                 "relative_max": max((p.change.relative for p in pieces), default=None),
                 "rank_median": _median([float(r) for r in ranks if r is not None]),
+                "matrices": len(ranks),
                 "low_rank": sum(r is not None for r in ranks),
                 "law_median": _median([law.share for law in laws]),
                 "ablated": len(held),
