@@ -282,7 +282,7 @@ def lora(*, readers: bool, rank: int = 4) -> Callable[[Situation], Tensors]:
         )
         torch.manual_seed(s.seed)
         model = get_peft_model(copy.deepcopy(s.model), config)
-        return on_disk(trained(s, model, steps=30, lr=5e-3).merge_and_unload())
+        return on_disk(trained(s, model, steps=15, lr=1e-2).merge_and_unload())
 
     return edit
 
@@ -419,7 +419,7 @@ CASES: Mapping[str, Case] = {
     "fine_tune_sgd": Case("full fine-tune, SGD, 4 steps", fine_tune_sgd, (*FULL, *LOW)),
     "merge_of_tunes": Case("merge with a fine-tune", merge_of_tunes, FULL),
     "merge_of_strangers": Case("merge with another model", merge_of_strangers, FULL),
-    "merge_of_small_stranger": Case("merge with another, smaller-normed model", merge_of_small_stranger, FULL),
+    "merge_of_small_stranger": Case("merge with a model of small weights", merge_of_small_stranger, FULL),
     "rank_reduced": Case("half of all singular values cut", rank_reduced, FULL),
     "pruned": Case("smallest 30% of weights at zero", pruned, FULL),
     "low_precision": Case("to bfloat16 (8 bits from bfloat16) and back", low_precision, ("rounding", *FULL)),

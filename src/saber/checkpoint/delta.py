@@ -175,8 +175,10 @@ def _best_law(
             continue
         for name, read in _readings(s, axis, gain, kept).items():
             law = _law(s, found, base, axis, name, read)
-            if best is None or law.holds > best.holds or (
-                law.holds == best.holds and law.share > best.share + 0.01
+            if (
+                best is None
+                or law.holds > best.holds
+                or (law.holds == best.holds and law.share > best.share + 0.01)
             ):
                 best = law
     likeliest = sides[0] if sides else 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saber.checkpoint.delta import Change, compare_matrices, compare_vectors
-from saber.checkpoint.naming import Kind, Layout, aligned, gain_behind, kind_of, layer_of
+from saber.checkpoint.naming import Layout, aligned, gain_behind, kind_of, layer_of
 from saber.checkpoint.reading import Checkpoint
 from saber.checkpoint.sharing import Piece, Sharing, sharing
 from saber.checkpoint.verdict import Verdict, judge
@@ -109,7 +109,8 @@ def compare(
     added = tuple(n for n in edited.tensors if n not in taken)
     reshaped = tuple(a for a in names if a not in alike)
     shared = sharing(pieces)
-    skipped = len(removed) + len(added) + len(reshaped)
+    damaged = sum(not p.change.finite for p in pieces)
+    skipped = len(removed) + len(added) + len(reshaped) + damaged
     return Difference(
         base=base,
         edited=edited,
@@ -119,7 +120,9 @@ def compare(
         added=added,
         removed=removed,
         reshaped=reshaped,
-        retyped=tuple(a for a, b in alike.items() if base.tensors[a].dtype != edited.tensors[b].dtype),
+        retyped=tuple(
+            a for a, b in alike.items() if base.tensors[a].dtype != edited.tensors[b].dtype
+        ),
         unmeasured=tuple(unmeasured),
         pieces=tuple(pieces),
         shared=shared,
@@ -264,6 +267,7 @@ def kinds(found: Difference) -> list[dict[str, Any]]:
         groups.setdefault(piece.kind, []).append(piece)
     rows = []
     for kind, pieces in groups.items():
+        sizes = [p.change.relative for p in pieces if math.isfinite(p.change.relative)]
         beyond = [p for p in pieces if p.beyond]
         ranks = [p.change.rank for p in beyond if p.matrix]
         laws = [p.change.law for p in beyond if p.change.law is not None]
@@ -274,8 +278,8 @@ def kinds(found: Difference) -> list[dict[str, Any]]:
                 "changed": len(pieces),
                 "beyond_rounding": len(beyond),
                 "layers": sorted({p.layer for p in pieces if p.layer is not None}),
-                "relative_median": _median([p.change.relative for p in pieces]),
-                "relative_max": max((p.change.relative for p in pieces), default=None),
+                "relative_median": _median(sizes),
+                "relative_max": max(sizes, default=None),
                 "rank_median": _median([float(r) for r in ranks if r is not None]),
                 "matrices": len(ranks),
                 "low_rank": sum(r is not None for r in ranks),
@@ -290,4 +294,4 @@ def kinds(found: Difference) -> list[dict[str, Any]]:
 
 
 def _median(values: list[float]) -> float | None:
-    return finite(statistics.median(values)) if values else None
+    return statistics.median(values) if values else None

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -35,7 +35,9 @@ Kind = Literal[
 WRITERS: tuple[Kind, ...] = ("attention out", "mlp down", "expert down", "mixer out", "embedding")
 """Kinds that write to the residual stream."""
 
-_DOWN = r"(down_proj|dense_4h_to_h|fc_out|fc2|w2|lin2|linear2|c_proj|wo|proj_out|output_linear|down)\b"
+_DOWN = (
+    r"(down_proj|dense_4h_to_h|fc_out|fc2|w2|lin2|linear2|c_proj|wo|proj_out|output_linear|down)\b"
+)
 _OUT = r"(o_proj|out_proj|c_proj|dense|wo|out_lin|attn_out|attn_output|o|proj|output)\b"
 _MIXER = r"mamba|ssm|mixer|\bconv|recurrent|delta_?net|linear_attn|time_mix|temporal_block"
 _ATTENTION = r"attn|attention"
@@ -81,7 +83,10 @@ def layer_of(name: str) -> int | None:
 def d_model_of(checkpoint: Checkpoint) -> int:
     """Return the width of the residual stream: by the configuration, else by what most tensors share."""
     config = checkpoint.config
-    for part in (config, *(config.get(k) for k in ("text_config", "llm_config", "language_config"))):
+    for part in (
+        config,
+        *(config.get(k) for k in ("text_config", "llm_config", "language_config")),
+    ):
         if isinstance(part, Mapping):
             for key in ("hidden_size", "n_embd", "d_model"):
                 if isinstance(part.get(key), int):
@@ -119,9 +124,7 @@ class Layout:
             if (shape[-1] == d) != (shape[-2] == d):
                 (plain if len(shape) == 2 else fused)[shape[-1] == d] += 1
         listed = str(checkpoint.config.get("model_type", "")) in _FUSED_LAST
-        return cls(
-            d, plain[True] > plain[False], fused[True] > fused[False] if fused else listed
-        )
+        return cls(d, plain[True] > plain[False], fused[True] > fused[False] if fused else listed)
 
     def sides(self, kind: Kind, shape: tuple[int, ...], fused: bool) -> tuple[int, ...]:
         """Return the axes of a matrix that can be the stream's, the likeliest first."""

@@ -179,7 +179,7 @@ def _headers(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(file, "pt") as handle:
-                for key in handle.keys():
+                for key in list(handle.keys()):
                     part = handle.get_slice(key)
                     found[key] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
         except (SafetensorError, OSError) as error:

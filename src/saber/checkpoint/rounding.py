@@ -133,6 +133,4 @@ def survey(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> Survey:
             squares[f"{side}_columns"] += square.sum(0, dtype=torch.float64)
     if grid == torch.float32:
         row_noise, column_noise = ARITHMETIC**2 * row_noise, ARITHMETIC**2 * column_noise
-    return Survey(
-        delta, grid, row_noise, column_noise, squares, along, changed, within, finite
-    )
+    return Survey(delta, grid, row_noise, column_noise, squares, along, changed, within, finite)

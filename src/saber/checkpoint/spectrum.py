@@ -125,7 +125,9 @@ def unscaled(
             u = found.left[:, :lead]
             x, y = after - u @ (u.T @ after), base - u @ (u.T @ base)
         over = {"rows": (1,), "columns": (0,), "whole": (0, 1)}[kept]
-        scale = (x * y).sum(over, keepdim=True) / y.square().sum(over, keepdim=True).clamp_min(1e-30)
+        scale = (x * y).sum(over, keepdim=True) / y.square().sum(over, keepdim=True).clamp_min(
+            1e-30
+        )
         delta = after / scale.clamp_min(0.1) - base
         squares = {**s.squares, "delta_rows": delta.double().square().sum(1)}
         trial = replace(s, delta=delta, squares=squares, along=float((delta * base).sum()))
@@ -148,8 +150,8 @@ def _lead(found: Spectrum) -> int:
 
 
 def left_product(
-    vectors: Float[Tensor, "m k"], base: Float[Tensor, "m n"], axis: int
-) -> Float[Tensor, "k n"]:
+    vectors: Float[Tensor, "d k"], base: Float[Tensor, "m n"], axis: int
+) -> Float[Tensor, "k across"]:
     """Return U^T W (axis 0) or V^T W^T (axis 1) in float64 sums of float32 blocks."""
     m, n = base.shape
     step = max(1, CHUNK // n)

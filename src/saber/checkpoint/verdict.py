@@ -92,7 +92,8 @@ class _Facts:
         return [
             p
             for p in self.writers
-            if p.ablated and (p.change.rank is not None or (shared is not None and shared >= SHARED))
+            if p.ablated
+            and (p.change.rank is not None or (shared is not None and shared >= SHARED))
         ]
 
     @property
@@ -112,7 +113,7 @@ class _Facts:
         pure: bool | None = None,
     ) -> Verdict:
         """Return a verdict with the numbers that all have."""
-        kinds = dict(Counter(p.kind for p in self.matrices).most_common())
+        kinds = {str(k): n for k, n in Counter(p.kind for p in self.matrices).most_common()}
         pure = self.whole if pure is None else pure and self.whole
         return Verdict(name, text, rank, strength, self.law, pure, kinds, tuple(evidence))
 
@@ -120,7 +121,7 @@ class _Facts:
 def judge(pieces: Sequence[Piece], sharing: Sharing, skipped: int, unmeasured: int) -> Verdict:
     """Say what was done to the model.
 
-    `skipped` counts tensors that were added, removed or have another shape; `unmeasured` those that
+    `skipped` counts tensors that were added, removed, damaged or have another shape; `unmeasured` those that
     changed but hold codes of a quantised format.
     """
     facts = _Facts(pieces, sharing, not (skipped or unmeasured))
@@ -135,7 +136,9 @@ def judge(pieces: Sequence[Piece], sharing: Sharing, skipped: int, unmeasured: i
         return facts.verdict("identical", "The tensors in common are equal, bit for bit.")
     if not facts.beyond:
         grid = Counter(p.change.grid for p in pieces).most_common(1)[0][0]
-        said = f"no difference in {len(pieces)} changed tensors stands out of the rounding of {grid}"
+        said = (
+            f"no difference in {len(pieces)} changed tensors stands out of the rounding of {grid}"
+        )
         return facts.verdict("rounding", f"The same weights, up to rounding to {grid}.", [said])
     if not facts.matrices:
         text = f"Only vectors changed ({_counted(facts.beyond)}); every matrix is as it was."
@@ -148,7 +151,10 @@ def judge(pieces: Sequence[Piece], sharing: Sharing, skipped: int, unmeasured: i
     return facts.verdict(
         "full_rank",
         "A change of high rank: a full fine-tune, a merge, or another quantisation.",
-        [f"{len(high)} of {len(facts.matrices)} changed matrices have no low rank", *_against(facts)],
+        [
+            f"{len(high)} of {len(facts.matrices)} changed matrices have no low rank",
+            *_against(facts),
+        ],
     )
 
 

@@ -21,7 +21,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("edited", metavar="EDITED", help="what came out, the same kinds")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: a .png or .svg file")
     parser.add_argument(
-        "--top", type=int, default=10, help="tensors listed by name, most changed first (default: 10)"
+        "--top",
+        type=int,
+        default=10,
+        help="tensors listed by name, most changed first (default: 10)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random sketches (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -44,9 +47,7 @@ def diff_command(arguments: argparse.Namespace) -> int:
     out, progress = consoles(arguments)
     with listening(progress) as listener:
         base, edited = open_checkpoint(arguments.base), open_checkpoint(arguments.edited)
-        found = record(
-            compare(base, edited, seed=arguments.seed, progress=listener.progress)
-        )
+        found = record(compare(base, edited, seed=arguments.seed, progress=listener.progress))
     if plot is not None:
         from saber.report import style
         from saber.report.diff_plot import difference
