@@ -24,7 +24,9 @@ ARITHMETIC = 4.0
 MARGIN = 1.5
 """Safety factor on the spectral norm of rounding noise."""
 CHUNK = 1 << 22
-"""Elements that are worked on at a time."""
+"""Elements that are worked on at a time, where work is matrix products."""
+BLOCK = 1 << 18
+"""The same where it is passes over memory, so that all of them find it in the cache."""
 
 
 @dataclass(frozen=True)
@@ -106,31 +108,47 @@ def survey(a: Float[Tensor, "m n"], b: Float[Tensor, "m n"]) -> Survey:
     grid = coarser(grid_of(a), grid_of(b))
     m, n = a.shape
     delta = torch.empty(m, n)
-    row_noise = torch.zeros(m, dtype=torch.float64)
-    column_noise = torch.zeros(n, dtype=torch.float64)
-    squares = {
-        f"{side}_{axis}": torch.zeros(m if axis == "rows" else n, dtype=torch.float64)
-        for side in ("base", "edited", "delta")
-        for axis in ("rows", "columns")
-    }
-    along, changed, within, finite = 0.0, 0, True, True
-    step = max(1, CHUNK // n)
+    rows = {key: torch.zeros(m, dtype=torch.float64) for key in _SUMS}
+    columns = {key: torch.zeros(n, dtype=torch.float64) for key in _SUMS}
+    changed, within = 0, True
+    step = max(1, BLOCK // n)
+    over_columns = torch.ones(n)
     for start in range(0, m, step):
-        rows = slice(start, start + step)
-        base, edited = a[rows].float(), b[rows].float()
-        part = torch.sub(edited, base, out=delta[rows])
+        block = slice(start, start + step)
+        base, edited = a[block].float(), b[block].float()
+        part = torch.sub(edited, base, out=delta[block])
         unit = ulp(torch.maximum(base.abs(), edited.abs()), grid)
         changed += int(part.count_nonzero())
         within = within and bool((part.abs() <= 0.5 * unit).all())
-        along += float((part * base).sum(dtype=torch.float64))
-        finite = finite and bool(torch.isfinite(part).all())
-        variance = unit.square_().mul_(1 / 12)
-        row_noise[rows] = variance.sum(1, dtype=torch.float64)
-        column_noise += variance.sum(0, dtype=torch.float64)
-        for side, x in (("base", base), ("edited", edited), ("delta", part)):
-            square = x.square()
-            squares[f"{side}_rows"][rows] = square.sum(1, dtype=torch.float64)
-            squares[f"{side}_columns"] += square.sum(0, dtype=torch.float64)
-    if grid == torch.float32:
-        row_noise, column_noise = ARITHMETIC**2 * row_noise, ARITHMETIC**2 * column_noise
-    return Survey(delta, grid, row_noise, column_noise, squares, along, changed, within, finite)
+        over_rows = torch.ones(len(part))
+        # Sums of a block are matrix-vector products in float32, blocks are added in float64.
+        for key, x, y in (
+            ("noise", unit, unit),
+            ("base", base, base),
+            ("along", base, part),
+            ("delta", part, part),
+        ):
+            product = x * y
+            rows[key][block] = (product @ over_columns).double()
+            columns[key] += (over_rows @ product).double()
+    finite = bool(torch.isfinite(rows["delta"]).all() and torch.isfinite(rows["base"]).all())
+    scale = (ARITHMETIC**2 if grid == torch.float32 else 1.0) / 12
+    squares = {}
+    for axis, sums in (("rows", rows), ("columns", columns)):
+        squares[f"base_{axis}"], squares[f"delta_{axis}"] = sums["base"], sums["delta"]
+        edited_squares = sums["base"] + 2 * sums["along"] + sums["delta"]
+        squares[f"edited_{axis}"] = edited_squares.clamp_min(0)
+    return Survey(
+        delta=delta,
+        grid=grid,
+        row_noise=scale * rows["noise"],
+        column_noise=scale * columns["noise"],
+        squares=squares,
+        along=float(rows["along"].sum()),
+        changed=changed,
+        within_rounding=within,
+        finite=finite,
+    )
+
+
+_SUMS = ("noise", "base", "along", "delta")

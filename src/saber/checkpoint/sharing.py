@@ -63,7 +63,7 @@ class Sharing:
     behind_gain: bool
     """Whether the directions are those that the stream receives, behind the norms' gains."""
     directions: int
-    """Distinct directions in all groups together."""
+    """Dimensions that all groups together span, those that less than half a group lies in apart."""
 
     @property
     def shared(self) -> float | None:

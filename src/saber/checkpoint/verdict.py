@@ -219,7 +219,7 @@ def _shared(facts: _Facts) -> list[str]:
     where = ", behind the norms' gains" if facts.sharing.behind_gain else ""
     return [
         f"output directions of changed writers overlap by {shared:.2f} (median of the best partner"
-        f"{where}); {n} distinct in all"
+        f"{where}); together they span about {n} dimensions"
     ]
 
 
