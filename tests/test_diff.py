@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from saber.checkpoint.diff import compare, record
 from saber.checkpoint.naming import Layout, aligned, gain_behind, kind_of
 from saber.checkpoint.reading import Checkpoint, Stored, in_memory, open_checkpoint
 from saber.checkpoint.rounding import grid_of, survey, ulp
+from saber.checkpoint.sharing import Piece, sharing
 from saber.checkpoint.spectrum import singular, spectrum
 from saber.cli.main import main
 from saber.errors import ModelError
@@ -214,6 +216,34 @@ def test_a_square_matrix_is_looked_at_from_both_sides():
             assert change.law.holds
             assert change.axis == change.law.axis == axis
             assert abs(float(change.left[:, 0] @ r)) > 0.999
+
+
+def test_a_matrix_that_shrank_as_a_whole_is_not_ablated():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(48, 80, generator=generator)
+    law = compare_matrices(w, 0.9 * w, (0,), generator=generator).law
+    assert law.within > 0.99  # what is along its directions is what an ablation would be
+    assert law.elsewhere == pytest.approx(0.1, abs=1e-3)
+    assert not law.holds
+
+
+def test_directions_are_held_against_one_another_behind_the_gains():
+    generator = torch.Generator().manual_seed(0)
+    r = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    pieces = []
+    for layer in range(3):
+        w = torch.randn(64, 80, generator=generator)
+        gain = torch.exp(1.5 * torch.randn(64, generator=generator))
+        z = torch.randn(80, generator=generator)
+        change = compare_matrices(w, w + torch.outer(r / gain, z), (0,), gain, generator=generator)
+        pieces.append(Piece(f"{layer}", "mlp down", layer, True, change, gain))
+    found = sharing(pieces)
+    assert found.behind_gain
+    assert found.shared > 0.99
+    assert found.directions == 1
+    written = sharing([replace(p, gain=None) for p in pieces])
+    assert not written.behind_gain
+    assert written.shared < 0.7
 
 
 def test_names_sort_into_kinds():

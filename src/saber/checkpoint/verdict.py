@@ -150,7 +150,7 @@ def judge(pieces: Sequence[Piece], sharing: Sharing, skipped: int, unmeasured: i
     high = [p for p in facts.matrices if p.change.rank is None]
     return facts.verdict(
         "full_rank",
-        "A change of high rank: a full fine-tune, a merge, or another quantisation.",
+        "A change of high rank: a full fine-tune, a merge, another quantisation, or a large LoRA.",
         [
             f"{len(high)} of {len(facts.matrices)} changed matrices have no low rank",
             *_against(facts),
