@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saber import __version__
+from saber.cli import diff
 from saber.errors import SaberError, UsageError
 
 INTERRUPTED = 130
@@ -145,6 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
+    diff.add_parser(commands)
     return parser
 
 
