@@ -126,3 +126,9 @@ def model_folder(tmp_path):
     make_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep baselines out of the user's cache."""
+    monkeypatch.setenv("SABER_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import importlib
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saber import artifacts
-from saber.errors import DataError
+from saber.errors import DataError, OutputError
 
 KIND = "kept-result"
 PACKAGE = "saber."
@@ -41,11 +43,20 @@ def digest(*values: Any) -> str:
 
 
 def save(folder: Path, value: Any, meta: Mapping[str, Any]) -> None:
-    """Save a result with some meta data, whole or not at all."""
+    """Save a result with some meta data, whole or not at all; of two that save it at once one wins."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(value, tensors)
-    with artifacts.staged_folder(folder) as part:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder.parent))
+    try:
         artifacts.save(part, KIND, tensors, {**meta, "value": tree})
+        if not folder.exists():
+            part.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {folder}: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

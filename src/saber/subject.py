@@ -142,9 +142,7 @@ def refined(
     )
 
 
-def wrongly(
-    selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]
-) -> RefineData:
+def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]) -> RefineData:
     """Keep as targets what is refused, and put what is answered among what must not change."""
 
     def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
