@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from typing import Any, Protocol, runtime_checkable
 
 from saber.config import RunConfig
@@ -116,7 +116,7 @@ class Local:
     def _executor(self, slot: int) -> ProcessPoolExecutor:
         if slot not in self._executors:
             self._executors[slot] = ProcessPoolExecutor(
-                1, get_context("spawn"), _enter, (self._job, self._threads)
+                1, _context(), _enter, (self._job, self._threads)
             )
         return self._executors[slot]
 
@@ -160,16 +160,30 @@ class Local:
                     return Row(setting.number, setting.key, setting.values, "failed", error=said)
                 self.start(setting, prune)
 
+    def processes(self, slot: int) -> list[int]:
+        """Return the process id of a worker, in a list that is empty before it has begun."""
+        executor = self._executors.get(slot)
+        return list(executor._processes or {}) if executor else []
+
     def close(self) -> None:
         """End the workers, whatever they do."""
-        for executor in self._executors.values():
+        for slot, executor in self._executors.items():
             # Not by `shutdown` alone: it would wait for trials that nobody wants any more.
-            pids = list(executor._processes or {})
+            pids = self.processes(slot)
             executor.shutdown(wait=False, cancel_futures=True)
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
         self._executors.clear()
+
+
+def _context() -> Any:
+    """Return how processes begin: from a clean one that has imported this, where there are such."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 _bench: Bench | None = None

@@ -20,7 +20,7 @@ from saber.sweep import front, journal
 from saber.sweep.crew import Alone, Crew, Local
 from saber.sweep.grid import Axis, Range, Setting, changed, grid, read_axis
 from saber.sweep.journal import Journal, Row
-from saber.sweep.search import Grid, Search, Source, space
+from saber.sweep.search import Grid, Search, Source, check_objectives, open_storage, space
 from saber.sweep.table import as_parquet, row_of
 from saber.sweep.trial import Job
 
@@ -92,10 +92,12 @@ def sweep(
     plan = _with_axes(out, base, plan, resume)
     axes = [read_axis(base, text) for text in plan.axes]
     settings = [] if plan.trials else grid(base, _listed(axes))
+    check_objectives(plan.also)
     journal.prepare(out, overwrite=overwrite, resume=resume)
     with journal.locked(out):
         if overwrite and not resume:
             _clear(out)
+        storage = open_storage(out, plan.storage) if plan.trials else None
         listener.on_stage(f"loading {model}")
         job = Job(model, base, out / journal.SHARED, force)
         crew: Crew = Alone(job, listener.progress)
@@ -116,7 +118,7 @@ def sweep(
                     book.rows,
                     trials=plan.trials,
                     driver=study["driver"],
-                    storage=plan.storage,
+                    storage=storage,
                     also=plan.also,
                 )
                 total = plan.trials

@@ -99,23 +99,21 @@ class Search:
         *,
         trials: int,
         driver: str,
-        storage: str = "",
+        storage: Any = None,
         also: Sequence[str] = (),
     ) -> None:
+        """Open the search; `storage` is what `open_storage` gave, by default a file in the folder."""
         check_axes(axes)
-        for name in also:
-            if name not in ALSO:
-                raise UsageError(f"unknown objective {name!r}.", f"Known: {', '.join(ALSO)}.")
         self._optuna = _import()
         self._config, self._axes, self._also, self._most = config, axes, tuple(also), trials
         self._mode = config.data.mode
         self._rows = list(rows)
         self._driver = driver
         self._asked: dict[int, Any] = {}
-        self._study = self._open(folder, storage, config.seed)
+        self._study = self._open(storage or open_storage(folder), config.seed)
         self._catch_up()
 
-    def _open(self, folder: Path, storage: str, seed: int) -> Any:
+    def _open(self, storage: Any, seed: int) -> Any:
         optuna = self._optuna
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         begun = len(self._rows)
@@ -125,7 +123,7 @@ class Search:
         )
         study = optuna.create_study(
             study_name=STUDY,
-            storage=_storage(optuna, folder, storage),
+            storage=storage,
             sampler=sampler,
             directions=["minimize"] * (2 + len(self._also)),
             load_if_exists=True,
@@ -225,7 +223,19 @@ def _import() -> Any:
     return optuna
 
 
-def _storage(optuna: Any, folder: Path, url: str) -> Any:
+def check_objectives(names: Sequence[str]) -> None:
+    """Raise `UsageError` for an objective that there is not."""
+    for name in names:
+        if name not in ALSO:
+            raise UsageError(f"unknown objective {name!r}.", f"Known: {', '.join(ALSO)}.")
+
+
+def open_storage(folder: Path, url: str = "") -> Any:
+    """Return where a search remembers: a file in the folder, or a database by its SQLAlchemy URL.
+
+    Raises `MissingExtra` without Optuna, and `UsageError` for a database that cannot be used.
+    """
+    optuna = _import()
     if not url:
         backend = optuna.storages.journal.JournalFileBackend(str(folder / OPTUNA))
         return optuna.storages.JournalStorage(backend)
