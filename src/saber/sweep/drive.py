@@ -127,7 +127,7 @@ def sweep(
                 raise OutputError(f"the sweep in {out} is finished.", "There is nothing to resume.")
             listener.on_stage(f"{total} settings, {len(book.rows)} of them done")
             until = begin + 60 * plan.minutes if plan.minutes else None
-            spent = _work_through(crew, source, book, until, total, listener)
+            _work_through(crew, source, book, until, total, listener)
             wanted = {s.key for s in settings}
             rows = [r for r in book.rows if plan.trials or r.key in wanted]
             left = max(0, total - len(rows))
@@ -143,20 +143,30 @@ def sweep(
                 "baseline": about["baseline"],
                 "left": left,
                 **_outcome(crew, base, rows, plan, left, former, about["baseline"], listener),
-                "work": {
-                    "tokens": sum(r.tokens for r in rows),
-                    "shared": sum(r.shared for r in rows),
-                    "baseline_tokens": about["baseline_tokens"],
-                    "seconds": monotonic()
-                    - begin
-                    + (former or {}).get("work", {}).get("seconds", 0),
-                    "trial_seconds": sum(r.seconds for r in rows),
-                    "trials_now": spent,
-                },
             }
+            record["work"] = _work(rows, about, record, former, monotonic() - begin)
         artifacts.write_json(out / journal.SWEEP, record)
         as_parquet(out / journal.PARQUET, record["trials"])
     return SweepResult(out, record, left)
+
+
+def _work(
+    rows: Sequence[Row],
+    about: Mapping[str, Any],
+    record: Mapping[str, Any],
+    former: Mapping[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return what the sweep took, over all times that it was gone on with: tokens and seconds."""
+    earlier = (former or {}).get("work", {})
+    return {
+        "tokens": sum(r.tokens for r in rows),
+        "shared": sum(r.shared for r in rows),
+        "preparing": about["tokens"] + earlier.get("preparing", 0),
+        "heldout": record["best"]["heldout"]["tokens"] if record["best"] else 0,
+        "seconds": seconds + earlier.get("seconds", 0),
+        "trial_seconds": sum(r.seconds for r in rows),
+    }
 
 
 def _listed(axes: Sequence[Axis | Range]) -> list[Axis]:
@@ -240,10 +250,9 @@ def _work_through(
     until: float | None,
     total: int,
     listener: Hearing,
-) -> int:
-    """Do the settings that the source gives, each written down as it ends; return how many."""
+) -> None:
+    """Do the settings that the source gives, each written down as it ends."""
     running: dict[str, Setting] = {}
-    ended = 0
     while True:
         while crew.free and (until is None or monotonic() < until):
             setting = source.next()
@@ -252,11 +261,10 @@ def _work_through(
             running[setting.key] = setting
             crew.start(setting, source.prune(setting))
         if not running:
-            return ended
+            return
         row = crew.wait()
         book.append(row)
         source.tell(running.pop(row.key), row)
-        ended += 1
         listener.on_trial(row, total)
 
 

@@ -207,7 +207,8 @@ class Bench:
     def held_out(self, config: RunConfig) -> dict[str, Any]:
         """Measure a setting on held-out prompts, beside the untouched model."""
         lm = self.subject.lm
-        before, tokens = self._baseline(held_out=True)
+        spent = lm.work.tokens
+        before, _ = self._baseline(held_out=True)
         outcome = self._refined(config)
         with applied(lm.model, outcome.plan):
             after = measure(
@@ -223,7 +224,7 @@ class Bench:
             "edited": summarise(after),
             "comparison": compare(before, after, seed=config.seed),
             "plan": outcome.plan.digest(),
-            "baseline_tokens": tokens,
+            "tokens": lm.work.tokens - spent,
         }
 
 
