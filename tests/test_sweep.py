@@ -291,6 +291,8 @@ def test_passes_that_settings_share_are_computed_once(config, model_folder, tmp_
     # It had nothing to do but measure the plan that the deeper one went through.
     assert between.shared > between.tokens > 0
     assert between.tokens + between.shared == whole.tokens + whole.shared
+    # Answers that were not asked for are not kept for a setting that asks for them.
+    assert bench.tree(("shown", whole.plan), lambda: "asked") == "asked"
     again = bench.trial(Setting(4, {}, changed(config, {"refine.passes": 2})))
     assert again.tokens == 0
     assert again.measured == between.measured
@@ -519,6 +521,20 @@ def test_a_damaged_journal_names_the_line(tmp_path):
     path.write_bytes(lines[0][:-20] + b"\n" + lines[1])
     with pytest.raises(DataError, match="line 1"):
         Journal(path)
+
+
+def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, capsys):
+    config_of(texts)
+    arguments = ["sweep", str(model_folder), "--preset", "card", "--passes", "1", "--force"]
+    for kind in ("target", "neutral", "borderline"):
+        arguments += [f"--{kind}", str(texts / f"{kind}.txt")]
+    arguments += ["--limit", "2", "--max-new-tokens", "4", "--top-k", "1", "--json"]
+    codes = {}
+    for aim in ("0", "1"):
+        codes[aim] = main([*arguments, "--aim", aim, "--out", str(tmp_path / aim)])
+        record = json.loads(capsys.readouterr().out)
+    assert record["trials"][0]["amiss"]["rate"] > 0  # what a random model says is incoherent
+    assert codes == {"0": 3, "1": 0}
 
 
 def test_bad_input_of_the_command(capsys, tmp_path):

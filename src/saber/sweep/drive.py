@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from saber import __version__, artifacts
+from saber import __version__, artifacts, codec
 from saber.config import RunConfig, override
 from saber.errors import OutputError, SaberError, UsageError
 from saber.pipeline import Listener, environment
@@ -118,6 +119,7 @@ def sweep(
                     book.rows,
                     trials=plan.trials,
                     driver=study["driver"],
+                    name=f"saber-{study['identity'][:16]}",
                     storage=storage,
                     also=plan.also,
                 )
@@ -221,7 +223,9 @@ def _study(out: Path, about: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         journal.require_same(out, study, now)
         study["asked"] = asked
     else:
-        study = {**now, "asked": asked, "numbers": {}, "driver": uuid.uuid4().hex}
+        told = json.dumps([now, plan.axes, plan.also], sort_keys=True)
+        study = {**now, "asked": asked, "numbers": {}}
+        study |= {"identity": codec.digest(told), "driver": uuid.uuid4().hex}
     journal.write_study(out, study)
     return study
 

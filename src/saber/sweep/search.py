@@ -15,7 +15,6 @@ from saber.sweep.grid import Axis, Range, Setting, changed, check_axes
 from saber.sweep.journal import OPTUNA, Row
 from saber.sweep.trial import Prune
 
-STUDY = "saber"
 FIRST = 10
 """Random trials before the search learns, and before it prunes."""
 ALSO = ("over-refusal", "accuracy")
@@ -99,16 +98,21 @@ class Search:
         *,
         trials: int,
         driver: str,
+        name: str = "saber",
         storage: Any = None,
         also: Sequence[str] = (),
     ) -> None:
-        """Open the search; `storage` is what `open_storage` gave, by default a file in the folder."""
+        """Open the search; `storage` is what `open_storage` gave, by default a file in the folder.
+
+        In a database `name` tells it from searches on other models, prompts or axes; `driver` tells
+        this process's trials from other machines'.
+        """
         check_axes(axes)
         self._optuna = _import()
         self._config, self._axes, self._also, self._most = config, axes, tuple(also), trials
         self._mode = config.data.mode
         self._rows = list(rows)
-        self._driver = driver
+        self._driver, self._name = driver, name
         self._asked: dict[int, Any] = {}
         self._study = self._open(storage or open_storage(folder), config.seed)
         self._catch_up()
@@ -122,7 +126,7 @@ class Search:
             n_startup_trials=FIRST, multivariate=True, seed=seed + 1000 * begun
         )
         study = optuna.create_study(
-            study_name=STUDY,
+            study_name=self._name,
             storage=storage,
             sampler=sampler,
             directions=["minimize"] * (2 + len(self._also)),

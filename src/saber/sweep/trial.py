@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import Measurement, compare, measure, summarise
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.forward import Progress, silent
+from saber.memo import Key
 from saber.pipeline import RunData, describe_data, describe_model, gather
 from saber.probing import probe
 from saber.prompts import PromptSet
@@ -32,6 +33,7 @@ from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
 from saber.sweep.tree import Tree
 
+T = TypeVar("T")
 Prune = Callable[[Mapping[str, float]], bool]
 """Whether a trial is not worth answers, by its scores from forward passes alone."""
 
@@ -153,12 +155,16 @@ class Bench:
     def _refined(self, config: RunConfig) -> Refinement:
         # Where nothing is decided by them, answers between the passes are not asked for.
         idle = config.edit.kind == "orthogonal" and config.refine.stop == "never"
+
+        def memo(key: Key, compute: Callable[[], T]) -> T:
+            return compute() if idle and key[0] == "shown" else self.tree(key, compute)
+
         return refined(
             self.subject,
             self.watch,
             config,
             progress=self._progress,
-            memo=self.tree,
+            memo=memo,
             behaviour=(lambda: Shown(math.nan)) if idle else None,
             self_repair=False,
         )
