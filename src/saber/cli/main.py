@@ -151,6 +151,8 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     add("--trials", type=int, default=0, help="search so many settings instead of a grid")
     add("--minutes", type=float, default=0.0, help="begin no trial after so many minutes")
     add("--workers", type=int, default=1, help="local processes, each with a model of its own")
+    add("--ray", action="store_true", help="workers are Ray's, on this machine")
+    add("--ray-address", metavar="HOST:PORT", help="workers are those of this Ray cluster")
     add("--also", metavar="NAME,...", help="search: over-refusal, accuracy as further objectives")
     add("--storage", metavar="URL", default="", help="search: a database that machines may share")
     parser.set_defaults(handler=_sweep)

@@ -54,6 +54,7 @@ def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         aim=AIM if arguments.aim is None else arguments.aim,
         also=tuple(name for name in (arguments.also or "").split(",") if name),
         storage=arguments.storage,
+        ray=arguments.ray_address or ("local" if arguments.ray else ""),
     )
     arguments.out = arguments.out or Path("runs") / f"{slug(arguments.model)}-sweep"
     out, progress = consoles(arguments)

@@ -154,10 +154,8 @@ class Local:
                 return future.result()
             except BrokenProcessPool:
                 self._executors.pop(slot).shutdown(wait=False)
-                deaths = self._deaths[setting.key] = self._deaths.get(setting.key, 0) + 1
-                if deaths >= MOST_DEATHS:
-                    said = f"its worker died {deaths} times"
-                    return Row(setting.number, setting.key, setting.values, "failed", error=said)
+                if row := lost(self._deaths, setting):
+                    return row
                 self.start(setting, prune)
 
     def processes(self, slot: int) -> list[int]:
@@ -175,6 +173,15 @@ class Local:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
         self._executors.clear()
+
+
+def lost(deaths: dict[str, int], setting: Setting) -> Row | None:
+    """Count a worker that died at a setting; return the setting's failure once it cost too many."""
+    count = deaths[setting.key] = deaths.get(setting.key, 0) + 1
+    if count < MOST_DEATHS:
+        return None
+    said = f"its worker died {count} times"
+    return Row(setting.number, setting.key, setting.values, "failed", error=said)
 
 
 def _context() -> Any:

@@ -37,7 +37,9 @@ class Plan:
     minutes: float = 0.0
     """No trial begins after so many minutes; 0 sets no limit."""
     workers: int = 1
-    """Local processes, each with a model of its own; 1 is this process."""
+    """Processes, each with a model of its own; 1 is this process, unless Ray is asked for."""
+    ray: str = ""
+    """Address of a Ray cluster for the workers, or `local` to start Ray here; empty takes none."""
     aim: float = front.AIM
     """Share of validation prompts that the chosen setting may leave amiss, 0 to 1."""
     also: tuple[str, ...] = ()
@@ -100,11 +102,7 @@ def sweep(
             _clear(out)
         storage = open_storage(out, plan.storage) if plan.trials else None
         listener.on_stage(f"loading {model}")
-        job = Job(model, base, out / journal.SHARED, force)
-        crew: Crew = Alone(job, listener.progress)
-        if plan.workers > 1:
-            crew = Local(job, plan.workers)
-        with closing(crew):
+        with closing(_crew(Job(model, base, out / journal.SHARED, force), plan, listener)) as crew:
             about = crew.about()
             study = _study(out, about, plan)
             book = Journal(out / journal.TRIALS)
@@ -150,6 +148,15 @@ def sweep(
         artifacts.write_json(out / journal.SWEEP, record)
         as_parquet(out / journal.PARQUET, record["trials"])
     return SweepResult(out, record, left)
+
+
+def _crew(job: Job, plan: Plan, listener: Hearing) -> Crew:
+    """Return the workers that a plan asks for."""
+    if plan.ray:
+        from saber.sweep.cluster import Cluster
+
+        return Cluster(replace(job, shared=None), plan.workers, plan.ray)
+    return Local(job, plan.workers) if plan.workers > 1 else Alone(job, listener.progress)
 
 
 def _work(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from saber import codec
@@ -20,12 +21,18 @@ ON_DISK = ("probe", "capability", "directions", "entanglement", "causal")
 """Results of the untouched model that other processes, and a resumed sweep, take from disk."""
 
 
-@dataclass
-class _Kept:
+@dataclass(frozen=True)
+class Kept:
+    """A result, and what it cost."""
+
     value: Any
+    """The result."""
     tokens: int
     """Forward tokens that it cost, or would have cost without what it shared itself."""
     bytes: int
+    """Memory that it takes."""
+    kind: str = ""
+    """What it is, the first item of its key."""
 
 
 class Tree:
@@ -38,11 +45,15 @@ class Tree:
     """
 
     def __init__(
-        self, lm: LanguageModel, folder: Path | None = None, memory: float = 2 * 2**30
+        self,
+        lm: LanguageModel,
+        folder: Path | None = None,
+        memory: float = 2 * 2**30,
+        root: Mapping[str, Kept] = MappingProxyType({}),
     ) -> None:
         self._lm, self._folder, self._memory = lm, folder, memory
-        self._root: dict[str, _Kept] = {}
-        self._later: OrderedDict[str, _Kept] = OrderedDict()
+        self._root: dict[str, Kept] = dict(root)
+        self._later: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
         self.saved = 0
         """Forward tokens that were not spent because a result was there."""
@@ -61,11 +72,15 @@ class Tree:
         tokens, saved = self._lm.work.tokens, self.saved
         value = compute()
         cost = self._lm.work.tokens - tokens + self.saved - saved
-        kept = _Kept(value, cost, codec.size(value))
+        kept = Kept(value, cost, codec.size(value), kind)
         self._keep(kind, at, name, kept)
         return value
 
-    def _find(self, kind: str, at: str, name: str) -> _Kept | None:
+    def portable(self) -> dict[str, Kept]:
+        """Return what the untouched model gave, as far as another process can use it."""
+        return {name: kept for name, kept in self._root.items() if kept.kind in ON_DISK}
+
+    def _find(self, kind: str, at: str, name: str) -> Kept | None:
         if at:
             if name in self._later:
                 self._later.move_to_end(name)
@@ -73,12 +88,12 @@ class Tree:
         if name not in self._root and (place := self._place(kind, name)) and place.is_dir():
             try:
                 value, meta = codec.load(place)
-                self._root[name] = _Kept(value, int(meta["tokens"]), codec.size(value))
+                self._root[name] = Kept(value, int(meta["tokens"]), codec.size(value), kind)
             except (SaberError, OSError, KeyError, ValueError):
                 shutil.rmtree(place, ignore_errors=True)  # damaged: it is made anew
         return self._root.get(name)
 
-    def _keep(self, kind: str, at: str, name: str, kept: _Kept) -> None:
+    def _keep(self, kind: str, at: str, name: str, kept: Kept) -> None:
         if not at:
             self._root[name] = kept
             if place := self._place(kind, name):

@@ -31,7 +31,7 @@ from saber.strength import Shown
 from saber.subject import Subject, Watch, refined
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
-from saber.sweep.tree import Tree
+from saber.sweep.tree import Kept, Tree
 
 T = TypeVar("T")
 Prune = Callable[[Mapping[str, float]], bool]
@@ -46,16 +46,30 @@ class Job:
     """Hub id, folder, file, or demo."""
     base: RunConfig
     """What all settings have in common."""
-    shared: Path
-    """Folder for what the untouched model gave, which workers share."""
+    shared: Path | None
+    """Folder for what the untouched model gave, which workers share; None keeps it in memory."""
     force: bool = False
     """Go on even if the model hardly shows the behaviour."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one bench prepared and others of the same job can begin with."""
+
+    root: Mapping[str, Kept]
+    """What the untouched model gave."""
+    before: Measurement
+    """Its validation measures."""
+    tokens: int
+    """What these cost."""
 
 
 class Bench:
     """A loaded model, its baseline and what its trials share; trials leave it as it was."""
 
-    def __init__(self, job: Job, progress: Progress[Any] = silent) -> None:
+    def __init__(
+        self, job: Job, progress: Progress[Any] = silent, seed: Seed | None = None
+    ) -> None:
         """Load the model, find whether it shows the behaviour, and measure it untouched."""
         base, self._progress = job.base, progress
         self.base = base
@@ -70,11 +84,17 @@ class Bench:
         """Its answers to the prompts that select."""
         if not job.force:
             self.watch.require(job.model, base.minimum_rate)
-        self.tree = Tree(self.subject.lm, job.shared)
+        self.tree = Tree(self.subject.lm, job.shared, root=seed.root if seed else {})
         """What its trials share."""
-        self._before, self._baseline_tokens = self._baseline(held_out=False)
+        self._before, self._baseline_tokens = (
+            (seed.before, seed.tokens) if seed else self._baseline(held_out=False)
+        )
         self._prompts = _prompts(self.data)
         self._readout = self._opening()
+
+    def seed(self) -> Seed:
+        """Return what other benches can begin with."""
+        return Seed(self.tree.portable(), self._before, self._baseline_tokens)
 
     def _opening(self) -> Readout:
         """Return what tells, by one token, whether an answer opens with the behaviour."""
