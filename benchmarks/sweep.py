@@ -1,9 +1,10 @@
 """What a grid costs with shared work, without it, and as single runs (Markdown).
 
-    python benchmarks/sweep.py [--model demo] [--out runs/sweep] [--minutes 7] [--singles 10:0.85]
+    python benchmarks/sweep.py [--model demo] [--out runs/sweep] [--minutes 7] [--singles 10:0.85] [OPTIONS]
 
 Makes the card's grid (4 x 3 settings, 5 passes each) with `saber sweep`, in sessions of --minutes
-until it is done, and `saber run` for each of --singles; what is there already is used again. Tokens
+until it is done, and `saber run` for each of --singles; what is there already is used again. OPTIONS go
+to both as they are. Tokens
 are those that went through the model, counted by the library itself. "Without sharing" is the same
 trials, each alone: what every one spent and what another's results spared it.
 """
@@ -22,7 +23,7 @@ TOP_K, ALPHA = "10,25,50,75", "0.7,0.85,1.0"
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--preset", default="card")
     parser.add_argument("--top-k", default=TOP_K)
@@ -30,10 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--singles", nargs="*", default=["10:0.85"], metavar="TOP_K:ALPHA")
     parser.add_argument("--minutes", default="0")
-    parser.add_argument("--limit", help="of held-out and validation prompts measured, for a trial")
-    given = parser.parse_args()
-    common = [given.model, "--preset", given.preset]
-    common += ["--limit", given.limit] if given.limit else []
+    given, options = parser.parse_known_args()
+    common = [given.model, "--preset", given.preset, *options]
     done = read(given.out / "sweep.json")
     while not done or done["left"]:
         axes = ["--top-k", given.top_k, "--alpha", given.alpha]

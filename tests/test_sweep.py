@@ -14,13 +14,13 @@ from test_cli import failing
 
 import saber.cli.sweep  # noqa: F401  (heavy imports happen before the clocks start)
 from saber import codec, prompts
-from saber.ablation import EditPlan
+from saber.ablation import EditPlan, applied
 from saber.cli.main import main
 from saber.config import override, preset
 from saber.errors import DataError, OutputError, UnknownName, UsageError
 from saber.evaluation import baseline as baselines
 from saber.evaluation.judging import make_judge
-from saber.evaluation.measure import EvaluationSpec, summarise
+from saber.evaluation.measure import EvaluationSpec, measure, summarise
 from saber.pipeline import gather, run
 from saber.prompts import PromptSet
 from saber.report import build_sweep, read_sweep
@@ -272,6 +272,12 @@ def test_a_trial_is_the_same_edit_as_a_run_and_leaves_the_model_alone(
     for key, value in bench.subject.lm.model.state_dict().items():
         assert torch.equal(value, weights[key]), key
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    lm, plan = bench.subject.lm, EditPlan.load(tmp_path / "run" / "plan")
+    with applied(lm.model, plan):
+        spec, before = config.evaluation, bench._before
+        found = measure(lm, bench.data.validation, spec, make_judge("phrases"), untouched=before)
+    assert summarise(found) == row.measured
+    assert row.measured["kl"]["sequence"] > 0
     assert EditPlan.load(tmp_path / "run" / "plan").digest() == row.plan
     assert row.directions == record["directions_ablated"]
     assert row.layers == record["layers_edited"]
@@ -406,6 +412,8 @@ def test_a_sweep_leaves_table_plots_and_a_trial_that_can_be_built(
     assert main(arguments) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["sweep"] == {"name": "s", "trial": 3, "same_plan": True}
+    card = (tmp_path / "built" / "README.md").read_text()
+    assert "trial 3 of the sweep s; the very same edit" in card
     assert (record["config"]["refine"]["top_k"], record["config"]["edit"]["alpha"]) == (2, 0.5)
     assert record["baseline"]["accuracy"]["n"] == 2
     assert main(["report", str(out), "--json"]) == 0
