@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from saber.report import reading, style
 from saber.report.reading import dig, fixed, known, percent
@@ -175,6 +175,9 @@ def front(record: Mapping[str, Any]) -> Figure:
     axes.axhline(record["aim"], color=style.MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
     if all(r["kl"]["sequence"] > 0 for r in rows):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(-0.02, None)
     axes.set(xlabel="KL from the untouched model, per token (nats)", ylabel="answers amiss")
