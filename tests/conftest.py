@@ -134,3 +134,9 @@ def pico(tmp_path_factory):
 def model_folder(pico, tmp_path):
     """A copy of it that a test may change."""
     return Path(shutil.copytree(pico, tmp_path / "pico"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep baselines out of the user's cache."""
+    monkeypatch.setenv("SABER_CACHE", str(tmp_path_factory.mktemp("cache")))

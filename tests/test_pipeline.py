@@ -25,6 +25,7 @@ from saber.errors import (
 )
 from saber.evaluation import judge as judges
 from saber.pipeline import gather, run
+from saber.subject import wrongly
 
 SMALL = {
     "data": {"limit": 4},
@@ -322,7 +323,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
         "import sys, saber.pipeline as p, saber.cli.commands as c\n"
         "from saber.cli.main import main\n"
         "def cut(*a, **k): raise KeyboardInterrupt\n"
-        "p.refine = cut\n"
+        "p.refined = cut\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = [
@@ -410,10 +411,10 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
     }
     assert data.reporting == usual.reporting
     labels = ["refusal"] * 20 + ["answer"] * 156
-    wrong = pipeline._wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 46)
+    wrong = wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 46)
     assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 156)
     with pytest.raises(WeakBehaviour, match="7 of 176"):
-        pipeline._wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 169, ["refusal"] * 56)
+        wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 169, ["refusal"] * 56)
     with pytest.raises(UsageError, match="keeps all targets"):
         gather(override(config, {"data": {"retain": "fraud"}}))
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saber import artifacts
+from saber import artifacts, codec
 from saber.linalg import accumulated_removal
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
@@ -149,6 +149,13 @@ class EditPlan:
                 more = factors[name].plus(more)
             factors[name] = more
         return EditPlan(factors)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) of all that the plan changes; equal plans have equal ones."""
+        parts: list[Any] = []
+        for name, f in sorted(self.factors.items()):
+            parts += [name, f.weight, f.bias_name, f.axis, f.left, f.right, f.bias]
+        return codec.digest(*parts)
 
     def changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter that the plan changes, with its change, both as they are stored."""

@@ -48,6 +48,8 @@ class DataSpec:
     """Target categories that keep the behaviour."""
     limit: int = 0
     """Measure on at most this many prompts of each held-out set; 0 takes all."""
+    battery: Literal["all", "half"] = "all"
+    """Checkable questions to report on: all, or the half by which no sweep chooses."""
 
 
 @dataclass(frozen=True)

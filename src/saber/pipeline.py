@@ -27,14 +27,14 @@ from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
 from saber.errors import (
     DataError,
+    ModelError,
     NoGain,
     OutputError,
     UnknownName,
     UsageError,
     WeakBehaviour,
 )
-from saber.evaluation.judge import Label
-from saber.evaluation.judging import describe, label_all, make_judge
+from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import (
     EvaluationSets,
     compare,
@@ -42,19 +42,16 @@ from saber.evaluation.measure import (
     measure,
     summarise,
 )
-from saber.inspection import require_ablated
 from saber.linalg import finite
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import generate
-from saber.lm.load import load
-from saber.lm.model import LanguageModel, fingerprint
-from saber.lm.writers import embedding_share, embedding_writer, find_writers
-from saber.openings import Opening, late_openings
-from saber.prompts import PromptSet, Splits, check_disjoint, split
+from saber.lm.model import LanguageModel
+from saber.lm.writers import embedding_share
+from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, split
 from saber.prompts.splits import NAMES as SPLIT_NAMES
-from saber.refinement import Candidate, Pass, RefineData, Refinement, refine
+from saber.refinement import Candidate, Pass, RefineData, Refinement
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
+from saber.subject import Subject, Watch, refined
 
 RUN, STATE, PLAN, PASSES = "run.json", "state.json", "plan", "passes"
 
@@ -67,6 +64,8 @@ class RunData:
     """Fit and validation splits."""
     reporting: EvaluationSets
     """Held-out splits."""
+    validation: EvaluationSets
+    """The same kinds of sets from the validation splits: what a sweep chooses by."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,33 @@ class RunResult:
     """Where everything lies."""
     record: dict[str, Any]
     """What `run.json` holds."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The trial of a sweep that a run builds again."""
+
+    sweep: str
+    """Name of the sweep's folder."""
+    trial: int
+    """Number of the trial."""
+    fingerprint: str
+    """Fingerprint of the model that was swept."""
+    plan: str
+    """Digest of the trial's plan."""
+
+    def require(self, model: str, mark: str) -> None:
+        """Raise `ModelError` for another model."""
+        if mark != self.fingerprint:
+            raise ModelError(
+                f"{model} is not the model that {self.sweep} swept "
+                f"({mark[:19]} instead of {self.fingerprint[:19]}).",
+                "Give that model.",
+            )
+
+    def describe(self, plan: EditPlan) -> dict[str, Any]:
+        """Return the origin as it stands in `run.json`, and whether the very same edit came out."""
+        return {"name": self.sweep, "trial": self.trial, "same_plan": plan.digest() == self.plan}
 
 
 @dataclass(frozen=True)
@@ -102,11 +128,13 @@ def run(
     force: bool = False,
     command: str = "",
     listener: Listener = Listener(),
+    origin: Origin | None = None,
 ) -> RunResult:
     """Find, measure and remove the behaviour; write the run folder `out`.
 
     `run.json` is written last and marks the folder as complete. Raises children of `SaberError`;
-    `WeakBehaviour` when the model hardly shows the behaviour and `force` is not set.
+    `WeakBehaviour` when the model hardly shows the behaviour and `force` is not set. `origin` names
+    the trial of a sweep that the configuration is from.
     """
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
@@ -117,12 +145,11 @@ def run(
     prepare_folder(out, overwrite=overwrite, resume=resume)
     with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
-        lm = load(model, config.load)
-        mark = fingerprint(lm.model)
-        writers = find_writers(lm)
-        require_ablated(lm, writers)
-        if config.edit.embeddings:
-            writers = [embedding_writer(lm), *writers]
+        subject = Subject.load(model, config)
+        lm, mark = subject.lm, subject.mark
+        subject.edited(config)  # what cannot be edited is told at once
+        if origin is not None:
+            origin.require(model, mark)
     identity = {
         "model": mark,
         "config": resolved(config),
@@ -132,49 +159,15 @@ def run(
     done = _resume_state(out, identity) if resume else []
     artifacts.write_json(out / STATE, identity)
 
-    def labels(texts: Sequence[str]) -> list[Label]:
-        tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-        return list(label_all(judge, texts, [c.text for c in tried]))
-
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
-        selecting, rate = data.selecting, 0.0
-        found = labels(selecting.target_validation.texts)
-        rate = found.count("refusal") / len(found)
-        if config.data.mode == "over-refusal":
-            selecting = _wrongly(selecting, labels(selecting.target.texts), found)
-            found = [label for label in found if label == "refusal"]
-        kept_texts = [p.text for kept in selecting.keep_validation for p in kept]
-        kept_labels = labels(kept_texts)
-
-    def behaviour() -> Shown:
-        now = labels(selecting.target_validation.texts)
-        later = labels(kept_texts)
-        lost = sum(a != b for a, b in zip(kept_labels, later, strict=True))
-        return Shown(
-            now.count("refusal") / len(now),
-            now.count("incoherent") / len(now),
-            lost / max(len(later), 1),
-        )
-
-    def late(rows: Sequence[int]) -> dict[int, Opening]:
-        texts = [selecting.target.texts[row] for row in rows]
-        tried = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-
-        def shows(index: int, text: str) -> bool:
-            return label_all(judge, [texts[index]], [text])[0] in ("refusal", "partial")
-
-        found = late_openings(lm, [c.ids for c in tried], shows)
-        return {rows[i]: opening for i, opening in found.items()}
-
-    if rate < config.minimum_rate and not force:
-        (out / STATE).unlink()
-        raise WeakBehaviour(
-            f"{model} shows the behaviour on only {rate:.0%} of "
-            f"{len(data.selecting.target_validation)} validation targets "
-            f"(needed: {config.minimum_rate:.0%}); nothing was edited.",
-            "Give other --target prompts, or --force.",
-        )
+        watch = Watch(lm, judge, data.selecting, config)
+    if not force:
+        try:
+            watch.require(model, config.minimum_rate)
+        except WeakBehaviour:
+            (out / STATE).unlink()
+            raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
         before = measure(lm, data.reporting, config.evaluation, judge, progress=listener.progress)
@@ -184,27 +177,13 @@ def run(
         listener.on_pass(this)
 
     listener.on_stage("refining")
-    outcome = refine(
-        lm,
-        writers,
-        selecting,
-        probing=config.probe,
-        spectral=config.spectral,
-        entanglement=config.entanglement,
-        edit=config.edit,
-        spec=config.refine,
-        seed=config.seed,
-        behaviour=behaviour,
-        shown=Shown(found.count("refusal") / len(found)),
-        late=late,
-        progress=listener.progress,
-        finished=finished,
-        done=done,
+    outcome = refined(
+        subject, watch, config, progress=listener.progress, finished=finished, done=done
     )
     clock.add(outcome.seconds)
     if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
         first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
-        raise NoGain(first, last, len(selecting.target_validation))
+        raise NoGain(first, last, len(watch.selecting.target_validation))
     plan_on_disk.save(out / PLAN, lm, outcome.plan)
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
@@ -225,11 +204,11 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": _describe(lm, mark),
+        "model": describe_model(lm, mark),
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
-        "prompts": _describe_data(data),
+        "prompts": describe_data(data),
         "seconds": {},
         "work": {},
         "baseline": summarise(before),
@@ -237,6 +216,7 @@ def run(
         "comparison": compare(before, after, seed=config.seed),
         **_describe_passes(lm, outcome, config),
         "examples": examples(before, after),
+        **({"sweep": origin.describe(outcome.plan)} if origin else {}),
     }
     with clock("save"):
         listener.on_stage("saving the edit")
@@ -252,32 +232,6 @@ def run(
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)
     return RunResult(out, record)
-
-
-def _wrongly(
-    selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]
-) -> RefineData:
-    """Keep as targets what is refused, and put what is answered among what must not change."""
-
-    def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
-        pairs = zip(chosen, labels, strict=True)
-        return replace(
-            chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
-        )
-
-    wrong = those(selecting.target, fit, True), those(selecting.target_validation, validation, True)
-    if len(wrong[0]) < 8 or len(wrong[1]) < 4:
-        raise WeakBehaviour(
-            f"only {len(wrong[0])} of {len(fit)} borderline prompts to fit on and {len(wrong[1])} of "
-            f"{len(validation)} to choose on are refused (needed: 8 and 4); nothing was edited.",
-            "Give more prompts with --borderline.",
-        )
-    return replace(
-        selecting,
-        target=wrong[0],
-        target_validation=wrong[1],
-        keep=(*selecting.keep, those(selecting.target, fit, False)),
-    )
 
 
 class Stopwatch:
@@ -356,6 +310,9 @@ def gather(config: RunConfig) -> RunData:
 
     # What is kept in over-refusal mode is the reported target set itself.
     reported = kept[1:] if spec.mode == "over-refusal" else kept
+    battery = prompts.battery()
+    choosing, checking = halves(battery)
+    between = borderline.validation if borderline and len(borderline.validation) else None
     return RunData(
         RefineData(
             target=wrong.fit,
@@ -370,9 +327,17 @@ def gather(config: RunConfig) -> RunData:
             target=some(held_target),
             neutral=some(held_neutral),
             borderline=some(borderline.heldout) if borderline else None,
-            battery=some(prompts.battery()),
+            battery=some(checking if spec.battery == "half" else battery),
             seen=seen,
             kept=tuple(some(k.heldout) for k in reported),
+        ),
+        EvaluationSets(
+            target=some(targets.validation if spec.mode == "over-refusal" else wrong.validation),
+            neutral=some(neutrals.validation),
+            borderline=some(between) if between else None,
+            battery=some(choosing),
+            seen=seen,
+            kept=tuple(some(k.validation) for k in reported),
         ),
     )
 
@@ -381,6 +346,18 @@ def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
     loaded = prompts.load(name)
     check_disjoint(loaded, target)
     return split(loaded, seed=seed)
+
+
+def halves(battery: PromptSet) -> tuple[PromptSet, PromptSet]:
+    """Return every second item of each category, to choose by, and the rest, to report on."""
+    seen: Counter[str] = Counter()
+    parts: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for item in battery:
+        parts[seen[item.category] % 2].append(item)
+        seen[item.category] += 1
+    names = (f"{battery.name}/validation", f"{battery.name}/heldout")
+    first, second = (PromptSet(n, tuple(p)) for n, p in zip(names, parts, strict=True))
+    return first, second
 
 
 def _none_of(prompts_: PromptSet) -> PromptSet:
@@ -561,7 +538,8 @@ def environment(started: datetime.datetime) -> dict[str, Any]:
     }
 
 
-def _describe(lm: LanguageModel, mark: str) -> dict[str, Any]:
+def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
+    """Return the model as it stands in `run.json`."""
     return {
         "name": lm.name,
         "source": lm.source,
@@ -577,7 +555,8 @@ def _describe(lm: LanguageModel, mark: str) -> dict[str, Any]:
     }
 
 
-def _describe_data(data: RunData) -> dict[str, Any]:
+def describe_data(data: RunData) -> dict[str, Any]:
+    """Return the prompt sets as they stand in `run.json`."""
     chosen, held = data.selecting, data.reporting
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:

@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
+from saber.codec import digest
 from saber.entanglement import Entanglement, EntanglementSpec, entangle
 from saber.evaluation.divergence import exact, kl_divergence, reference_of
 from saber.evaluation.readout import Readout, derive_readout
@@ -21,15 +24,16 @@ from saber.hydra import Compensation, compensation
 from saber.linalg import d_prime
 from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Request, answer
+from saber.lm.generate import Completion, Request, answer
 from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
+from saber.memo import Memo, forgetful
 from saber.moments import Decisions, Preserved, read_decisions
 from saber.openings import Opening, likeliest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
-from saber.selective import solve
+from saber.selective import Selective, solve
 from saber.spectral import Direction, SpectralSpec, extract
 from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
@@ -201,6 +205,8 @@ def refine(
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
+    memo: Memo = forgetful,
+    self_repair: bool = True,
 ) -> Refinement:
     """Run the passes; the model's weights are the untouched ones before and after.
 
@@ -209,6 +215,10 @@ def refine(
     looks behind a start that `late` finds: of the three commonest, the likeliest over all targets.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
+
+    A `memo` for this model and these prompts spares what other settings have computed already: its
+    keys hold the plan in force by content, so settings share their passes until they part. Without
+    `self_repair` the hydra's compensation, on which nothing depends, is not measured.
     """
     clock = _Clock()
 
@@ -216,20 +226,23 @@ def refine(
     tapped = () if edit.kind != "selective" or routes(lm, writers) else writers
 
     def look(
-        prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = ()
+        prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = (), at: str = ""
     ) -> Activations:
-        return probe(
-            lm,
-            prompts,
-            probing,
-            first_token=True,
-            opening=opening,
-            writers=writers,
-            progress=progress,
+        return memo(
+            ("probe", at, prompts.fingerprint(), probing, len(writers), opening),
+            lambda: probe(
+                lm,
+                prompts,
+                probing,
+                first_token=True,
+                opening=opening,
+                writers=writers,
+                progress=progress,
+            ),
         )
 
-    def sides(opening: Opening = ()) -> _Sides:
-        return look(data.target, opening, tapped), look(data.neutral, opening, tapped)
+    def sides(opening: Opening = (), at: str = "") -> _Sides:
+        return look(data.target, opening, tapped, at), look(data.neutral, opening, tapped, at)
 
     with clock("probe"):
         original = sides()
@@ -240,14 +253,17 @@ def refine(
         start = _mean_log_odds(look(data.target_validation), readout)
         start_rate = (behaviour() if shown is None else shown).rate
         # What must be kept is what the untouched model does: this is probed once.
-        capability = probe_capabilities(lm, data.capability, probing, progress=progress)
+        capability = memo(
+            ("capability", "", probing),
+            lambda: probe_capabilities(lm, data.capability, probing, progress=progress),
+        )
     passes = list(done)
     plan = passes[-1].plan if passes else EditPlan()
     editor: _Editor
     if edit.kind == "selective":
         with clock("moments"):
             editor = _Selective(
-                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress
+                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress, memo
             )
     else:
         editor = _Orthogonal(lm, writers, edit, [r for p in passes for r in p.removals])
@@ -260,7 +276,7 @@ def refine(
 
     def turns(plan: EditPlan, rows: Sequence[int]) -> Mapping[int, Opening]:
         with clock("refine"), applied(lm.model, plan):
-            return late(rows)
+            return memo(("late", plan.digest(), tuple(rows)), lambda: late(rows))
 
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
@@ -275,6 +291,7 @@ def refine(
         # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
         rng = np.random.default_rng([seed, len(passes)])
         torch_rng = torch.Generator().manual_seed(seed * 1009 + len(passes))
+        at = plan.digest() if plan.factors else ""
         with applied(lm.model, plan):
             with clock("probe"):
                 opening: Opening = ()
@@ -282,16 +299,44 @@ def refine(
                 if passes:
                     left = {i: o for i, o in pending.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
-                    target, neutral = sides(opening)
+                    target, neutral = sides(opening, at)
+            where = (at, probing, opening, spectral, seed, len(passes))
             with clock("spectral"):
-                found = extract(target, neutral, spectral, capability=capability, generator=rng)
+                found = memo(
+                    ("directions", *where),
+                    partial(
+                        extract, target, neutral, spectral, capability=capability, generator=rng
+                    ),
+                )
             with clock("entanglement"):
-                measured = entangle(
-                    found, target, neutral, capability, entanglement, generator=torch_rng
+                measured = memo(
+                    ("entanglement", *where, entanglement),
+                    partial(
+                        entangle,
+                        found,
+                        target,
+                        neutral,
+                        capability,
+                        entanglement,
+                        generator=torch_rng,
+                    ),
                 )
             with clock("refine"):
-                causal = _causal_scores(
-                    lm, found, measured, data, probing, readout, untouched, current, spec, progress
+                causal = memo(
+                    ("causal", *where, entanglement, spec.shortlist),
+                    partial(
+                        _causal_scores,
+                        lm,
+                        found,
+                        measured,
+                        data,
+                        probing,
+                        readout,
+                        untouched,
+                        current,
+                        spec,
+                        progress,
+                    ),
                 )
         candidates = choose(found, measured, causal, edit, spec, scale=spec.decay ** len(passes))
         chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
@@ -308,10 +353,12 @@ def refine(
             candidates = [fate.get(id(c.direction), c) for c in candidates]
         with clock("refine"):
             with applied(lm.model, plan):
-                after = _mean_log_odds(look(data.target_validation), readout)
-                reached = next((t.shown for t in trials if t.chosen), None) or behaviour()
+                mark = plan.digest()
+                after = _mean_log_odds(look(data.target_validation, at=mark), readout)
+                reached = next((t.shown for t in trials if t.chosen), None)
+                reached = reached or memo(("shown", mark), behaviour)
             back = None
-            if len(plan.factors) < len(writers):
+            if self_repair and len(plan.factors) < len(writers):
                 back = compensation(
                     lm,
                     writers,
@@ -413,37 +460,56 @@ class _Selective:
         behaviour: Callable[[], Shown],
         late: Late,
         progress: Progress[Any],
+        memo: Memo = forgetful,
     ) -> None:
-        self.late = late
+        self.late, self.memo = late, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
-        watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
-        kept = (data.neutral, *data.keep)
-        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
-        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
-        written = iter(answer(lm, asked, progress=progress, label="own answers"))
-        reference = reference_of(lm, watched, list(islice(written, len(watched))), progress=progress)
-        self.ruler = Ruler(
-            lm,
-            data.target_validation,
-            data.neutral_validation,
-            data.keep_validation,
+        self.answers = memo(("own answers", ""), self._answers)
+        self.ruler = memo(("ruler", "", probing), partial(self._ruler, readout))
+        self.preserved = memo(("preserved", "", probing, edit.memory), self._preserved)
+
+    @property
+    def _watched(self) -> list[str]:
+        sets = (self.data.neutral_validation, *self.data.keep_validation)
+        return [text for prompts in sets for text in prompts.texts]
+
+    def _answers(self) -> tuple[Completion, ...]:
+        """Answer what is watched and what is kept, all together, with the untouched model."""
+        kept = (text for p in (self.data.neutral, *self.data.keep) for text in p.texts)
+        asked = [Request(text, ANSWER_TOKENS, look=exact(self.lm)) for text in self._watched]
+        asked += [Request(text, ANSWER_TOKENS) for text in kept]
+        found = answer(self.lm, asked, progress=self.progress, label="own answers")
+        return tuple(found)
+
+    def _ruler(self, readout: Readout) -> Ruler:
+        watched = self._watched
+        return Ruler(
+            self.lm,
+            self.data.target_validation,
+            self.data.neutral_validation,
+            self.data.keep_validation,
             readout,
-            progress,
-            reference,
+            self.progress,
+            reference_of(self.lm, watched, self.answers[: len(watched)], progress=self.progress),
         )
+
+    def _preserved(self) -> Preserved:
+        lm, data, progress = self.lm, self.data, self.progress
+        kept = (data.neutral, *data.keep)
+        written = iter(self.answers[len(self._watched) :])
         answers = [[c.ids for c in islice(written, len(p))] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-        self.preserved = Preserved(
+        return Preserved(
             lm,
-            writers,
+            self.writers,
             [
                 *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
                 encode(lm, data.capability.texts, references),
             ],
             [encode(lm, p.texts) for p in data.keep],
-            positions=probing.positions,
-            memory=edit.memory * 2**30,
+            positions=self.probing.positions,
+            memory=self.edit.memory * 2**30,
             progress=progress,
         )
 
@@ -473,14 +539,10 @@ class _Selective:
                 assert target is not None
                 assert neutral is not None
                 ruler = ruler.behind(opening, derive_readout(target, neutral))
-            solved = solve(
-                self.lm,
-                {layer: torch.stack(found).float() for layer, found in patterns.items()},
-                self._decisions(sides, opening),
-                self.preserved,
-                ridge=self.edit.ridge,
-                progress=self.progress,
-            )
+            stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
+            at = plan.digest() if plan.factors else ""
+            where = (at, self.probing, opening, self.edit.ridge, digest(*stacked.items()))
+            solved = self.memo(("solved", *where), partial(self._solve, stacked, sides, opening))
         alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
@@ -491,15 +553,22 @@ class _Selective:
         lambdas_tried: Sequence[float] = LATE_LAMBDAS if opening else LAMBDAS
         if self.edit.lambda_:
             lambdas_tried = (self.edit.lambda_,)
-        plan, trials = search(
-            self.lm,
-            lambda base: plan + solved.plan(lambdas(base), alphas),
-            ruler,
-            shown,
-            lambdas=lambdas_tried,
-            aim=self.spec.stop_rate,
-            direct=bool(opening),
-            progress=self.progress,
+        plan, trials = self.memo(
+            (
+                "searched",
+                *(*where, self.edit, digest(alphas, lambdas(1.0))),
+                *(self.spec.stop_rate, tuple(pending)),
+            ),
+            lambda: search(
+                self.lm,
+                lambda base: plan + solved.plan(lambdas(base), alphas),
+                ruler,
+                shown,
+                lambdas=lambdas_tried,
+                aim=self.spec.stop_rate,
+                direct=bool(opening),
+                progress=self.progress,
+            ),
         )
         used = lambdas(next(t.lambda_ for t in trials if t.chosen))
         balance = solved.balance(used, alphas)
@@ -511,6 +580,19 @@ class _Selective:
             for i, c in enumerate(cs)
         ]
         return plan, trials, done
+
+    def _solve(
+        self, patterns: Mapping[int, Tensor], sides: _Sides, opening: Opening
+    ) -> Selective:
+        """Solve for the writers of the model as it stands."""
+        return solve(
+            self.lm,
+            patterns,
+            self._decisions(sides, opening),
+            self.preserved,
+            ridge=self.edit.ridge,
+            progress=self.progress,
+        )
 
     def _decisions(self, sides: _Sides, opening: Opening) -> Decisions:
         """Return what goes into the writers where the behaviour is decided; read, where not probed."""

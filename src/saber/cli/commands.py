@@ -23,7 +23,7 @@ from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
-from saber.report import build
+from saber.report import build, build_sweep, is_sweep
 
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
@@ -31,14 +31,16 @@ def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
     return Console(), Console(stderr=True, quiet=bool(arguments.json))
 
 
-def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
-    """`saber run`."""
+def run_command(
+    arguments: argparse.Namespace, config: RunConfig, origin: pipeline.Origin | None = None
+) -> int:
+    """`saber run`; `origin` is the trial of a sweep that it builds."""
     exports = tuple(dict.fromkeys(name.strip() for name in arguments.export.split(",")))
     if "none" in exports and len(exports) > 1:
         raise UsageError("--export none goes alone.")
     exports = () if exports == ("none",) else exports
     check_formats(exports, arguments.model)
-    arguments.out = arguments.out or Path("runs") / _slug(arguments.model)
+    arguments.out = arguments.out or Path("runs") / slug(arguments.model)
     out, progress = consoles(arguments)
     keep_freed_memory()
     with listening(progress) as listener:
@@ -52,6 +54,7 @@ def run_command(arguments: argparse.Namespace, config: RunConfig) -> int:
             force=arguments.force,
             command=shlex.join(["saber", *sys.argv[1:]]),
             listener=listener,
+            origin=origin,
         )
         listener.on_stage("drawing plots, report and model card")
         build(result.folder)
@@ -151,23 +154,25 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """`saber report`."""
-    made = build(arguments.run)
+    made = build_sweep(arguments.run) if is_sweep(arguments.run) else build(arguments.run)
     if arguments.json:
         print(
             json.dumps(
                 {
                     "card": str(made.card),
-                    "html": str(made.html),
+                    "html": str(made.html) if made.html else None,
                     "plots": [str(p) for p in made.plots],
                 }
             )
         )
     else:
-        Console().print(f"report: {made.html}\nmodel card: {made.card}")
+        page = f"report: {made.html}\nmodel card: " if made.html else "sweep: "
+        Console().print(f"{page}{made.card}")
     return 0
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """Return a name for the folder of a model's runs."""
     return (
         re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name).strip("-")
         or "model"

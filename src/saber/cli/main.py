@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("saber: interrupted. The same command goes on from here.", file=sys.stderr)
             return INTERRUPTED
         hint = (
-            f" Go on with: saber run {arguments.model} --out {arguments.out} --resume (and the same options)"
+            f" Go on with: saber {arguments.command} {arguments.model} --out {arguments.out} --resume "
+            "(and the same options)"
             if _resumable(arguments)
             else ""
         )
@@ -51,10 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resumable(arguments: argparse.Namespace) -> bool:
-    return (
-        getattr(arguments, "out", None) is not None
-        and (Path(arguments.out) / "state.json").exists()
-    )
+    out = getattr(arguments, "out", None)
+    marks = ("state.json", "study.json")
+    return out is not None and any((Path(out) / mark).exists() for mark in marks)
 
 
 def _fail(error: SaberError, arguments: argparse.Namespace) -> int:
@@ -89,7 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--force", action="store_true", help="edit even if the model hardly shows the behaviour"
     )
+    run.add_argument("--from-sweep", type=Path, help="build a trial of this sweep's folder")
+    run.add_argument("--trial", type=int, help="which one (default: the one that was chosen)")
     run.set_defaults(handler=_run)
+    _sweep_options(
+        commands.add_parser(
+            "sweep",
+            help="try many settings and choose one by validation prompts",
+            conflict_handler="resolve",
+        )
+    )
 
     evaluate = commands.add_parser(
         "eval", help="measure a model, or an edited one against its base"
@@ -179,6 +188,34 @@ def _file_commands(commands: Any) -> None:
     verify.set_defaults(handler=_verify)
 
 
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    _config_options(parser)
+    add = parser.add_argument
+    add("--top-k", dest="axis_top_k", metavar="N,...", help="axis: directions ablated in a pass")
+    add("--alpha", dest="axis_alpha", metavar="A,...", help="axis: share of a direction removed")
+    add(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="FIELD=V,...",
+        help="any setting as an axis; for a search also FIELD=LOW..HIGH or FIELD=LOW..HIGH:log",
+    )
+    add("--out", type=Path, help="sweep folder (default: runs/MODEL-sweep)")
+    add("--overwrite", action="store_true", help="replace a former sweep in --out")
+    add("--resume", action="store_true", help="go on with the sweep in --out")
+    add("--force", action="store_true", help="go on even if the model hardly shows the behaviour")
+    add("--aim", type=float, help="share of validation prompts that may be left amiss (0.05)")
+    add("--trials", type=int, default=0, help="search so many settings instead of a grid")
+    add("--minutes", type=float, default=0.0, help="begin no trial after so many minutes")
+    add("--workers", type=int, default=1, help="local processes, each with a model of its own")
+    add("--ray", action="store_true", help="workers are Ray's, on this machine")
+    add("--ray-address", metavar="HOST:PORT", help="workers are those of this Ray cluster")
+    add("--also", metavar="NAME,...", help="search: over-refusal, accuracy as further objectives")
+    add("--storage", metavar="URL", default="", help="search: a database that machines may share")
+    parser.set_defaults(handler=_sweep)
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
     _load_options(parser)
@@ -263,7 +300,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--judge-description", metavar="TEXT", help="endpoint: when an answer shows the behaviour")
 
 
-_FLAGS = {
+FLAGS = {
     "seed": "seed",
     "target": "data.target",
     "neutral": "data.neutral",
@@ -299,6 +336,7 @@ _FLAGS = {
     "trust_remote_code": "load.trust_remote_code",
     "allow_unproven": "load.allow_unproven",
 }
+"""Option -> the setting that it gives."""
 
 
 def read_config(arguments: argparse.Namespace) -> Any:
@@ -315,7 +353,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
         if not equals:
             raise UsageError(f"--set {option!r} is not of the form NAME=VALUE.")
         _put(flags, path, value)
-    for flag, path in _FLAGS.items():
+    for flag, path in FLAGS.items():
         if getattr(arguments, flag, None) is not None:
             _put(flags, path, getattr(arguments, flag))
     return override(config, flags)
@@ -334,9 +372,21 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.from_sweep is not None:
+        from saber.cli.sweep import build_trial
+
+        return build_trial(arguments)
+    if arguments.trial is not None:
+        raise UsageError("--trial goes with --from-sweep.")
     from saber.cli.commands import run_command
 
     return run_command(arguments, read_config(arguments))
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from saber.cli.sweep import sweep_command
+
+    return sweep_command(arguments, read_config(arguments))
 
 
 def _eval(arguments: argparse.Namespace) -> int:

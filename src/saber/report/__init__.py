@@ -4,5 +4,16 @@ from saber.report.build import Report, build, read_run
 from saber.report.card import model_card
 from saber.report.html import html_report
 from saber.report.plots import PLOTS
+from saber.report.sweep_card import build_sweep, is_sweep, read_sweep
 
-__all__ = ["PLOTS", "Report", "build", "html_report", "model_card", "read_run"]
+__all__ = [
+    "PLOTS",
+    "Report",
+    "build",
+    "build_sweep",
+    "html_report",
+    "is_sweep",
+    "model_card",
+    "read_run",
+    "read_sweep",
+]

@@ -29,8 +29,8 @@ class Report:
     """Every plot, PNG and SVG, in the order of the report."""
     card: Path
     """README.md, the model card."""
-    html: Path
-    """report.html, the self-contained page."""
+    html: Path | None
+    """report.html, the self-contained page; a sweep has none."""
 
 
 def build(run_folder: Path, *, progress: Progress | None = None) -> Report:

@@ -252,6 +252,7 @@ def _provenance(run: Run) -> str:
         ("device", model.get("device")),
         ("SABER", run.get("saber_version")),
         ("command", run.get("command")),
+        ("settings", _origin(run)),
         ("judge", _judge(run)),
         ("seed", config.get("seed")),
         ("started", environment.get("started")),
@@ -263,6 +264,15 @@ def _provenance(run: Run) -> str:
         ("what", "value"), tuple((k, str(v)) for k, v in rows if v is not None), words=True
     )
     return f"## Provenance\n\n{markdown(table)}\n\nThe prompt sets' fingerprints are above."
+
+
+def _origin(run: Run) -> str | None:
+    """Which trial of a sweep the settings are, where they are one's."""
+    sweep = run.get("sweep")
+    if not sweep:
+        return None
+    same = "the very same edit" if sweep["same_plan"] else "an edit that differs in its digits"
+    return f"trial {sweep['trial']} of the sweep {cell(sweep['name'])}; {same}"
 
 
 def _judge(run: Run) -> str | None:

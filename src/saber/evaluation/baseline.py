@@ -1,0 +1,92 @@
+"""The untouched model, measured once and kept on disk under what the numbers depend on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from saber import __version__, codec
+from saber.errors import OutputError, SaberError
+from saber.evaluation.judge import Judge, excerpt
+from saber.evaluation.measure import EvaluationSets, EvaluationSpec, Judged, Measurement, measure
+from saber.lm.forward import Progress, silent
+from saber.lm.model import LanguageModel
+
+
+def cache_folder() -> Path:
+    """Return where baselines are kept: $SABER_CACHE, or `saber` in the user's cache folder."""
+    if own := os.environ.get("SABER_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saber"
+
+
+def baseline(
+    lm: LanguageModel,
+    mark: str,
+    sets: EvaluationSets,
+    spec: EvaluationSpec,
+    judge: Judge,
+    described: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+    progress: Progress[Any] = silent,
+) -> tuple[Measurement, int]:
+    """Return the untouched model's measurement and the tokens that it cost when it was made.
+
+    `mark` is the model's fingerprint and `described` the judge's description. A kept one is taken
+    where model, prompts, settings, judge, device, dtype and versions are the same; one that cannot
+    be read is measured anew. Answers are kept as short excerpts. A folder that cannot be written
+    keeps nothing and is no error.
+    """
+    place = (folder or cache_folder()) / "baselines" / _key(lm, mark, sets, spec, described)
+    if place.is_dir():
+        try:
+            found, meta = codec.load(place)
+            if isinstance(found, Measurement):
+                return found, int(meta["tokens"])
+        except (SaberError, OSError, KeyError, ValueError):
+            shutil.rmtree(place, ignore_errors=True)
+    before = lm.work.tokens
+    found = _brief(measure(lm, sets, spec, judge, progress=progress))
+    tokens = lm.work.tokens - before
+    with suppress(OutputError, OSError):
+        codec.save(place, found, {"tokens": tokens, "fingerprint": mark})
+    return found, tokens
+
+
+def _key(
+    lm: LanguageModel,
+    mark: str,
+    sets: EvaluationSets,
+    spec: EvaluationSpec,
+    described: Mapping[str, Any],
+) -> str:
+    named = [sets.target, sets.neutral, sets.borderline, sets.battery, *sets.kept]
+    prompts = [None if s is None else (s.name, s.fingerprint()) for s in named]
+    versions = (__version__, torch.__version__, transformers.__version__)
+    where = (lm.device.type, str(lm.dtype))
+    asked = sorted(described.items())
+    return codec.digest(mark, str(prompts), sorted(sets.seen), spec, asked, versions, where)[:32]
+
+
+def _brief(found: Measurement) -> Measurement:
+    """Return the measurement with excerpts in place of answers: these are not for files."""
+
+    def cut(judged: Judged) -> Judged:
+        return replace(judged, texts=tuple(excerpt(text) for text in judged.texts))
+
+    return replace(
+        found,
+        target=cut(found.target),
+        neutral=cut(found.neutral),
+        borderline=cut(found.borderline) if found.borderline else None,
+        kept=tuple(replace(k, judged=cut(k.judged)) for k in found.kept),
+    )

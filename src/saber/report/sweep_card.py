@@ -1,0 +1,162 @@
+"""A sweep as a table, a page of Markdown and two plots; reads sweep.json and never opens a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from saber.artifacts import read_json, write_text
+from saber.errors import DataError
+from saber.report import reading, style
+from saber.report.build import Report
+from saber.report.reading import MISSING, count, dig, fixed, percent, points, relative
+from saber.report.sweep_plots import applicable, axis_name
+
+FILE = "sweep.json"
+SCHEMA = 1
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (folder / FILE).is_file()
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """The content of a sweep's sweep.json; raises `DataError` with what to do about it."""
+    if not is_sweep(folder):
+        raise DataError(
+            f"{folder} holds no {FILE}.",
+            "Give the folder of `saber sweep`, or go on with --resume.",
+        )
+    record = read_json(folder / FILE)
+    if record.get("schema") != SCHEMA or record.get("kind") != "sweep":
+        raise DataError(f"{folder / FILE} is no sweep of schema {SCHEMA}.")
+    return record
+
+
+def build_sweep(folder: Path) -> Report:
+    """Draw a sweep's plots and write its README.md, each file whole or not at all."""
+    record = read_sweep(folder)
+    plots: list[Path] = []
+    for name, draw in applicable(record).items():
+        with style.styled():
+            drawn = draw(record)
+        plots.extend(style.save(drawn, folder / "plots", name))
+    card = folder / "README.md"
+    write_text(card, page(record))
+    return Report(tuple(plots), card, None)
+
+
+def columns(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns and the cells of each setting, best first: the card's, and what it lacks."""
+    axes = list(dict.fromkeys(f for row in record["trials"] for f in row["values"]))
+    name = reading.behaviour(record)
+    names = ["", "#", *(axis_name(axis) for axis in axes), name[:1].upper() + name[1:]]
+    names += ["PPL", "PPL \N{GREEK CAPITAL LETTER DELTA}", "Layers", "Dirs ablated"]
+    names += ["KL", "Incoherent", "Accuracy"]
+    return names, [_cells(record, row, axes) for row in record["trials"]]
+
+
+def _cells(record: Mapping[str, Any], row: Mapping[str, Any], axes: list[str]) -> list[str]:
+    mark = "best" if row["best"] else "*" if row["front"] else ""
+    values = [_value(row["values"].get(axis)) for axis in axes]
+    head = [mark, str(row["number"]), *values]
+    if row["state"] != "done":
+        return [*head, row["state"], *[MISSING] * 7]
+    before = dig(record, "baseline", "perplexity", "overall")
+    return [
+        *head,
+        _rate(row["refusal"]),
+        fixed(row["perplexity"], 2),
+        relative(before, row["perplexity"]),
+        str(row["layers"]),
+        str(row["directions"]),
+        fixed(dig(row, "kl", "sequence"), 4),
+        percent(dig(row, "incoherent", "rate"), 1),
+        percent(dig(row, "accuracy", "overall"), 0),
+    ]
+
+
+def _value(value: Any) -> str:
+    """The value of an axis; a search gives more digits than anyone reads."""
+    return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _rate(value: Any) -> str:
+    """A rate with its interval: `3.1% (0.6-15.7)`."""
+    low, high = 100 * value["low"], 100 * value["high"]
+    return f"{percent(value['rate'], 1)} ({low:.1f}-{high:.1f})"
+
+
+def shrinkage(record: Mapping[str, Any]) -> str:
+    """What the chosen setting's numbers became on held-out prompts, in a sentence."""
+    best = record["best"]
+    seen, now = best["amiss"]["validation"], best["amiss"]["heldout"]
+    was, found = best["validation"], best["heldout"]["edited"]
+    untouched = best["heldout"]["baseline"]
+    narrow = dig(record, "config", "data", "mode") == "over-refusal"
+    what = "refused wrongly" if narrow else "amiss (shown or incoherent)"
+    text = (
+        f"setting {best['number']}: {what} {percent(seen['rate'], 1)} of {seen['n']} validation prompts, "
+        f"{_rate(now)} of {now['n']} held-out ones ({points(seen['rate'], now['rate'])}); "
+        f"KL {fixed(dig(was, 'kl', 'sequence'), 4)} \N{RIGHTWARDS ARROW} "
+        f"{fixed(dig(found, 'kl', 'sequence'), 4)}; "
+        f"{reading.behaviour(record)} on held-out prompts {_rate(untouched['refusal'])} before, "
+        f"{_rate(found['refusal'])} after"
+    )
+    if not best["reached"]:
+        text += f". No setting reaches the aim of {percent(record['aim'])}"
+    if best["looks"] > 1:
+        text += f". Held-out prompts were looked at {best['looks']} times in this sweep"
+    return text + "."
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The text of a sweep's README.md."""
+    names, cells = columns(record)
+    prompts = dig(record, "baseline", "refusal", "n")
+    lines = [
+        f"# Sweep of {reading.model_name(record)}",
+        "",
+        f"{count(len(cells), 'setting')} on {count(prompts, 'validation target')}; 95% Wilson intervals. "
+        "Sorted by what is left amiss, then by KL from the untouched model along its own answers; "
+        "\\* marks the Pareto front of the two. "
+        f"PPL is that of reference answers to half of the battery ({_before(record)} untouched), "
+        "accuracy that of its checked answers.",
+        "",
+        "| " + " | ".join(names) + " |",
+        "|" + "---:|" * len(names),
+        *("| " + " | ".join(c.replace("*", "\\*") for c in row) + " |" for row in cells),
+        "",
+    ]
+    best = record["best"]
+    if best:
+        settings = ", ".join(f"{axis_name(k)} {_value(v)}" for k, v in best["values"].items())
+        lines += [
+            f"**Chosen: setting {best['number']}** ({settings}). Rule: {record['rule']}. Held-out "
+            "prompts had no say in it.",
+            "",
+            f"On held-out prompts: {shrinkage(record)}",
+            "",
+        ]
+    else:
+        lines += [
+            f"{count(record['left'], 'setting')} still to be measured; none is chosen yet.",
+            "",
+        ]
+    for name in applicable(record):
+        lines += [f"![{name}](plots/{name}.png)", ""]
+    work = record["work"]
+    total = work["tokens"] + work["shared"]
+    if total:
+        lines += [
+            f"Work: {work['tokens']:,} tokens through the model for all settings; "
+            f"{work['shared']:,} more ({percent(work['shared'] / total)}) were shared between them.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _before(record: Mapping[str, Any]) -> str:
+    return fixed(dig(record, "baseline", "perplexity", "overall"), 2)

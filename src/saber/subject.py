@@ -1,0 +1,166 @@
+"""A model under study: loaded once, its writers proved, and what its answers show as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saber.config import RunConfig
+from saber.errors import WeakBehaviour
+from saber.evaluation.judge import Judge, Label
+from saber.evaluation.judging import label_all
+from saber.inspection import require_ablated
+from saber.lm.forward import Progress, silent
+from saber.lm.generate import generate
+from saber.lm.load import load
+from saber.lm.model import LanguageModel, fingerprint
+from saber.lm.writers import Writer, embedding_writer, find_writers
+from saber.memo import Memo, forgetful
+from saber.openings import Opening, late_openings
+from saber.prompts import PromptSet
+from saber.refinement import Pass, RefineData, Refinement, refine
+from saber.strength import Shown
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, which fingerprint it has, and what writes to its residual stream."""
+
+    lm: LanguageModel
+    """The model, with its own weights."""
+    mark: str
+    """Its fingerprint."""
+    writers: tuple[Writer, ...]
+    """Its residual writers without the embedding, proved to be all."""
+
+    @classmethod
+    def load(cls, model: str, config: RunConfig) -> Subject:
+        """Load a model and prove its writers; raises children of `SaberError`."""
+        lm = load(model, config.load)
+        mark = fingerprint(lm.model)
+        writers = find_writers(lm)
+        require_ablated(lm, writers)
+        return cls(lm, mark, tuple(writers))
+
+    def edited(self, config: RunConfig) -> list[Writer]:
+        """Return the writers that a configuration edits."""
+        if config.edit.embeddings:
+            return [embedding_writer(self.lm), *self.writers]
+        return list(self.writers)
+
+
+class Watch:
+    """What the model's answers to the prompts that select show, untouched and as it stands."""
+
+    def __init__(
+        self, lm: LanguageModel, judge: Judge, selecting: RefineData, config: RunConfig
+    ) -> None:
+        """Answer them with the untouched model; raises `WeakBehaviour` where too few show it."""
+        self._lm, self._judge, self._tokens = lm, judge, config.evaluation.max_new_tokens
+        found = self._labels(selecting.target_validation.texts)
+        self._asked = len(found)
+        self.rate = found.count("refusal") / len(found)
+        """Share of validation targets that shows the behaviour."""
+        if config.data.mode == "over-refusal":
+            selecting = wrongly(selecting, self._labels(selecting.target.texts), found)
+            found = [label for label in found if label == "refusal"]
+        self.selecting = selecting
+        """The prompts that select; in over-refusal mode those that are refused wrongly."""
+        self.untouched = Shown(found.count("refusal") / len(found))
+        """What these show before any edit."""
+        self._kept = [p.text for kept in selecting.keep_validation for p in kept]
+        self._kept_labels = self._labels(self._kept)
+
+    def require(self, model: str, least: float) -> None:
+        """Raise `WeakBehaviour` where fewer than this share of validation targets show it."""
+        if self.rate < least:
+            raise WeakBehaviour(
+                f"{model} shows the behaviour on only {self.rate:.0%} of {self._asked} validation "
+                f"targets (needed: {least:.0%}); nothing was edited.",
+                "Give other --target prompts, or --force.",
+            )
+
+    def _labels(self, texts: Sequence[str]) -> list[Label]:
+        tried = generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+        return list(label_all(self._judge, texts, [c.text for c in tried]))
+
+    def shown(self) -> Shown:
+        """Answer validation prompts as the model stands."""
+        now = self._labels(self.selecting.target_validation.texts)
+        later = self._labels(self._kept)
+        lost = sum(a != b for a, b in zip(self._kept_labels, later, strict=True))
+        return Shown(
+            now.count("refusal") / len(now),
+            now.count("incoherent") / len(now),
+            lost / max(len(later), 1),
+        )
+
+    def late(self, rows: Sequence[int]) -> dict[int, Opening]:
+        """Tell which of some fit targets come to show it late as the model stands, and behind what."""
+        texts = [self.selecting.target.texts[row] for row in rows]
+        tried = generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+
+        def shows(index: int, text: str) -> bool:
+            return label_all(self._judge, [texts[index]], [text])[0] in ("refusal", "partial")
+
+        found = late_openings(self._lm, [c.ids for c in tried], shows)
+        return {rows[i]: opening for i, opening in found.items()}
+
+
+def refined(
+    subject: Subject,
+    watch: Watch,
+    config: RunConfig,
+    *,
+    progress: Progress[Any] = silent,
+    finished: Callable[[Pass], None] | None = None,
+    done: Sequence[Pass] = (),
+    memo: Memo = forgetful,
+    behaviour: Callable[[], Shown] | None = None,
+    self_repair: bool = True,
+) -> Refinement:
+    """Run the passes of a configuration; see `refine`. The model stays as it was."""
+    return refine(
+        subject.lm,
+        subject.edited(config),
+        watch.selecting,
+        probing=config.probe,
+        spectral=config.spectral,
+        entanglement=config.entanglement,
+        edit=config.edit,
+        spec=config.refine,
+        seed=config.seed,
+        behaviour=behaviour or watch.shown,
+        shown=watch.untouched,
+        late=watch.late,
+        progress=progress,
+        finished=finished,
+        done=done,
+        memo=memo,
+        self_repair=self_repair,
+    )
+
+
+def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]) -> RefineData:
+    """Keep as targets what is refused, and put what is answered among what must not change."""
+
+    def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
+        pairs = zip(chosen, labels, strict=True)
+        return replace(
+            chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
+        )
+
+    wrong = those(selecting.target, fit, True), those(selecting.target_validation, validation, True)
+    if len(wrong[0]) < 8 or len(wrong[1]) < 4:
+        raise WeakBehaviour(
+            f"only {len(wrong[0])} of {len(fit)} borderline prompts to fit on and {len(wrong[1])} of "
+            f"{len(validation)} to choose on are refused (needed: 8 and 4); nothing was edited.",
+            "Give more prompts with --borderline.",
+        )
+    return replace(
+        selecting,
+        target=wrong[0],
+        target_validation=wrong[1],
+        keep=(*selecting.keep, those(selecting.target, fit, False)),
+    )

@@ -1,0 +1,169 @@
+"""Local workers, and drivers and workers that are killed: no finished trial is lost or done twice."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from multiprocessing import get_context
+
+import pytest
+from conftest import make_model, make_tokenizer
+from test_sweep import config_of
+
+from saber.sweep.crew import MOST_DEATHS, Local
+from saber.sweep.drive import Plan, sweep
+from saber.sweep.grid import changed, grid, read_axis
+from saber.sweep.journal import SWEEP, TRIALS, Journal
+from saber.sweep.trial import Bench, Job
+
+GRID = Plan(("refine.top_k=1,2,3", "edit.alpha=0.5,1.0"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A pico model, settings, and what a sweep comes to that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("world")
+    make_model("llama", layers=2).save_pretrained(folder / "pico")
+    make_tokenizer().save_pretrained(folder / "pico")
+    config = config_of(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SABER_CACHE", str(folder / "cache"))
+        result = sweep(str(folder / "pico"), folder / "whole", config, GRID, force=True)
+    return folder, config, result
+
+
+def told(folder):
+    """Everything in the journal but what it cost."""
+    rows = sorted(Journal(folder / TRIALS).rows, key=lambda row: row.number)
+    free = {"seconds": 0.0, "tokens": 0, "shared": 0}
+    return [dataclasses.asdict(dataclasses.replace(row, **free)) for row in rows]
+
+
+def drive(world, out, workers=1):
+    """Run or resume a sweep; what a child process does until it is killed."""
+    folder, config, _ = world
+    os.environ["SABER_CACHE"] = str(folder / "cache")
+    plan = dataclasses.replace(GRID, workers=workers)
+    sweep(str(folder / "pico"), out, config, plan, resume=True, force=True)
+
+
+def killed_at_random(world, out, kills, rng, workers=1):
+    """Kill the driver `kills` times, then let one finish; return how many deaths were amid trials."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["saber.sweep.crew"])
+    cut = 0
+    for turn in range(kills + 1):
+        child = context.Process(target=drive, args=((*world[:2], None), out, workers))
+        child.start()
+        child.join(rng.uniform(0.5, 4.0) if turn < kills else None)
+        if child.is_alive():
+            cut += (out / TRIALS).exists()
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+        elif child.exitcode == 0:
+            break
+    return cut
+
+
+def test_a_driver_killed_at_random_moments_loses_nothing_and_repeats_nothing(world, tmp_path):
+    out = tmp_path / "s"
+    killed_at_random(world, out, 5, random.Random(1))
+    whole = world[2]
+    assert told(out) == told(whole.folder)
+    record = json.loads((out / SWEEP).read_text())
+    assert record["front"] == whole.record["front"]
+    assert record["best"]["plan"] == whole.record["best"]["plan"]
+
+
+@pytest.mark.slow
+def test_twenty_deaths_of_drivers_and_their_workers(world, tmp_path):
+    rng, deaths = random.Random(2), 0
+    for turn in range(20):
+        if deaths >= 20:
+            break
+        deaths += killed_at_random(world, tmp_path / str(turn), 5, rng, workers=1 + turn % 2)
+        assert told(tmp_path / str(turn)) == told(world[2].folder)
+    assert deaths >= 20
+
+
+def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_path, monkeypatch):
+    folder, config, whole = world
+    monkeypatch.setenv("SABER_CACHE", str(folder / "cache"))
+    job = Job(str(folder / "pico"), whole_base(config), tmp_path / "shared", force=True)
+    axes = [read_axis(job.base, text) for text in GRID.axes]
+    settings = grid(job.base, axes)
+    crew = Local(job, 2, threads=1)
+    try:
+        crew.about()
+        assert crew.free == 2
+        for setting in settings[:2]:
+            crew.start(setting)
+        # The second worker is still loading when it dies.
+        (second,) = crew.processes(1)
+        os.kill(second, signal.SIGKILL)
+        rows = [crew.wait(), crew.wait()]
+        assert crew.free == 2
+        assert crew.processes(1) != [second]
+        expected = {row["number"]: row for row in told(whole.folder)}
+        for row in rows:
+            assert row.state == "done"
+            assert row.plan == expected[row.number]["plan"]
+            assert row.measured == expected[row.number]["measured"]
+        pids = crew.processes(0) + crew.processes(1)
+    finally:
+        crew.close()
+    for pid in pids:
+        gone(pid)
+
+
+def whole_base(config):
+    return changed(config, {"data.battery": "half"})
+
+
+def gone(pid):
+    """Wait for a process to be no more; it is not ours to reap."""
+    import time
+
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {pid} is still there")
+
+
+class _Deadly(Local):
+    """Each worker dies as soon as it has a trial."""
+
+    def start(self, setting, prune=None):
+        super().start(setting, prune)
+        for pid in self.processes(0):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_setting_that_kills_every_worker_fails_at_last(world, tmp_path):
+    folder, config, _ = world
+    job = Job(str(folder / "pico"), whole_base(config), tmp_path / "shared", force=True)
+    crew = _Deadly(job, 1)
+    try:
+        crew.start(grid(job.base, [read_axis(job.base, "edit.alpha=1")])[0])
+        row = crew.wait()
+    finally:
+        crew.close()
+    assert row.state == "failed"
+    assert row.error == f"its worker died {MOST_DEATHS} times"
+
+
+def test_benches_find_the_untouched_models_activations_on_disk(world, tmp_path):
+    folder, config, whole = world
+    fresh = Bench(Job(str(folder / "pico"), whole_base(config), tmp_path, force=True))
+    found = Bench(
+        Job(str(folder / "pico"), whole_base(config), whole.folder / "shared", force=True)
+    )
+    setting = grid(fresh.base, [read_axis(fresh.base, "edit.alpha=0.75")])[0]
+    first, second = fresh.trial(setting), found.trial(setting)
+    assert (first.plan, first.measured) == (second.plan, second.measured)
+    assert second.tokens < first.tokens
+    assert first.tokens + first.shared == second.tokens + second.shared
