@@ -1,10 +1,12 @@
 """Collect answers for a hand-labelled set: the demo model untouched, and edited from weak to overdone.
 
-    python benchmarks/answers.py OUT.jsonl [--model demo] [--seed 0]
+    python benchmarks/answers.py OUT.jsonl --run RUN [--only SOURCE ...] [--model demo] [--seed 0]
 
-Writes one JSON object a line (id, source, set, category, prompt, tokens, text), without a label: that
-is for a reader to give, before any judge is asked. `tests/data/answers.jsonl` is to be
-filled from such a file.
+RUN is a finished run on the same model: its plan is taken whole, in part, and several times over, and
+so is the plain orthogonal edit. Prompts are those that a run selects on, never held-out ones, and no
+text is written twice; what OUT holds already stays. Writes one JSON object a line (id, source, kind,
+set, category, prompt, tokens, text), without a label: that is for a reader to give, before any judge is
+asked. `tests/data/answers.jsonl` is filled from such files.
 """
 
 from __future__ import annotations
@@ -12,31 +14,27 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from saber import prompts
+from saber import artifacts, prompts
 from saber.ablation import EditPlan, Removal, applied, orthogonal
-from saber.config import preset
-from saber.entanglement import entangle
-from saber.lm.chat import encode, encode_answers
+from saber.config import RunConfig, preset
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.writers import find_writers
-from saber.moments import Preserved, read_decisions
 from saber.pipeline import gather
-from saber.probing import probe, probe_capabilities
-from saber.refinement import choose
-from saber.selective import solve
-from saber.spectral import extract
+from saber.prompts import Prompt, split
 
-LENGTHS = (32, 64, 96)
-COUNTS = {"target": 13, "borderline": 7, "neutral": 4, "battery": 3}
+LENGTHS = (32, 48, 64)
+Counts = Mapping[str, int]
+UNTOUCHED: Counts = {"target": 60, "borderline": 40}
+EDITED: Counts = {"target": 26, "borderline": 8, "neutral": 4}
+WEAK: Counts = {"target": 10, "borderline": 4}
+OVERDONE: Counts = {"target": 7, "borderline": 2, "neutral": 2, "battery": 1}
 
 
 def scaled(plan: EditPlan, factor: float) -> EditPlan:
@@ -48,74 +46,84 @@ def scaled(plan: EditPlan, factor: float) -> EditPlan:
     return EditPlan({name: one(f) for name, f in plan.factors.items()})
 
 
-def edits(lm: Any) -> Iterator[tuple[str, EditPlan]]:
-    """Name the models that answer; those overdone are there for their broken answers."""
-    yield "untouched", EditPlan()
-    yield "untouched", EditPlan()
-    config = preset("default")
-    data, writers = gather(config).selecting, find_writers(lm)
-    target, neutral = (probe(lm, p, config.probe) for p in (data.target, data.neutral))
-    capability = probe_capabilities(lm, data.capability, config.probe)
-    found = extract(
-        target,
-        neutral,
-        config.spectral,
-        capability=capability,
-        generator=np.random.default_rng([config.seed, 0]),
-    )
-    measured = entangle(
-        found,
-        target,
-        neutral,
-        capability,
-        config.entanglement,
-        generator=torch.Generator().manual_seed(0),
-    )
-    rows = choose(found, measured, [None] * len(found), config.edit, config.refine)
-    taken = [c.direction for c in rows if c.status in ("ablated", "weakened")]
-    removals = [Removal(d.pattern.float(), 1.0, d.layer) for d in taken]
-    full = orthogonal(lm, writers, removals, "own")
-    for alpha in (0.3, 0.6, 1.0):
-        yield f"orthogonal, alpha {alpha:g}", scaled(full, alpha)
-    yield "orthogonal, 2.5 times", scaled(full, 2.5)
-    references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-    kept = [encode(lm, data.neutral.texts), encode(lm, data.capability.texts, references)]
-    wanted = (encode(lm, p.texts) for p in (data.target, data.neutral))
-    solved = solve(
-        lm,
-        {d.layer: d.pattern[None].float() for d in taken},
-        read_decisions(lm, writers, *wanted),
-        Preserved(lm, writers, kept),
-    )
-    ones = {d.layer: [1.0] for d in taken}
-    for lam in (1000.0, 300.0, 10.0):
-        yield f"selective, lambda {lam:g}", solved.plan({d.layer: [lam] for d in taken}, ones)
-    strong = solved.plan({d.layer: [1.0] for d in taken}, ones)
-    yield "selective, lambda 1, 3 times", scaled(strong, 3.0)
+def pools(config: RunConfig) -> dict[str, list[Prompt]]:
+    """Return the prompts that a run may select on."""
+    selecting = gather(config).selecting
+    border = split(prompts.borderline(), seed=config.seed)
+    return {
+        "target": [*selecting.target, *selecting.target_validation],
+        "borderline": [*border.fit, *border.validation],
+        "neutral": [*selecting.neutral, *selecting.neutral_validation],
+        "battery": list(prompts.battery()),
+    }
+
+
+def simple_edit(lm: Any, run: Path) -> EditPlan:
+    """Return the orthogonal edit along the directions of a run's first pass."""
+    tensors, meta = artifacts.load(run / "passes" / "1", "pass")
+    layers = [row["direction"]["layer"] for row in meta["candidates"]]
+    pairs = zip(tensors["patterns"], layers, strict=True)
+    removals = [Removal(pattern.float(), 1.0, layer) for pattern, layer in pairs]
+    return orthogonal(lm, find_writers(lm), removals, "own")
+
+
+def edits(lm: Any, run: Path) -> Iterator[tuple[str, str, Callable[[], EditPlan], Counts]]:
+    """Give source, kind, plan and numbers of prompts of each model that answers."""
+    yield "untouched", "refusing", EditPlan, UNTOUCHED
+    plan = EditPlan.load(run / "plan")
+    plain = cache(lambda: simple_edit(lm, run))
+    yield "selective", "edited", lambda: plan, EDITED
+    for factor in (0.3, 0.45, 0.6, 0.75):
+        yield f"selective, {factor:.0%}", "weak", partial(scaled, plan, factor), WEAK
+    first = EditPlan.load(run / "passes" / "1" / "plan")
+    yield "selective, first pass", "weak", lambda: first, WEAK
+    for factor in (2.0, 3.0, 8.0):
+        yield f"selective, {factor:g} times", "overdone", partial(scaled, plan, factor), OVERDONE
+    for factor in (0.5, 0.75):
+        part = partial(_of, plain, factor)
+        yield f"orthogonal, {factor:.0%}", "weak", part, WEAK
+    for factor in (1.6, 2.2):
+        part = partial(_of, plain, factor)
+        yield f"orthogonal, {factor:g} times", "overdone", part, OVERDONE
+
+
+def _of(plan: Callable[[], EditPlan], factor: float) -> EditPlan:
+    return scaled(plan(), factor)
 
 
 def main() -> None:
     """Generate and write, edit by edit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--only", action="append", metavar="SOURCE")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    rng, number = random.Random(given.seed), 0
-    pools = {name: list(getattr(prompts, name)()) for name in COUNTS}
-    lm = load(given.model, preset("default").load)
-    with given.out.open("w", encoding="utf-8") as file:
-        for source, plan in edits(lm):
-            asked = [(name, p) for name, k in COUNTS.items() for p in rng.sample(pools[name], k)]
+    config, seen = preset("default"), set[str]()
+    if given.out.exists():
+        lines = given.out.read_text(encoding="utf-8").splitlines()
+        seen = {json.loads(line)["text"] for line in lines}
+    asked, lm = pools(config), load(given.model, config.load)
+    with given.out.open("a", encoding="utf-8") as file:
+        for source, kind, plan, counts in edits(lm, given.run):
+            if given.only and source not in given.only:
+                continue
+            edit = plan()
+            rng = random.Random(f"{given.seed} {source}")
+            chosen = [(name, p) for name, k in counts.items() for p in rng.sample(asked[name], k)]
             for part, length in enumerate(LENGTHS):
-                some = asked[part :: len(LENGTHS)]
-                with applied(lm.model, plan):
+                some = chosen[part :: len(LENGTHS)]
+                with applied(lm.model, edit):
                     answers = generate(lm, [p.text for _, p in some], length)
                 for (name, prompt), answer in zip(some, answers, strict=True):
-                    number += 1
+                    if answer.text in seen:
+                        continue
+                    seen.add(answer.text)
                     row = {
-                        "id": f"answer-{number:03d}",
+                        "id": f"{given.seed}-{len(seen):03d}",
                         "source": source,
+                        "kind": kind,
                         "set": name,
                         "category": prompt.category,
                         "prompt": prompt.text,

@@ -4,8 +4,9 @@
                                [--judge phrases] [--judge-pattern ... and the like] [--errors]
 
 Prints the confusion matrix, and with 95% intervals (Wilson) how often the label is another than the
-reader's, and how often it is wrong about `refusal` or not. The tuning half may mend a judge; what is
-reported of it is the other half. `--errors` shows the items of the tuning half that it gets wrong.
+reader's, and how often it is wrong about `refusal` or not; then the same by the kind of model that
+answered. The tuning half may mend a judge; what is reported of it is the other half. `--errors` shows
+the items of the tuning half that it gets wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from saber.evaluation.statistics import wilson
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "answers.jsonl"
 LABELS = ("refusal", "partial", "answer", "incoherent")
+KINDS = ("untouched", "refusing", "edited", "weak", "overdone")
+Counts = Counter[tuple[str, str]]
 
 
 def rows_of(path: Path, half: str = "all") -> list[dict[str, Any]]:
@@ -32,7 +35,7 @@ def rows_of(path: Path, half: str = "all") -> list[dict[str, Any]]:
     return [row for row in rows if half in ("all", row["half"])]
 
 
-def confusion(rows: Sequence[dict[str, Any]], found: Sequence[str]) -> Counter[tuple[str, str]]:
+def confusion(rows: Sequence[dict[str, Any]], found: Sequence[str]) -> Counts:
     """Count pairs of the reader's label and the judge's."""
     return Counter((row["label"], label) for row, label in zip(rows, found, strict=True))
 
@@ -43,7 +46,21 @@ def rate(wrong: int, n: int) -> str:
     return f"{100 * p.rate:.1f}% ({100 * p.low:.1f}-{100 * p.high:.1f}), {wrong} of {n}"
 
 
-def table(counts: Counter[tuple[str, str]]) -> str:
+def errors(counts: Counts) -> list[str]:
+    """Return three error rates: any other label, refusal or not, incoherent or not."""
+    n = sum(counts.values())
+
+    def wrong(apart: str) -> int:
+        return sum(
+            k
+            for (a, b), k in counts.items()
+            if a != b and (not apart or (a == apart) != (b == apart))
+        )
+
+    return [rate(wrong(apart), n) for apart in ("", "refusal", "incoherent")]
+
+
+def table(counts: Counts) -> str:
     """Return the confusion matrix and the error rates."""
     lines = [
         "| reader \\ judge | " + " | ".join(LABELS) + " | all |",
@@ -52,18 +69,25 @@ def table(counts: Counter[tuple[str, str]]) -> str:
     for truth in LABELS:
         row = [counts[truth, label] for label in LABELS]
         lines.append(f"| {truth} | " + " | ".join(map(str, [*row, sum(row)])) + " |")
-    n = sum(counts.values())
-    wrong = sum(k for (a, b), k in counts.items() if a != b)
-    refused = sum(k for (a, b), k in counts.items() if (a == "refusal") != (b == "refusal"))
-    broken = sum(k for (a, b), k in counts.items() if (a == "incoherent") != (b == "incoherent"))
-    lines += [
-        "",
-        "| error | rate, 95% interval |",
-        "|---|---|",
-        f"| another label | {rate(wrong, n)} |",
-        f"| wrong about refusal | {rate(refused, n)} |",
-        f"| wrong about incoherent | {rate(broken, n)} |",
+    lines += ["", "| error | rate, 95% interval |", "|---|---|"]
+    names = ("another label", "wrong about refusal", "wrong about incoherent")
+    lines += [f"| {name} | {value} |" for name, value in zip(names, errors(counts), strict=True)]
+    return "\n".join(lines)
+
+
+def by_kind(rows: Sequence[dict[str, Any]], found: Sequence[str]) -> str:
+    """Return the error rates by the kind of model that answered."""
+    lines = [
+        "| model | another label | wrong about refusal | wrong about incoherent |",
+        "|---|---|---|---|",
     ]
+    for kind in KINDS:
+        pairs = [
+            (row, label) for row, label in zip(rows, found, strict=True) if row["kind"] == kind
+        ]
+        if pairs:
+            some = errors(confusion([row for row, _ in pairs], [label for _, label in pairs]))
+            lines.append(f"| {kind} | " + " | ".join(some) + " |")
     return "\n".join(lines)
 
 
@@ -78,7 +102,7 @@ def main() -> None:
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     rows = rows_of(given.data, given.half)
     found = label_all(judge, [r["prompt"] for r in rows], [r["text"] for r in rows])
-    print(table(confusion(rows, found)))
+    print(table(confusion(rows, found)), by_kind(rows, found), sep="\n\n")
     if given.errors:
         for row, label in zip(rows, found, strict=True):
             if row["half"] == "tuning" and label != row["label"]:

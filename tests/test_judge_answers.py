@@ -1,12 +1,19 @@
 """The phrase judge against answers of a model that a reader labelled."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from judge import KINDS, by_kind
+
+from saber.config import preset
 from saber.evaluation.judge import named_judge
+from saber.pipeline import gather
 
 ROWS = [
     json.loads(line)
@@ -26,16 +33,41 @@ def wrong(rows, apart):
 
 
 def test_the_set_is_whole():
-    assert len(ROWS) >= 160
+    assert len(ROWS) >= 315
     assert len({row["id"] for row in ROWS}) == len(ROWS)
     assert {row["label"] for row in ROWS} <= LABELS
     assert {row["half"] for row in ROWS} == {"tuning", "reporting"}
-    assert min(Counter(row["half"] for row in ROWS).values()) >= 80
+    assert min(Counter(row["half"] for row in ROWS).values()) >= 157
+    assert len({row["text"] for row in ROWS}) == len(ROWS) - 4
+    sizes = Counter((row["kind"], row["half"]) for row in ROWS)
+    assert {kind for kind, _ in sizes} == set(KINDS)
+    assert min(sizes.values()) >= 17
 
 
-@pytest.mark.parametrize(
-    ("apart", "most"), [("", 0.1), ("refusal", 0.02), ("incoherent", 0.1)]
-)
+@pytest.mark.parametrize(("apart", "most"), [("", 0.1), ("refusal", 0.02), ("incoherent", 0.1)])
 def test_the_error_stays_below_what_was_measured(apart, most):
     """Measured on the reporting half, which tuned nothing; see docs/benchmarks.md."""
     assert wrong([row for row in ROWS if row["half"] == "reporting"], apart) <= most
+
+
+def test_edited_models_were_asked_no_heldout_prompt():
+    held = gather(preset("default")).reporting
+    texts = {p.text for chosen in (held.target, held.neutral, held.borderline) for p in chosen}
+    edited = {row["prompt"] for row in ROWS if row["kind"] in ("edited", "weak", "overdone")}
+    assert len(edited) > 80
+    assert not edited & texts
+
+
+def test_nothing_that_edited_models_say_is_wrong_about_refusal():
+    rows = [row for row in ROWS if row["half"] == "reporting" and row["kind"] in ("edited", "weak")]
+    assert len(rows) >= 45
+    assert wrong(rows, "refusal") == 0
+
+
+def test_rates_by_kind_count_each_answer_once():
+    rows = [{"kind": "weak", "label": "answer"}] * 3 + [{"kind": "edited", "label": "refusal"}]
+    lines = by_kind(rows, ["answer", "answer", "incoherent", "refusal"]).splitlines()[2:]
+    assert [line.split(" |")[0] for line in lines] == ["| edited", "| weak"]
+    assert ", 0 of 1 |" in lines[0]
+    assert lines[1].count(", 1 of 3 ") == 2
+    assert lines[1].count(", 0 of 3 ") == 1

@@ -18,6 +18,7 @@ from saber.cli import tables
 from saber.cli.progress import listening
 from saber.config import RunConfig
 from saber.errors import UsageError
+from saber.evaluation import harness
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
@@ -122,6 +123,27 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     else:
         name = config.data.behaviour
         out.print(tables.results_table(before, after, before["refusal"]["n"], name))
+    return 0
+
+
+def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """`saber eval --lm-eval`: tasks of lm-eval on a model, or on an edited one and its base."""
+    out, progress = consoles(arguments)
+    names = harness.task_list(arguments.lm_eval)
+    tasks = harness.load_tasks(names)
+    models = {"base": arguments.base} if arguments.base else {}
+    record: dict[str, Any] = {**models, "model": arguments.model}
+    results = []
+    with listening(progress) as listener:
+        for name in (*models.values(), arguments.model):
+            listener.on_stage(f"running {', '.join(names)} on {name}")
+            lm = load(name, config.load)
+            results.append(harness.run_tasks(lm, tasks, limit=config.data.limit))
+    record["lm_eval"] = dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
+    if arguments.json:
+        print(json.dumps(record))
+    else:
+        out.print(tables.tasks_table(results))
     return 0
 
 

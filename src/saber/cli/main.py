@@ -106,6 +106,11 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(evaluate)
     _config_options(evaluate)
     evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
+    evaluate.add_argument(
+        "--lm-eval",
+        metavar="TASK,...",
+        help="run these tasks of lm-eval instead: YAML files, or names (--limit items of each)",
+    )
     evaluate.set_defaults(handler=_eval)
 
     inspect = commands.add_parser("inspect", help="list the residual writers and prove the list")
@@ -390,8 +395,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from saber.cli.commands import eval_command
+    from saber.cli.commands import eval_command, tasks_command
 
+    if arguments.lm_eval is not None:
+        return tasks_command(arguments, read_config(arguments))
     return eval_command(arguments, read_config(arguments))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -127,6 +127,25 @@ def results_table(
     for name, first, second in result_rows(before, after, behaviour):
         table.add_row(name, first, *([second] if after else []))
     return table
+
+
+def tasks_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """The metrics of lm-eval's tasks with their standard errors, one column a model."""
+    table = Table(title=f"lm-eval {results[0]['version']}, through the chat template")
+    for name in ("task", "items", "metric"):
+        table.add_column(name)
+    for name in ("before", "after") if len(results) > 1 else ("value",):
+        table.add_column(name, justify="right")
+    for name, task in results[0]["tasks"].items():
+        for metric in task["metrics"]:
+            found = [r["tasks"][name]["metrics"][metric] for r in results]
+            table.add_row(name, str(task["n"] or ""), metric, *map(_with_error, found))
+    return table
+
+
+def _with_error(metric: Mapping[str, Any]) -> str:
+    error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
+    return f"{metric['value']:.4f}{error}"
 
 
 def writers_table(report: Mapping[str, Any]) -> Table:
