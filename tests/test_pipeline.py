@@ -61,7 +61,7 @@ def finished(request, pico, tmp_path_factory):
     return run(str(pico), folder, small(request.param), force=True)
 
 
-def test_run_leaves_a_complete_folder(finished, pico):
+def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
     import transformers
 
     folder, record = finished.folder, json.loads((finished.folder / "run.json").read_text())
@@ -93,9 +93,9 @@ def test_run_leaves_a_complete_folder(finished, pico):
     assert edited.dtype == base.dtype
     transformers.AutoTokenizer.from_pretrained(folder / "model")
     # The plan made on the base's files, without the model, gives the same weights.
-    made = apply_to_files(folder, str(model_folder), folder.parent / "applied")
+    made = apply_to_files(folder, str(pico), tmp_path / "applied")
     assert made.record.origin["base_fingerprint"] == record["model"]["fingerprint"]
-    weights = load_file(folder.parent / "applied" / "model.safetensors")
+    weights = load_file(tmp_path / "applied" / "model.safetensors")
     for name, value in load_file(folder / "model" / "model.safetensors").items():
         assert torch.equal(value, weights[name])
 
