@@ -211,6 +211,7 @@ def test_pieces_are_read_off_indices():
     assert piece("x", index[:, :1], (2, 3, 4)).axes == (0, -1, 2)
     assert piece("x", index.reshape(6, 4), (2, 3, 4)) is None
     assert piece("x", index[0, [0, 2, 1]], (2, 3, 4)) is None
+    assert piece("x", index[0, [0, 1, 1]], (2, 3, 4)) is None
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -759,6 +760,33 @@ def test_eight_bit_weights_are_edited_and_the_loss_told(eight_bit):
     untouched = [k for k in before if k.removesuffix("_scale_inv") not in edited]
     assert all(same_bits(before[k], after[k]) for k in untouched)
     assert "8 bits" in (root / "out" / "README.md").read_text()
+
+
+def test_a_block_that_outgrows_its_scale_gets_a_new_one(eight_bit):
+    """Powers of two stay powers of two, as some formats need."""
+    root, _ = eight_bit
+    name = "model.layers.1.self_attn.o_proj.weight"
+    held = tensors(root / "packed")
+    held[f"{name}_scale_inv"] = 2.0 ** held[f"{name}_scale_inv"].log2().ceil()
+    save_file(held, root / "packed" / WEIGHTS, metadata={"format": "pt"})
+    lm = loaded(root / "plain", make_model("llama", layers=2).float())
+    left, right = torch.zeros(32, 1), torch.zeros(1, 32)
+    left[:16], right[:, :16] = 1.0, 50.0
+    plan = EditPlan({name.removesuffix(".weight"): Factor(left, right, None, 0)})
+    save_plan(root / "large", lm, plan)
+    made = apply_to_files(
+        root / "large", str(root / "packed"), root / "out", replace(HERE, force=True)
+    )
+    after = tensors(root / "out")
+    scale, old = after[f"{name}_scale_inv"], held[f"{name}_scale_inv"]
+    assert scale[0, 0] > old[0, 0]
+    assert (scale.log2() % 1 == 0).all()
+    assert torch.equal(scale.flatten()[1:], old.flatten()[1:])
+    wanted = dequantised(held[name], old) + left @ right
+    found = dequantised(after[name], scale)
+    assert ((found - wanted).abs() <= wanted.abs() * 2**-4 + 1e-3).all()
+    assert same_bits(after[name][16:], held[name][16:])
+    assert made.record.rounding[name] < 0.05
 
 
 def test_eight_bit_weights_without_blockwise_scales_are_refused(eight_bit):
