@@ -242,7 +242,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.size:
         print(
-            "| a side | d_model | changed | time | CPU | both sides | x reading | peak / largest f32 | verdict |"
+            "| a side | d_model | changed | time | CPU | both sides | x reading | peak / largest | verdict |"
         )
         print("|---:|---:|---:|---:|---:|---:|---:|---:|---|")
         for full in (False, True):
