@@ -8,6 +8,7 @@ python benchmarks/diff.py --size 1 --d-model 2048    # throughput and memory on 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -21,7 +22,17 @@ from typing import Any
 
 import torch
 import transformers
-from diff_cases import CASES, DTYPES, FAMILIES, Case, ablation, differing, situation
+from diff_cases import (
+    CASES,
+    DTYPES,
+    FAMILIES,
+    ON_FILES,
+    Case,
+    ablation,
+    differing,
+    of_files,
+    situation,
+)
 from safetensors.torch import save_file
 
 from saber.checkpoint.diff import compare
@@ -79,6 +90,23 @@ def table(results: Path) -> None:
         said = Counter(r["verdict"] for r in rows if r["case"] == name)
         if wrong := {k: n for k, n in said.items() if k not in case.right}:
             print(f"{case.title}: {wrong}")
+
+
+def on_real(folder: Path, layers: set[int]) -> None:
+    """Print the verdicts on edits of some layers of a real checkpoint."""
+    print("| edit | " + " | ".join(f"{d}: verdict | rank | law" for d in DTYPES) + " |")
+    print("|---|" + "---|---:|---:|" * len(DTYPES))
+    bases = [of_files(folder, layers, dtype) for dtype in DTYPES.values()]
+    for name in ON_FILES:
+        cells = []
+        for base in bases:
+            with tempfile.TemporaryDirectory() as where:
+                v = differing(base, CASES[name].edit(base), Path(where)).verdict
+            rank = "" if v.rank is None else str(v.rank)
+            law = "" if v.law is None else f"{v.law:.0%}"
+            wrong = "" if v.name in CASES[name].right else " (wrong)"
+            cells.append(f"`{v.name}`{wrong} | {rank} | {law}")
+        print(f"| {CASES[name].title} | {' | '.join(cells)} |")
 
 
 def strengths(seeds: int, families: list[str]) -> None:
@@ -168,10 +196,11 @@ def throughput(size: float, d: int, full: bool) -> None:
             file.read_bytes()
         sides = [open_checkpoint(p) for p in paths]
         largest = 4 * max(torch.tensor(t.shape).prod().item() for t in sides[0].tensors.values())
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide what is taken
         with Watch() as watch:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             found = compare(*sides)
-            seconds = time.perf_counter() - start
+            seconds, busy = time.perf_counter() - start, time.process_time() - busy
         start = time.perf_counter()
         for side in sides:
             for name in side.tensors:
@@ -179,7 +208,7 @@ def throughput(size: float, d: int, full: bool) -> None:
         reading = time.perf_counter() - start
     changed = sum(p.change.relative > 0 for p in found.pieces)
     print(
-        f"| {found.size / 2e9:.2f} GB | {d} | {changed} of {found.common} | {seconds:.1f} s "
+        f"| {found.size / 2e9:.2f} GB | {d} | {changed} of {found.common} | {seconds:.1f} s | {busy:.1f} s "
         f"| {found.size / seconds / 1e6:.0f} MB/s | {seconds / reading:.1f} "
         f"| {(watch.peak - watch.base) / largest:.1f} | {found.verdict.name} |"
     )
@@ -208,16 +237,20 @@ def main() -> None:
         "--results", type=Path, default=Path("runs/diff.jsonl"), help="kept as it goes"
     )
     parser.add_argument("--strengths", action="store_true")
+    parser.add_argument("--model", type=Path, help="folder of a real Llama-like checkpoint")
+    parser.add_argument("--layers", default="12,20,27")
     parser.add_argument("--size", type=float, default=0.0)
     parser.add_argument("--d-model", type=int, default=2048)
     given = parser.parse_args()
     if given.size:
         print(
-            "| a side | d_model | changed | time | both sides | x reading | peak / largest f32 | verdict |"
+            "| a side | d_model | changed | time | CPU | both sides | x reading | peak / largest | verdict |"
         )
-        print("|---:|---:|---:|---:|---:|---:|---:|---|")
+        print("|---:|---:|---:|---:|---:|---:|---:|---:|---|")
         for full in (False, True):
             throughput(given.size, given.d_model, full)
+    elif given.model:
+        on_real(given.model, {int(n) for n in given.layers.split(",")})
     elif given.strengths:
         strengths(given.seeds, given.families.split(","))
     else:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from saber.ablation import Removal, apply, orthogonal
 from saber.checkpoint.diff import Difference, compare
+from saber.checkpoint.naming import layer_of
 from saber.checkpoint.reading import open_checkpoint
 from saber.linalg import unit
 from saber.lm.chat import Encoded
@@ -64,7 +65,7 @@ class Situation:
     def directions(self, k: int, number: int = 0) -> Tensor:
         """Return k orthonormal directions of the stream (k, d_model)."""
         generator = torch.Generator().manual_seed(1000 * self.seed + number)
-        d = tiny.WIDTH
+        d = self.model.config.hidden_size
         return torch.linalg.qr(torch.randn(d, k, generator=generator)).Q.T
 
     def language_model(self) -> LanguageModel:
@@ -85,6 +86,20 @@ def situation(family: str, seed: int, dtype: torch.dtype) -> Situation:
     """Return a random model of a family, with weights that the dtype can hold."""
     model = tiny.tiny_model(family, seed).to(dtype).float()
     return Situation(family, seed, dtype, model, on_disk(model))
+
+
+def of_files(folder: Path, layers: set[int], dtype: torch.dtype) -> Situation:
+    """Return some layers of a real checkpoint of a Llama's names, for edits that need no running model."""
+    from transformers import AutoConfig
+
+    checkpoint = open_checkpoint(str(folder))
+    tensors = {
+        name: checkpoint.read(name).to(dtype).float()
+        for name in checkpoint.tensors
+        if layer_of(name) in layers
+    }
+    holder = SimpleNamespace(config=AutoConfig.from_pretrained(folder))
+    return Situation("llama", 0, dtype, holder, tensors)
 
 
 def on_disk(model: Any) -> Tensors:
@@ -397,6 +412,12 @@ class Case:
         return "directional_ablation" in self.right
 
 
+ON_FILES = (
+    *("ablation_1", "ablation_3", "ablation_weak", "ablation_layers", "columns_kept", "rows_kept"),
+    *("rows_apart", "frobenius_kept", "amplified", "shared_output", "rank_reduced", "pruned"),
+    *("low_precision", "quantised_8", "quantised_4", "scaled", "norms_only", "identity"),
+)
+"""Cases that need no running model."""
 ABLATION, LOW, FULL = ("directional_ablation",), ("low_rank",), ("full_rank",)
 CASES: Mapping[str, Case] = {
     "ablation_1": Case("ablation, rank 1", ablation(1), ABLATION, 1),

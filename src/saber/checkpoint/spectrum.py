@@ -61,9 +61,6 @@ def singular(
         left, right = (near, far) if m <= n else (far, near)
         return left.float(), values, right.float()
     columns = min(keep + OVERSAMPLE, m, n)
-    scale = float(d.abs().max())
-    if scale == 0.0:
-        return torch.zeros(m, keep), torch.zeros(keep, dtype=torch.float64), torch.zeros(n, keep)
     start = torch.randn(n, columns, generator=generator)
     q = torch.linalg.qr(d @ start).Q
     q = torch.linalg.qr(d.T @ q).Q
