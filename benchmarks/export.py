@@ -25,10 +25,12 @@ import xllamacpp
 
 from saber import prompts
 from saber.ablation import applied
-from saber.checkpoint.export import Exported, ExportSpec, Format, Run, export
-from saber.checkpoint.gguf_file import Change, open_gguf, rewrite
+from saber.checkpoint.export import Exported, ExportSpec, Format, export
+from saber.checkpoint.gguf_file import Change, open_gguf
 from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.gguf_rewrite import rewrite
 from saber.checkpoint.lora import read_lora
+from saber.checkpoint.runs import Run
 from saber.lm import demo
 from saber.lm.load import load
 

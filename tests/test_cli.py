@@ -160,7 +160,7 @@ def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
         "NAME=VALUE" in failing(capsys, "run", "demo", "--set", "alpha", "--out", tmp_path / "o")[1]
     )
     assert (
-        "unknown export"
+        "unknown format"
         in failing(capsys, "run", "demo", "--export", "gguff", "--out", tmp_path / "o")[1]
     )
 

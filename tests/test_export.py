@@ -19,8 +19,9 @@ from test_export_lora import IDS, random_plan, read
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
-from saber.checkpoint.export import ExportSpec, Run, export
+from saber.checkpoint.export import ExportSpec, export
 from saber.checkpoint.origin import origin, plan_hash
+from saber.checkpoint.runs import Run
 from saber.checkpoint.sketch import take
 from saber.cli.main import main
 from saber.errors import ModelError

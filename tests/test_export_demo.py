@@ -6,8 +6,10 @@ import torch
 
 from saber import artifacts, prompts
 from saber.ablation import EditPlan, Factor, applied
-from saber.checkpoint.export import Run, export
-from saber.checkpoint.gguf_file import Change, open_gguf, rewrite
+from saber.checkpoint.export import export
+from saber.checkpoint.gguf_file import Change, open_gguf
+from saber.checkpoint.gguf_rewrite import rewrite
+from saber.checkpoint.runs import Run
 from saber.checkpoint.sketch import take
 from saber.linalg import unit
 from saber.lm import demo

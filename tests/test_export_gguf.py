@@ -2,6 +2,7 @@
 
 import re
 import struct
+import tracemalloc
 
 import gguf
 import ggufs
@@ -12,11 +13,12 @@ from gguf import quants
 from test_export_lora import IDS, random_plan, writers
 
 from saber.ablation import EditPlan, Factor, apply
-from saber.checkpoint import gguf_file
-from saber.checkpoint.gguf_file import open_gguf, rewrite
+from saber.checkpoint import gguf_rewrite
+from saber.checkpoint.gguf_file import open_gguf
 from saber.checkpoint.gguf_fit import choose, require_alike, require_architecture
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.gguf_rewrite import rewrite
 from saber.checkpoint.sketch import Sketch, likeness, take
 from saber.errors import ModelError, OutputError, UnknownName, UsageError
 
@@ -224,7 +226,7 @@ def test_metadata_and_untouched_tensors_are_carried_over_byte_for_byte(tmp_path)
 
 def test_pieces_of_a_tensor_add_up_to_the_whole(tmp_path, monkeypatch):
     base, out, report, _ = edited("mixtral", tmp_path, "Q8_0")
-    monkeypatch.setattr(gguf_file, "BLOCK", 256)
+    monkeypatch.setattr(gguf_rewrite, "BLOCK", 256)
     file = open_gguf(base)
     again = tmp_path / "again.gguf"
     plan = random_plan(build("mixtral"))
@@ -232,6 +234,25 @@ def test_pieces_of_a_tensor_add_up_to_the_whole(tmp_path, monkeypatch):
     assert again.read_bytes() == out.read_bytes()
     for a, b in zip(small, report, strict=True):
         np.testing.assert_allclose(a[3:], b[3:], rtol=1e-6)
+
+
+def test_memory_is_that_of_a_few_pieces_whatever_the_tensors_size(tmp_path, monkeypatch):
+    model = ggufs.dense_model("llama", hidden=512)
+    base = ggufs.write(model, tmp_path / "b.gguf", "Q8_0")
+    file = open_gguf(base)
+    plan = random_plan(model)
+    edits = choose(file, changes(file, plan), "keep")
+    largest = max(4 * change.tensor.rows * change.tensor.shape[-1] for change, _ in edits.values())
+    peaks = []
+    for block in (1 << 22, 1 << 12):
+        monkeypatch.setattr(gguf_rewrite, "BLOCK", block)
+        tracemalloc.start()
+        rewrite(file, tmp_path / "o.gguf", edits, META)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    whole, pieces = peaks
+    assert whole > largest
+    assert pieces < largest / 2
 
 
 def q4_k(path):
@@ -368,7 +389,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf_file, "_copy", full)
+    monkeypatch.setattr(gguf_rewrite, "_copy", full)
     with pytest.raises(OutputError, match="No space left"):
         rewrite(file, tmp_path / "o.gguf", edits, META)
     assert [p.name for p in tmp_path.iterdir()] == ["b.gguf"]

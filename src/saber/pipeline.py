@@ -21,7 +21,8 @@ import transformers
 from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
-from saber.checkpoint.export import PLACES, SKETCH, Run, check_formats, export_all
+from saber.checkpoint.export import PLACES, check_formats, export_all
+from saber.checkpoint.runs import SKETCH, Run
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement

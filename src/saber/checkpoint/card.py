@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from saber.checkpoint.gguf_file import Rounding
+from saber.checkpoint.gguf_rewrite import Rounding
 from saber.notices import notice
 
 WORDS = {

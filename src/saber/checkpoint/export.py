@@ -14,14 +14,16 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint import gguf_fit
 from saber.checkpoint.card import DROWNED, export_card
-from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, Rounding, open_gguf, rewrite
+from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import save_merged
 from saber.checkpoint.origin import origin
-from saber.checkpoint.sketch import Sketch, take
-from saber.errors import DataError, ModelError, OutputError, UnknownName, UsageError
+from saber.checkpoint.runs import Run
+from saber.checkpoint.sketch import take
+from saber.errors import ModelError, OutputError, UnknownName, UsageError
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
 from saber.lm.load import LoadSpec, load, skeleton
@@ -29,47 +31,11 @@ from saber.lm.model import LanguageModel, fingerprint
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
 FORMATS: tuple[Format, ...] = ("lora", "merged", "gguf", "gguf-lora")
-RUN, PLAN, SKETCH, CARD = "run.json", "plan", "sketch", "README.md"
+CARD = "README.md"
 PLACES: Mapping[str, str] = {
     "merged": "model", "lora": "adapter", "gguf": "gguf", "gguf-lora": "gguf-adapter",
 }  # fmt: skip
 """Where `saber run --export` puts them inside a run folder."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: what was found, and on which model."""
-
-    record: Mapping[str, Any]
-    """`run.json`."""
-    plan: EditPlan
-    """The edit."""
-    sketch: Sketch | None
-    """Samples of the weights before the edit; runs of older versions have none."""
-
-    @classmethod
-    def load(cls, folder: Path) -> Run:
-        """Read a run folder; raises `DataError` where there is none, or none with a plan."""
-        if not (folder / RUN).is_file():
-            what = "is not finished" if (folder / "state.json").is_file() else "is no run folder"
-            raise DataError(
-                f"{folder} {what}: it has no {RUN}.", "Give a folder that saber run wrote."
-            )
-        if not (folder / PLAN / artifacts.META).is_file():
-            raise DataError(
-                f"the run in {folder} has no plan, so there is nothing to export.",
-                "Give a run that edited its model.",
-            )
-        plan = EditPlan.load(folder / PLAN)
-        if not plan.factors:
-            raise DataError(f"the plan in {folder / PLAN} changes nothing.")
-        return cls(artifacts.read_json(folder / RUN), plan, Sketch.load(folder / PLAN / SKETCH))
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """What `run.json` says of the model: name, source, base, fingerprint, ..."""
-        found: Mapping[str, Any] = self.record["model"]
-        return found
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,12 @@ from saber.checkpoint.card import DROWNED
 from saber.checkpoint.gguf_file import (
     Change,
     GgufFile,
-    blocks,
-    changed_rows,
     fits,
     known_types,
     read_rows,
-    rounding,
     writable,
 )
+from saber.checkpoint.gguf_rewrite import blocks, changed_rows, rounding
 from saber.checkpoint.sketch import ALIKE, Sketch, likeness, positions
 from saber.errors import ModelError, UnknownName, UsageError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from saber.checkpoint.export import Exported, ExportSpec, Run, check_formats, export
+from saber.checkpoint.export import Exported, ExportSpec, check_formats, export
+from saber.checkpoint.runs import Run
 from saber.cli.progress import listening
 from saber.config import RunConfig
 
