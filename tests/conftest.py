@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -119,13 +121,19 @@ def llama() -> LanguageModel:
     return make_lm("llama")
 
 
-@pytest.fixture
-def model_folder(tmp_path):
-    """A pico Llama saved as a checkpoint."""
-    folder = tmp_path / "pico"
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory):
+    """A pico Llama saved as a checkpoint, to be read alone."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "pico"
     make_model("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def model_folder(pico, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(pico, tmp_path / "pico"))
 
 
 @pytest.fixture(autouse=True)

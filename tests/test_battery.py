@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import saber.prompts
 from saber.errors import DataError, SaberError, UnknownName
-from saber.evaluation.checkers import check, find_choice, find_code, find_number
+from saber.evaluation.checkers import check, decided, find_choice, find_code, find_number
 from saber.evaluation.sandbox import run_asserts
 from saber.prompts.model import normalised
 
@@ -373,3 +373,19 @@ def test_the_child_cannot_print_here_nor_forge_a_verdict(capfd):
     verdict = json.dumps({"passed": True, "reason": "", "missing": [], "token": ""})
     assert not run(forged.replace("{}", verdict)).passed
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_decided_does_not_change_with_more_text():
+    fact = {"kind": "fact", "aliases": ["Paris"]}
+    assert not decided(fact, "It is Paris")  # it may go on as "Parisian"
+    assert decided(fact, "It is Paris.")
+    assert not decided({**fact, "not": ["Lyon"]}, "It is Paris.")
+    code = {"kind": "code", "entry_point": "f", "asserts": ["f(1) == 1"]}
+    block = "Sure:\n```python\ndef f(x):\n    return x\n"
+    assert not decided(code, block)
+    assert not decided(code, block + "```")
+    assert not decided(code, "```python\ndef g(x):\n    return x\n```\n")
+    assert decided(code, block + "```\n")
+    more = "And another:\n```python\ndef f(x):\n    return 2\n```\n"
+    assert find_code(block + "```\n", "f") == find_code(block + "```\n" + more, "f")
+    assert not decided({"kind": "number", "value": 4}, "It is 4.")

@@ -6,10 +6,11 @@ import torch
 from conftest import make_lm
 from transformers import DynamicCache
 
+from saber.evaluation.divergence import diverge, exact, keep_reference, own_answers
 from saber.lm.cache import RoomyLayer, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
 from saber.lm.forward import cacheable, forward, plan_batches
-from saber.lm.generate import agreed, generate, greedy_starts
+from saber.lm.generate import Request, agreed, answer, generate, greedy_starts
 
 PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
 
@@ -52,6 +53,36 @@ def test_drafts_change_nothing_but_the_work(lm):
     drafted = lm.work.tokens - before
     generate(lm, PROMPTS, 12)
     assert drafted < lm.work.tokens - before - drafted
+
+
+def test_answers_of_several_kinds_together_are_those_of_each_alone(lm):
+    whole = generate(lm, PROMPTS, 12)
+    limits = [12, 3, 7, 12]
+    asked = [
+        Request(prompt, limit, (lambda _text: True) if i == 3 else None)
+        for i, (prompt, limit) in enumerate(zip(PROMPTS, limits, strict=True))
+    ]
+    found = answer(lm, asked)
+    for one, limit, completion in zip(found, limits, whole, strict=True):
+        assert one.ids == completion.ids[: len(one.ids)]
+        assert len(one.ids) <= limit
+    assert found[1].ids == whole[1].ids[:3]
+    assert len(found[3].ids) < len(whole[3].ids)
+    # What is settled at its start is not written further.
+    assert answer(lm, [Request(PROMPTS[3], 12, asked[3].settled, found[3].ids)])[0].ids == found[3].ids
+
+
+def test_what_the_head_saw_while_writing_is_what_a_pass_over_the_answer_shows(lm):
+    reference = own_answers(lm, PROMPTS, 12)
+    again = keep_reference(lm, PROMPTS, reference.answers)
+    assert exact(lm)
+    for one, other in zip(reference.head_inputs, again.head_inputs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(
+        torch.tensor(reference.scores.nll), torch.tensor(again.scores.nll), atol=2e-4, rtol=2e-4
+    )
+    assert reference.scores.tokens.tolist() == again.scores.tokens.tolist()
+    assert float(diverge(lm, reference).per_token.max()) < 1e-6
 
 
 def test_a_start_ends_with_the_first_token_that_is_another():

@@ -1,6 +1,7 @@
 """The main job on a pico model: files, determinism, resume, and that held-out prompts select nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tokenizer
+from safetensors.torch import load_file
 
 from saber import pipeline, prompts
+from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
@@ -51,12 +54,14 @@ def untimed(record):
 both = pytest.mark.parametrize("name", ["default", "orthogonal"])
 
 
-@pytest.fixture(params=["default", "orthogonal"])
-def finished(request, model_folder, tmp_path):
-    return run(str(model_folder), tmp_path / "run", small(request.param), force=True)
+@pytest.fixture(scope="module", params=["default", "orthogonal"])
+def finished(request, pico, tmp_path_factory):
+    """A run that tests look at and do not change."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return run(str(pico), folder, small(request.param), force=True)
 
 
-def test_run_leaves_a_complete_folder(finished, model_folder):
+def test_run_leaves_a_complete_folder(finished, pico):
     import transformers
 
     folder, record = finished.folder, json.loads((finished.folder / "run.json").read_text())
@@ -76,7 +81,7 @@ def test_run_leaves_a_complete_folder(finished, model_folder):
         <= record["comparison"]["perplexity_ratio"]["high"]
     )
     edited = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(pico)
     changed = {
         n for n, p in edited.state_dict().items() if not torch.equal(p, base.state_dict()[n])
     }
@@ -87,14 +92,18 @@ def test_run_leaves_a_complete_folder(finished, model_folder):
     }
     assert edited.dtype == base.dtype
     transformers.AutoTokenizer.from_pretrained(folder / "model")
+    # The plan made on the base's files, without the model, gives the same weights.
+    made = apply_to_files(folder, str(model_folder), folder.parent / "applied")
+    assert made.record.origin["base_fingerprint"] == record["model"]["fingerprint"]
+    weights = load_file(folder.parent / "applied" / "model.safetensors")
+    for name, value in load_file(folder / "model" / "model.safetensors").items():
+        assert torch.equal(value, weights[name])
 
 
-@both
-def test_same_seed_gives_the_same_record(model_folder, tmp_path, name):
-    first, second = (
-        run(str(model_folder), tmp_path / str(i), small(name), force=True).record for i in range(2)
-    )
-    assert json.dumps(untimed(first)) == json.dumps(untimed(second))
+def test_same_seed_gives_the_same_record(finished, pico, tmp_path):
+    config = small(finished.record["config"]["preset"])
+    again = run(str(pico), tmp_path / "again", config, force=True).record
+    assert json.dumps(untimed(finished.record)) == json.dumps(untimed(again))
 
 
 def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
@@ -169,8 +178,8 @@ def test_splits_that_select_and_report_share_no_prompt():
     assert not texts & set(held)
 
 
-def test_resume_repeats_no_finished_pass_and_ends_alike(model_folder, tmp_path):
-    whole = run(str(model_folder), tmp_path / "whole", small(), force=True, export=())
+@pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
+def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path):
     seen = []
 
     class Stop(Exception):
@@ -182,7 +191,7 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(model_folder, tmp_path):
 
     with pytest.raises(Stop):
         run(
-            str(model_folder),
+            str(pico),
             tmp_path / "cut",
             small(),
             force=True,
@@ -192,7 +201,7 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(model_folder, tmp_path):
     assert not (tmp_path / "cut" / "run.json").exists()
     again = []
     resumed = run(
-        str(model_folder),
+        str(pico),
         tmp_path / "cut",
         small(),
         force=True,
@@ -201,11 +210,12 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(model_folder, tmp_path):
         listener=pipeline.Listener(on_pass=lambda p: again.append(p.index)),
     )
     assert (seen, again) == ([1], [2])
-    assert untimed(resumed.record) == untimed(whole.record)
-    plans = [(tmp_path / n / "plan" / "tensors.safetensors").read_bytes() for n in ("whole", "cut")]
+    assert untimed(resumed.record) == untimed(finished.record)
+    folders = (finished.folder, tmp_path / "cut")
+    plans = [(f / "plan" / "tensors.safetensors").read_bytes() for f in folders]
     assert plans[0] == plans[1]
     with pytest.raises(OutputError, match="finished"):
-        run(str(model_folder), tmp_path / "cut", small(), resume=True)
+        run(str(pico), tmp_path / "cut", small(), resume=True)
 
 
 def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
@@ -215,14 +225,15 @@ def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
             tmp_path / "x",
             small(),
             force=True,
-            listener=pipeline.Listener(on_pass=_interrupt),
+            listener=pipeline.Listener(on_stage=_interrupt_measuring),
         )
     with pytest.raises(UsageError, match="config"):
         run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
 
 
-def _interrupt(_pass):
-    raise KeyboardInterrupt
+def _interrupt_measuring(stage):
+    if stage.startswith("measuring"):
+        raise KeyboardInterrupt
 
 
 def test_a_model_that_hardly_refuses_is_not_edited(model_folder, tmp_path):
@@ -245,12 +256,11 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
-def test_overwrite_replaces_a_former_run(finished, model_folder):
-    again = run(
-        str(model_folder), finished.folder, small(seed=1), force=True, overwrite=True, export=()
-    )
+def test_overwrite_replaces_a_former_run(finished, pico, tmp_path):
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    again = run(str(pico), folder, small(seed=1), force=True, overwrite=True, export=())
     assert again.record["config"]["seed"] == 1
-    assert not (finished.folder / "model").exists()
+    assert not (folder / "model").exists()
 
 
 def test_nan_weights_name_the_layer(model_folder, tmp_path):

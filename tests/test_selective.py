@@ -10,11 +10,13 @@ from conftest import make_lm
 from saber.ablation import applied
 from saber.errors import NonFinite
 from saber.linalg import unit
-from saber.lm.chat import Encoded
+from saber.lm.chat import Encoded, encode
 from saber.lm.inputs import plan_reading, read_inputs
 from saber.lm.layers import find_layers
 from saber.lm.writers import find_writers
 from saber.moments import Moment, Preserved, read_decisions
+from saber.probing import ProbeSpec, probe
+from saber.prompts import Prompt, PromptSet
 from saber.selective import solve
 
 
@@ -115,6 +117,26 @@ def test_the_inputs_of_a_writer_times_its_weight_are_what_it_writes(make):
     for key, rows in last.items():
         distance = torch.cdist(rows.double(), every[key].double()).amin(1)
         assert float(distance.max()) < 1e-4 * float(every[key].norm(dim=1).mean())
+
+
+def test_probing_reads_what_goes_into_writers_in_the_same_pass():
+    lm = make_lm()
+    writers = find_writers(lm)
+    prompts = PromptSet("some", tuple(Prompt(str(i), "", f"say {'so ' * i}on") for i in range(5)))
+    for opening in ((), (7, 8)):
+        found = probe(lm, prompts, ProbeSpec(), opening=opening, writers=writers)
+        plain = probe(lm, prompts, ProbeSpec(), opening=opening)
+        torch.testing.assert_close(found.hidden, plain.hidden)
+        encoded = encode(lm, prompts.texts, [opening] * 5)
+        expected = read_decisions(lm, writers, encoded, encoded).target
+        assert plain.inputs is None
+        assert set(found.inputs) == set(expected)
+        for key, rows in expected.items():
+            assert len(found.inputs[key]) == len(rows) == 5
+            # The order is free, but each row is there.
+            gaps = torch.cdist(found.inputs[key].double(), rows.double())
+            assert float(gaps.amin(0).max()) < 1e-4 * float(rows.norm(dim=1).mean())
+            assert len(set(gaps.argmin(0).tolist())) == 5
 
 
 def solved(lm, writers, k=1, lambdas=1.0, alphas=1.0, memory=4e9, prefix=3):

@@ -16,6 +16,7 @@ from saber import artifacts, codec
 from saber.linalg import accumulated_removal
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
+from saber.products import exact_product
 
 Scope = Literal["own", "nearest", "upstream", "all"]
 KIND = "edit-plan"
@@ -95,8 +96,8 @@ class Factor:
         )
 
     def delta(self) -> Tensor:
-        """Return the change in the layout of the stored weight."""
-        change = self.left @ self.right.reshape(self.right.shape[0], -1)
+        """Return the change in the layout of the stored weight, the same bits as a part of it alone."""
+        change = exact_product(self.left, self.right.reshape(self.right.shape[0], -1))
         return change.reshape(-1, *self.right.shape[1:]).movedim(0, self.axis)
 
 

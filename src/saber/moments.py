@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,13 @@ class Decisions:
     rows: int
     """Target rows that a plain weight has: prompts times positions."""
 
+    @classmethod
+    def of(
+        cls, target: Mapping[Key, Tensor], neutral: Mapping[Key, Tensor], rows: int
+    ) -> Decisions:
+        """Make them of the rows (n, d_in) of targets and of neutral prompts."""
+        return cls(dict(target), {key: value.mean(0) for key, value in neutral.items()}, rows)
+
 
 def read_decisions(
     lm: LanguageModel,
@@ -61,8 +68,11 @@ def read_decisions(
         )
         return {key: torch.cat(parts) for key, parts in found.items() if sum(map(len, parts))}
 
-    means = {key: value.mean(0) for key, value in rows(neutral, "inputs on neutral").items()}
-    return Decisions(rows(target, "inputs on targets"), means, len(target) * positions)
+    return Decisions.of(
+        rows(target, "inputs on targets"),
+        rows(neutral, "inputs on neutral"),
+        len(target) * positions,
+    )
 
 
 class Moment:

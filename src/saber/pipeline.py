@@ -20,7 +20,9 @@ import transformers
 
 from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
-from saber.checkpoint import save_merged
+from saber.checkpoint import plan_on_disk
+from saber.checkpoint.export import PLACES, SKETCH, Run, check_formats, export_all
+from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
 from saber.errors import (
@@ -51,7 +53,7 @@ from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
 from saber.subject import Subject, Watch, refined
 
-RUN, STATE, PLAN, MODEL, PASSES = "run.json", "state.json", "plan", "model", "passes"
+RUN, STATE, PLAN, PASSES = "run.json", "state.json", "plan", "passes"
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def run(
     """
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
+    check_formats(export, model)
     data = gather(config)
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     judged_by = describe(config.evaluation.judge, judge)
@@ -181,9 +184,12 @@ def run(
     if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
         first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
         raise NoGain(first, last, len(watch.selecting.target_validation))
+    plan_on_disk.save(out / PLAN, lm, outcome.plan)
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
     )
+    sketch = take(lm.model, outcome.plan)
+    sketch.save(out / PLAN / SKETCH)
     with clock("evaluate"), applied(lm.model, outcome.plan):
         listener.on_stage("measuring the edited model")
         after = measure(
@@ -212,10 +218,10 @@ def run(
         "examples": examples(before, after),
         **({"sweep": origin.describe(outcome.plan)} if origin else {}),
     }
-    if "merged" in export:
-        with clock("save"):
-            listener.on_stage("saving the edited model")
-            save_merged(lm, outcome.plan, out / MODEL)
+    with clock("save"):
+        listener.on_stage("saving the edit")
+        made = Run(record, outcome.plan, sketch)
+        record["exports"] = export_all(made, export, out, lm=lm, progress=listener.progress)
     total = clock.total()
     record["seconds"] = {**clock.seconds, "total": total}
     record["work"] = {
@@ -445,7 +451,7 @@ def _removed_if_empty(out: Path) -> Iterator[None]:
 
 def _remove_run(out: Path) -> None:
     """Remove a former run's files; refuse a folder that holds anything that is not ours."""
-    ours = {RUN, STATE, PLAN, MODEL, PASSES, "plots", "report.html", "README.md"}
+    ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
     foreign = sorted(
         p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
     )

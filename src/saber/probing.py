@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded, encode, encode_answers, measure_template
 from saber.lm.forward import Progress, forward, silent
+from saber.lm.inputs import Key, Tap
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
 from saber.lm.substitution import streams_axis
+from saber.lm.writers import Writer
 from saber.prompts import PromptSet
 
 
@@ -40,6 +43,8 @@ class Activations:
     """Category of each prompt (of each sample, for capability activations)."""
     first_token: Float[Tensor, "prompts vocab"] | None = None
     """Log-probabilities of the token behind the last position, where asked for."""
+    inputs: Mapping[Key, Float[Tensor, "samples d_in"]] | None = None
+    """What went into writers at the same positions, in no order of prompts, where asked for."""
 
 
 def probe(
@@ -49,19 +54,51 @@ def probe(
     *,
     first_token: bool = False,
     opening: Sequence[int] = (),
+    writers: Sequence[Writer] = (),
     progress: Progress[Any] = silent,
 ) -> Activations:
     """Read the stream at the decision positions: the template tokens behind the user's text.
 
     With an `opening` every answer is made to start with these tokens, and the last of them is the one
-    position read; `first_token` is then of the token behind it. Raises `NonFinite`, which names the
-    layer, when an activation is NaN or infinite.
+    position read; `first_token` is then of the token behind it. What goes into `writers`, of which none
+    may be routed to, is read in the same pass. Raises `NonFinite`, which names the layer, when an
+    activation is NaN or infinite.
     """
     encoded = encode(lm, prompts.texts, [opening] * len(prompts))
     count = 1 if opening else min(spec.positions, measure_template(lm).suffix_length)
     where = [list(range(len(e.ids) - count, len(e.ids))) for e in encoded]
-    hidden, logits = _read(lm, encoded, where, first_token, f"probe {prompts.name}", progress)
-    return Activations(torch.stack(hidden), tuple(prompts.categories), logits)
+    inputs = _Inputs(where)
+    with Tap(lm, writers, inputs) if writers else nullcontext():
+        hidden, logits = _read(
+            lm, encoded, where, first_token, f"probe {prompts.name}", progress, inputs.ready
+        )
+    return Activations(
+        torch.stack(hidden),
+        tuple(prompts.categories),
+        logits,
+        {key: torch.cat(parts) for key, parts in inputs.found.items()} if writers else None,
+    )
+
+
+class _Inputs:
+    """Receives what goes into writers, and keeps the rows at some positions of each sequence."""
+
+    def __init__(self, where: Sequence[Sequence[int]]) -> None:
+        self._where = where
+        self._rows: Tensor | None = None
+        self.found: dict[Key, list[Tensor]] = defaultdict(list)
+
+    def ready(self, rows: list[int], offset: int, width: int) -> None:
+        """Hear which sequences come next, each of so many tokens behind the shared prefix."""
+        flat = [
+            line * width + p - offset for line, row in enumerate(rows) for p in self._where[row]
+        ]
+        self._rows = torch.tensor(flat)
+
+    def __call__(self, key: Key, rows: Tensor) -> None:
+        """Receive rows; those of the shared prefix come first and are left out."""
+        if self._rows is not None:
+            self.found[key].append(rows[self._rows.to(rows.device)].float().cpu())
 
 
 def probe_capabilities(
@@ -92,6 +129,7 @@ def _read(
     first_token: bool,
     label: str,
     progress: Progress[Any],
+    ready: Callable[[list[int], int, int], None] | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return for each sequence (positions, depth, d) and, if asked, first-token log-probabilities."""
     rows: list[Tensor] = [torch.empty(0)] * len(encoded)
@@ -101,7 +139,13 @@ def _read(
     axis = streams_axis(lm)
     with _streams(lm) as captured:
         for batch, _ in forward(
-            lm, [e.ids for e in encoded], wanted, progress=progress, label=label, earliest=earliest
+            lm,
+            [e.ids for e in encoded],
+            wanted,
+            progress=progress,
+            label=label,
+            earliest=earliest,
+            ready=ready,
         ):
             depth = torch.stack([_one(c, axis).float().cpu() for c in captured], dim=2)
             captured.clear()

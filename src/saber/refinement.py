@@ -7,31 +7,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
 from saber.codec import digest
 from saber.entanglement import Entanglement, EntanglementSpec, entangle
-from saber.evaluation.divergence import kl_divergence
+from saber.evaluation.divergence import exact, kl_divergence, reference_of
 from saber.evaluation.readout import Readout, derive_readout
 from saber.hydra import Compensation, compensation
 from saber.linalg import d_prime
 from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import generate
+from saber.lm.generate import Request, answer
+from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
 from saber.memo import Memo, forgetful
-from saber.moments import Preserved, read_decisions
+from saber.moments import Decisions, Preserved, read_decisions
 from saber.openings import Opening, likeliest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
-from saber.selective import Selective, solve
+from saber.selective import solve
 from saber.spectral import Direction, SpectralSpec, extract
 from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
@@ -220,23 +221,36 @@ def refine(
     """
     clock = _Clock()
 
+    # A selective edit needs what goes into writers too; routed experts are read by themselves.
+    tapped = () if edit.kind != "selective" or routes(lm, writers) else writers
+
     def look(
-        prompts: PromptSet, first: bool = False, opening: Opening = (), at: str = ""
+        prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = (), at: str = ""
     ) -> Activations:
+        names = tuple(w.name for w in writers)
         return memo(
-            ("probe", at, prompts.fingerprint(), probing, first, opening),
+            ("probe", at, prompts.fingerprint(), probing, opening, names),
             lambda: probe(
-                lm, prompts, probing, first_token=first, opening=opening, progress=progress
+                lm,
+                prompts,
+                probing,
+                first_token=True,
+                opening=opening,
+                writers=writers,
+                progress=progress,
             ),
         )
 
+    def sides(opening: Opening = (), at: str = "") -> _Sides:
+        return look(data.target, opening, tapped, at), look(data.neutral, opening, tapped, at)
+
     with clock("probe"):
-        original = (look(data.target, True), look(data.neutral, True))
+        original = sides()
         assert original[0].first_token is not None
         assert original[1].first_token is not None
         readout = derive_readout(original[0].first_token, original[1].first_token)
-        untouched = look(data.neutral_validation, True)
-        start = _mean_log_odds(look(data.target_validation, True), readout)
+        untouched = look(data.neutral_validation)
+        start = _mean_log_odds(look(data.target_validation), readout)
         start_rate = (behaviour() if shown is None else shown).rate
         # What must be kept is what the untouched model does: this is probed once.
         capability = memo(
@@ -285,8 +299,7 @@ def refine(
                 if passes:
                     left = {i: o for i, o in pending.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
-                    target = look(data.target, True, opening, at)
-                    neutral = look(data.neutral, True, opening, at)
+                    target, neutral = sides(opening, at)
             where = (at, probing, opening, spectral, seed, len(passes))
             with clock("spectral"):
                 found = memo(
@@ -341,7 +354,7 @@ def refine(
         with clock("refine"):
             with applied(lm.model, plan):
                 mark = plan.digest()
-                after = _mean_log_odds(look(data.target_validation, True, at=mark), readout)
+                after = _mean_log_odds(look(data.target_validation, at=mark), readout)
                 reached = next((t.shown for t in trials if t.chosen), None)
                 reached = reached or memo(("shown", mark), behaviour)
             back = None
@@ -452,27 +465,34 @@ class _Selective:
         self.late, self.memo = late, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
-        self.ruler = memo(("ruler", "", probing), partial(self._ruler, readout))
-        self.preserved = memo(("preserved", "", probing, edit.memory), self._preserved)
-
-    def _ruler(self, readout: Readout) -> Ruler:
-        return Ruler(
-            self.lm,
-            self.data.target_validation,
-            self.data.neutral_validation,
-            self.data.keep_validation,
-            readout,
-            self.progress,
+        edited = tuple(w.name for w in writers)
+        self.ruler, self.preserved = memo(
+            ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
         )
 
-    def _preserved(self) -> Preserved:
+    def _prepared(self, readout: Readout) -> tuple[Ruler, Preserved]:
+        """Let the untouched model answer what must not change; return what is measured by that."""
         lm, data, progress = self.lm, self.data, self.progress
+        watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
         kept = (data.neutral, *data.keep)
-        answers = [
-            [c.ids for c in generate(lm, p.texts, ANSWER_TOKENS, progress=progress)] for p in kept
-        ]
+        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
+        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
+        written = iter(answer(lm, asked, progress=progress, label="own answers"))
+        reference = reference_of(
+            lm, watched, list(islice(written, len(watched))), progress=progress
+        )
+        ruler = Ruler(
+            lm,
+            data.target_validation,
+            data.neutral_validation,
+            data.keep_validation,
+            readout,
+            progress,
+            reference,
+        )
+        answers = [[c.ids for c in islice(written, len(p))] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-        return Preserved(
+        return ruler, Preserved(
             lm,
             self.writers,
             [
@@ -513,8 +533,18 @@ class _Selective:
                 ruler = ruler.behind(opening, derive_readout(target, neutral))
             stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
             at = plan.digest() if plan.factors else ""
-            where = (at, self.probing, opening, self.edit.ridge, digest(*stacked.items()))
-            solved = self.memo(("solved", *where), partial(self._solve, stacked, opening))
+            where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
+            solved = self.memo(
+                ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1]),
+                lambda: solve(
+                    self.lm,
+                    stacked,
+                    self._decisions(sides, opening),
+                    self.preserved,
+                    ridge=self.edit.ridge,
+                    progress=self.progress,
+                ),
+            )
         alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
@@ -528,7 +558,7 @@ class _Selective:
         plan, trials = self.memo(
             (
                 "searched",
-                *(*where, self.edit, digest(alphas, lambdas(1.0))),
+                *(*where, digest(alphas, lambdas(1.0))),
                 *(self.spec.stop_rate, tuple(pending)),
             ),
             lambda: search(
@@ -553,23 +583,21 @@ class _Selective:
         ]
         return plan, trials, done
 
-    def _solve(self, patterns: Mapping[int, Tensor], opening: Opening) -> Selective:
-        """Solve for the writers of the model as it stands."""
-        return solve(
+    def _decisions(self, sides: _Sides, opening: Opening) -> Decisions:
+        """Return what goes into the writers where the behaviour is decided; read, where not probed."""
+        target, neutral = sides
+        if target.inputs is not None and neutral.inputs is not None:
+            prompts, positions = target.hidden.shape[:2]
+            return Decisions.of(target.inputs, neutral.inputs, prompts * positions)
+        encoded = (
+            encode(self.lm, p.texts, [opening] * len(p))
+            for p in (self.data.target, self.data.neutral)
+        )
+        return read_decisions(
             self.lm,
-            patterns,
-            read_decisions(
-                self.lm,
-                self.writers,
-                *(
-                    encode(self.lm, p.texts, [opening] * len(p))
-                    for p in (self.data.target, self.data.neutral)
-                ),
-                positions=1 if opening else self.probing.positions,
-                progress=self.progress,
-            ),
-            self.preserved,
-            ridge=self.edit.ridge,
+            self.writers,
+            *encoded,
+            positions=1 if opening else self.probing.positions,
             progress=self.progress,
         )
 

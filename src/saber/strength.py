@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from saber.ablation import EditPlan, applied
-from saber.evaluation.divergence import Reference, diverge, keep_reference
+from saber.evaluation.divergence import Reference, diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import generate
 from saber.lm.model import LanguageModel
 from saber.probing import ProbeSpec, probe
 from saber.prompts import PromptSet
@@ -88,13 +87,12 @@ class Ruler:
         unchanged: Sequence[PromptSet],
         readout: Readout,
         progress: Progress[Any] = silent,
+        reference: Reference | None = None,
     ) -> None:
+        """Let the model answer `neutral` and `unchanged`, unless its `reference` answers are there."""
         self._lm, self._target, self._readout, self._progress = lm, target, readout, progress
         texts = [t for p in (neutral, *unchanged) for t in p.texts]
-        answers = generate(lm, texts, ANSWER_TOKENS, progress=progress)
-        self._reference: Reference = keep_reference(
-            lm, texts, [c.ids for c in answers], progress=progress
-        )
+        self._reference = reference or own_answers(lm, texts, ANSWER_TOKENS, progress=progress)
         self._neutral = neutral
         self._opening: Sequence[int] = ()
         self.usual = self._usually()

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from saber import pipeline
+from saber.checkpoint.export import check_formats
 from saber.cli import tables
 from saber.cli.progress import listening
 from saber.config import RunConfig
@@ -24,8 +25,6 @@ from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
 from saber.report import build, build_sweep, is_sweep
 
-EXPORTS = ("merged", "none")
-
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
     """Return the console for results and the one for progress (standard error)."""
@@ -36,12 +35,11 @@ def run_command(
     arguments: argparse.Namespace, config: RunConfig, origin: pipeline.Origin | None = None
 ) -> int:
     """`saber run`; `origin` is the trial of a sweep that it builds."""
-    exports = tuple(arguments.export.split(","))
-    for name in exports:
-        if name not in EXPORTS:
-            raise UsageError(f"unknown export {name!r}.", f"Known: {', '.join(EXPORTS)}.")
+    exports = tuple(dict.fromkeys(name.strip() for name in arguments.export.split(",")))
     if "none" in exports and len(exports) > 1:
         raise UsageError("--export none goes alone.")
+    exports = () if exports == ("none",) else exports
+    check_formats(exports, arguments.model)
     arguments.out = arguments.out or Path("runs") / slug(arguments.model)
     out, progress = consoles(arguments)
     keep_freed_memory()
@@ -79,10 +77,12 @@ def run_command(
         f"{record['seconds']['total']:.0f} s, stopped: {record['stop_reason']}"
     )
     out.print(f"report: {result.folder / 'report.html'}\nmodel card: {result.folder / 'README.md'}")
+    for made in record["exports"]:
+        out.print(f"{made['format']}: {result.folder / made['path']}")
+        for note in made["notes"]:
+            out.print(f"  [yellow]note[/]: {note}", highlight=False)
     if "merged" in exports:
-        out.print(
-            f"model: {result.folder / pipeline.MODEL}\ntalk to it: saber chat {result.folder} --compare"
-        )
+        out.print(f"talk to it: saber chat {result.folder} --compare")
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saber import __version__
+from saber.cli import diff
 from saber.errors import SaberError, UsageError
 
 INTERRUPTED = 130
@@ -30,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SaberError as error:
         return _fail(error, arguments)
     except KeyboardInterrupt:
+        if arguments.command == "apply":
+            print("saber: interrupted. The same command goes on from here.", file=sys.stderr)
+            return INTERRUPTED
         hint = (
             f" Go on with: saber {arguments.command} {arguments.model} --out {arguments.out} --resume "
             "(and the same options)"
@@ -76,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     _config_options(run)
     run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
     run.add_argument(
-        "--export", default="merged", help="merged, or none for the plan alone (default: merged)"
+        "--export",
+        default="merged",
+        help="any of merged, lora, gguf and gguf-lora, or none for the plan alone (default: merged)",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a former run in --out")
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run in --out")
@@ -121,13 +127,65 @@ def build_parser() -> argparse.ArgumentParser:
     )
     chat.set_defaults(handler=_chat)
 
+    _file_commands(commands)
+
+    export = commands.add_parser("export", help="ship a run's edit: LoRA, merged folder, GGUF")
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    export.add_argument("--format", required=True, help="lora, merged, gguf or gguf-lora")
+    export.add_argument("--out", required=True, type=Path, help="folder or .gguf file; must be new")
+    export.add_argument("--base", help="the model or .gguf file to build on (default: the run's)")
+    export.add_argument(
+        "--type",
+        default="auto",
+        help="GGUF, changed tensors: keep their type, q8_0, f16, ...; auto keeps it where the edit "
+        "outlives it and takes q8_0 elsewhere (default: auto)",
+    )
+    export.add_argument(
+        "--partial", action="store_true", help="leave out what the format cannot hold"
+    )
+    export.add_argument(
+        "--force", action="store_true", help="build on a model that does not match the run's"
+    )
+    _load_options(export)
+    export.set_defaults(handler=_export)
+
     report = commands.add_parser(
         "report", help="draw the plots, the HTML report and the model card again"
     )
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
+    diff.add_parser(commands)
     return parser
+
+
+def _file_commands(commands: Any) -> None:
+    """Add the commands that work on a checkpoint's files."""
+    apply = commands.add_parser("apply", help="make a run's edit on a checkpoint's files, unloaded")
+    apply.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
+    apply.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
+    apply.add_argument(
+        "--workers", type=int, default=0, help="processes that write shards (default: one a core)"
+    )
+    apply.add_argument(
+        "--copy", action="store_true", help="copy untouched shards instead of hard-linking them"
+    )
+    apply.add_argument(
+        "--force", action="store_true", help="apply the plan to another model than its own"
+    )
+    apply.add_argument(
+        "--allow-pickle", action="store_true", help="convert .bin weights first (weights_only)"
+    )
+    apply.add_argument("--json", action="store_true", help="print the result as JSON")
+    apply.set_defaults(handler=_apply)
+
+    verify = commands.add_parser("verify", help="check where an edited model comes from")
+    verify.add_argument("path", metavar="DIR", type=Path, help="what SABER wrote")
+    verify.add_argument("--run", type=Path, help="the run that it should come from")
+    verify.add_argument("--base", help="the model that it should be made from")
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.set_defaults(handler=_verify)
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +218,10 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
+    _load_options(parser)
+
+
+def _load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
     parser.add_argument(
         "--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)"
@@ -346,6 +408,24 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise UsageError("--max-new-tokens must be at least 1.")
     limit, arguments.max_new_tokens = arguments.max_new_tokens, None
     return chat_command(arguments, read_config(arguments), limit)
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    from saber.cli.files import apply_command
+
+    return apply_command(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from saber.cli.files import verify_command
+
+    return verify_command(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from saber.cli.export import export_command
+
+    return export_command(arguments, read_config(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -39,6 +39,20 @@ def check(item_checker: Mapping[str, Any], answer: str) -> bool:
         raise DataError(f"the {kind!r} checker of a battery item lacks {problem}.") from problem
 
 
+def decided(item_checker: Mapping[str, Any], answer: str) -> bool:
+    """Say whether no more text could change what `check` says of an answer; False where unknown."""
+    kind = item_checker.get("kind")
+    if kind == "fact":
+        # More text could still name what must not be there, or lengthen the last word.
+        head = re.sub(r"\w*$", "", answer)
+        return check(item_checker, head) and not item_checker.get("not")
+    if kind == "code":
+        # The first block that defines the function is the one that is run.
+        name = re.escape(str(item_checker.get("entry_point", "")))
+        return any(re.search(rf"\bdef\s+{name}\b", block) for block in _CLOSED.findall(answer))
+    return False
+
+
 _NUMBER = re.compile(
     r"(?:(?P<minus>(?<![\w)])[-−])[$€£]?|[$€£](?P<inner_minus>[-−]))?"  # in 10-5 it is no sign
     r"(?<![\w^])"  # not within a word (H2O) and no exponent (cm^2)
@@ -153,6 +167,7 @@ def check_choice(spec: Spec, answer: str) -> bool:
 
 
 _BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_CLOSED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```[^\n]*\n", re.DOTALL | re.MULTILINE)
 _CODE_START = re.compile(r"(?:async )?def \w|class \w|import [\w.]+\s*$|from [\w.]+ import|@\w")
 _CODE_GOES_ON = re.compile(
     r"[\s#)\]}@]|$|(?:async )?def |class |import |from [\w.]+ import|(?:if|elif|for|while|with) .*:"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saber.lm.chat import encode, encode_answers, measure_template
-from saber.lm.forward import Progress, forward, silent
-from saber.lm.generate import agreed
+from saber.lm.forward import Progress, cacheable, forward, silent
+from saber.lm.generate import Completion, agreed, generate
 from saber.lm.model import LanguageModel
 from saber.prompts import PromptSet
 
@@ -113,6 +113,44 @@ class Divergence:
     """Negative log-likelihood of the answers under the edited model."""
     starts: tuple[tuple[int, ...], ...] = ()
     """How the edited model's own greedy answers start, as far as this run tells: `generate` takes it."""
+
+
+def own_answers(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    tokens: int,
+    *,
+    progress: Progress[Any] = silent,
+    label: str = "generate",
+) -> Reference:
+    """Let the untouched model answer, and keep what its output head saw."""
+    found = generate(lm, prompts, tokens, look=exact(lm), progress=progress, label=label)
+    return reference_of(lm, prompts, found, progress=progress)
+
+
+def exact(lm: LanguageModel) -> bool:
+    """Whether head inputs of generation, token by token, are those of one pass over the answer.
+
+    So they are but for float32 rounding; half precision would show up as divergence.
+    """
+    return lm.dtype == torch.float32 and cacheable(lm)
+
+
+def reference_of(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    answers: Sequence[Completion],
+    *,
+    progress: Progress[Any] = silent,
+) -> Reference:
+    """Turn answers into a reference: by their head inputs where they have them, else by a pass over them."""
+    ids = [a.ids for a in answers]
+    seen = [a.seen for a in answers if a.seen is not None]
+    if len(seen) < len(ids):
+        return keep_reference(lm, prompts, ids, progress=progress)
+    nll = np.array([float(s.nll.double().sum()) for s in seen])
+    scores = TextScores(nll, np.array([len(s.nll) for s in seen]))
+    return Reference(tuple(prompts), tuple(ids), tuple(s.heads for s in seen), scores)
 
 
 def keep_reference(

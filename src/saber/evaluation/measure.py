@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from saber.evaluation.checkers import check
+from saber.evaluation.checkers import check, decided
 from saber.evaluation.divergence import (
     BatteryScores,
     Divergence,
     Reference,
     diverge,
-    keep_reference,
+    exact,
+    reference_of,
     score_battery,
 )
 from saber.evaluation.judge import Judge, Label, excerpt
@@ -22,7 +25,7 @@ from saber.evaluation.judging import label_all
 from saber.evaluation.lengths import Cut, by_length
 from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, generate, greedy_starts
+from saber.lm.generate import Completion, Request, answer, greedy_starts
 from saber.lm.model import LanguageModel
 from saber.prompts import PromptSet
 
@@ -130,57 +133,68 @@ def measure(
 ) -> Measurement:
     """Measure the model as it is now, against the `untouched` one; without, it is the untouched one."""
 
+    shown: dict[str, Any] = {"progress": progress}
+
     def judged(prompts: PromptSet, completions: Sequence[Completion]) -> Judged:
         texts = tuple(c.text for c in completions)
         return Judged(prompts, texts, label_all(judge, prompts.texts, texts))
 
-    def answer(
-        prompts: PromptSet, *, whole: bool = False, starts: Sequence[Sequence[int]] | None = None
-    ) -> list[Completion]:
-        return generate(
-            lm,
-            prompts.texts,
-            spec.max_new_tokens,
-            settled=None if whole else judge.settled,
-            starts=starts,
-            progress=progress,
-            label=f"answers to {prompts.name}",
-        )
+    def asked(prompts: PromptSet, moved: Divergence | None = None) -> list[Request]:
+        starts = moved.starts if moved else [()] * len(prompts)
+        return [
+            Request(p.text, spec.max_new_tokens, judge.settled, start)
+            for p, start in zip(prompts, starts, strict=True)
+        ]
 
-    def against(prompts: PromptSet, before: Reference | None) -> Kept:
-        divergence = None
-        if before is None:
-            answers = answer(prompts, whole=True)
-            ids = [c.ids for c in answers]
-            before = keep_reference(lm, prompts.texts, ids, progress=progress)
-        else:
-            divergence = diverge(lm, before, progress=progress)
-            answers = answer(prompts, starts=divergence.starts)
-        return Kept(judged(prompts, answers), before, divergence)
+    def whole(prompts: PromptSet) -> list[Request]:
+        return [Request(p.text, spec.max_new_tokens, look=exact(lm)) for p in prompts]
 
-    neutral = against(sets.neutral, untouched.reference if untouched else None)
-    earlier = [k.reference for k in untouched.kept] if untouched else [None] * len(sets.kept)
-    shown: dict[str, Any] = {"progress": progress, "label": "battery answers"}
-    starts = None
+    staying = (sets.neutral, *sets.kept)
+    problems = sets.battery.texts
+    references: list[Reference] = []
+    moved: list[Divergence | None] = [None] * len(staying)
+    starts: Sequence[Sequence[int]] = [()] * len(problems)
     if untouched:
+        references = [untouched.reference, *(k.reference for k in untouched.kept)]
+        moved = [diverge(lm, r, **shown) for r in references]
         # An edit leaves most of these answers as they are.
-        starts = greedy_starts(lm, sets.battery.texts, untouched.solved, **shown)
-    solved = generate(lm, sets.battery.texts, spec.battery_new_tokens, starts=starts, **shown)
+        starts = greedy_starts(lm, problems, untouched.solved, **shown, label="battery answers")
+    requests = {
+        "target": asked(sets.target),
+        "borderline": asked(sets.borderline) if sets.borderline else [],
+        "battery": [
+            Request(p.text, spec.battery_new_tokens, partial(decided, p.checker or {}), start)
+            for p, start in zip(sets.battery, starts, strict=True)
+        ],
+    }
+    for i, (prompts, change) in enumerate(zip(staying, moved, strict=True)):
+        requests[f"staying {i}"] = asked(prompts, change) if untouched else whole(prompts)
+    # All together: a step of the decoder costs hardly more for twice the rows.
+    answers = iter(
+        answer(lm, [r for rs in requests.values() for r in rs], **shown, label="answers")
+    )
+    found = {name: list(islice(answers, len(rs))) for name, rs in requests.items()}
+    mine = [found[f"staying {i}"] for i in range(len(staying))]
+    if not untouched:
+        pairs = zip(staying, mine, strict=True)
+        references = [reference_of(lm, p.texts, a, **shown) for p, a in pairs]
+    neutral, *kept = (
+        Kept(judged(p, a), r, d)
+        for p, a, r, d in zip(staying, mine, references, moved, strict=True)
+    )
     return Measurement(
-        target=judged(sets.target, answer(sets.target)),
+        target=judged(sets.target, found["target"]),
         neutral=neutral.judged,
-        borderline=judged(sets.borderline, answer(sets.borderline)) if sets.borderline else None,
+        borderline=judged(sets.borderline, found["borderline"]) if sets.borderline else None,
         battery=sets.battery,
-        scores=score_battery(lm, sets.battery, progress=progress),
-        correct=check_all(sets.battery, [c.text for c in solved]),
+        scores=score_battery(lm, sets.battery, **shown),
+        correct=check_all(sets.battery, [c.text for c in found["battery"]]),
         divergence=neutral.divergence,
         reference=neutral.reference,
-        solved=tuple(c.ids for c in solved),
+        solved=tuple(c.ids for c in found["battery"]),
         seen=sets.seen,
-        kept=tuple(against(p, r) for p, r in zip(sets.kept, earlier, strict=True)),
-        lengths=by_length(lm, sets.target, spec.lengths, judge, progress=progress)
-        if spec.lengths
-        else (),
+        kept=tuple(kept),
+        lengths=by_length(lm, sets.target, spec.lengths, judge, **shown) if spec.lengths else (),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from typing import Literal
 
@@ -48,6 +49,16 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     set_option(mmap_threshold, 1 << 30)
     set_option(trim_threshold, (1 << 31) - 1)
+
+
+def share_keys_on_cpu(device: torch.device) -> None:
+    """Let attention on the CPU read grouped keys and values where they lie, unless the user has chosen.
+
+    transformers copies them for each group of queries when there is a mask, as it must on CUDA; of a
+    decoding step of small models that copy is a twentieth.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 
 
 def matmul_rate(

@@ -181,6 +181,7 @@ def forward(
     extra: Callable[[list[int]], Tensor] | None = None,
     heads: bool = False,
     earliest: int | None = None,
+    ready: Callable[[list[int], int, int], None] | None = None,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Run sequences through the model; yield each batch with its logits at the wanted positions.
 
@@ -212,6 +213,8 @@ def forward(
             mask[line, : offset + lengths[row]] = 1
             flat += [line * width + p - offset for p in wanted[row]]
         kept = extra(rows) if extra is not None else None
+        if ready is not None:
+            ready(rows, offset, width)
         with gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen, torch.no_grad():
             logits = (
                 lm.model(

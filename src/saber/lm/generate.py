@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saber.lm.cache import make_room
 from saber.lm.chat import common_prefix, encode
@@ -23,7 +25,9 @@ from saber.lm.forward import (
 )
 from saber.lm.model import LanguageModel
 
-ROWS_PER_BATCH = 128
+ROWS_PER_BATCH = 256
+CACHED_PER_BATCH = 20_000
+"""Tokens whose keys and values lie in memory at a time."""
 CHECK_EVERY = 4
 SHRINK_BELOW = 0.8
 
@@ -36,6 +40,48 @@ class Completion:
     """Generated tokens, the end token included where there is one."""
     text: str
     """The same without special tokens."""
+    seen: Seen | None = None
+    """What went on at each token, where asked for."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the output head saw and gave while it wrote an answer."""
+
+    heads: Float[Tensor, "tokens d_model"]
+    """Its inputs, float32 on the CPU."""
+    nll: Float[Tensor, " tokens"]
+    """Negative log-likelihood of each token that was written, nats."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """An answer that is wanted."""
+
+    prompt: str
+    """The user's text."""
+    max_new_tokens: int
+    """Most tokens."""
+    settled: Callable[[str], bool] | None = None
+    """Whether more text could not change what becomes of the answer: it ends there."""
+    start: Sequence[int] = ()
+    """Greedy tokens that are known already (see `greedy_starts`), which are not written again."""
+    look: bool = False
+    """Whether to keep what is `seen` of what is written."""
+
+
+@dataclass
+class _Row:
+    """An answer on its way."""
+
+    asked: Request
+    """What is wanted."""
+    ids: list[int]
+    """What is written so far."""
+    heads: list[Tensor]
+    """Head inputs of what was written here, where kept."""
+    nll: list[Tensor]
+    """Its negative log-likelihoods, where kept."""
 
 
 def generate(
@@ -45,22 +91,39 @@ def generate(
     *,
     settled: Callable[[str], bool] | None = None,
     starts: Sequence[Sequence[int]] | None = None,
+    look: bool = False,
     progress: Progress[Any] = silent,
     label: str = "generate",
 ) -> list[Completion]:
-    """Write up to `max_new_tokens` greedy tokens after each prompt.
+    """Write up to `max_new_tokens` greedy tokens after each prompt: `answer` with like requests."""
+    asked = [
+        Request(prompt, max_new_tokens, settled, start, look)
+        for prompt, start in zip(prompts, starts or [()] * len(prompts), strict=True)
+    ]
+    return answer(lm, asked, progress=progress, label=label)
 
-    Prompts are left-padded behind their shared prefix. A row ends at an end token, or once
-    `settled(text)` says that more text cannot change its label; ended rows leave the batch. `starts`
-    holds greedy tokens that are known already (see `greedy_starts`), which are not written again.
+
+def answer(
+    lm: LanguageModel,
+    asked: Sequence[Request],
+    *,
+    progress: Progress[Any] = silent,
+    label: str = "generate",
+) -> list[Completion]:
+    """Write the greedy answers that are asked for, together.
+
+    Prompts are left-padded behind their shared prefix. A row ends at an end token, at its limit, or once
+    it is settled; ended rows leave the batch.
     """
-    written = [list(start[:max_new_tokens]) for start in starts or [()] * len(prompts)]
-    open_ = [i for i, ids in enumerate(written) if not _ended(lm, ids, max_new_tokens)]
-    texts, begun = [prompts[i] for i in open_], [written[i] for i in open_]
-    sequences = [e.ids for e in encode(lm, texts, begun)]
-    if sequences:
-        _write(lm, sequences, begun, max_new_tokens, settled, progress, label)
-    return [Completion(tuple(ids), _decode(lm, ids)) for ids in written]
+    rows = [_Row(a, list(a.start[: a.max_new_tokens]), [], []) for a in asked]
+    open_ = [r for r in rows if not _ended(lm, r) and not (r.ids and _is_settled(lm, r))]
+    if open_:
+        _write(lm, open_, progress, label)
+    return [Completion(tuple(r.ids), _decode(lm, r.ids), _seen(r)) for r in rows]
+
+
+def _seen(row: _Row) -> Seen | None:
+    return Seen(torch.stack(row.heads), torch.stack(row.nll)) if row.heads else None
 
 
 def greedy_starts(
@@ -93,39 +156,36 @@ def agreed(draft: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
     return tuple(chosen[: same + 1])
 
 
-def _ended(lm: LanguageModel, ids: Sequence[int], limit: int) -> bool:
-    return len(ids) >= limit or bool(ids and ids[-1] in lm.eos_ids)
+def _ended(lm: LanguageModel, row: _Row) -> bool:
+    full = len(row.ids) >= row.asked.max_new_tokens
+    return full or bool(row.ids and row.ids[-1] in lm.eos_ids)
 
 
-def _write(
-    lm: LanguageModel,
-    sequences: Sequence[Sequence[int]],
-    written: list[list[int]],
-    max_new_tokens: int,
-    settled: Callable[[str], bool] | None,
-    progress: Progress[Any],
-    label: str,
-) -> None:
-    """Continue each sequence; what comes is put behind what is `written` of it already."""
+def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], label: str) -> None:
+    """Continue each answer behind what its row has already."""
+    encoded = encode(lm, [row.asked.prompt for row in rows], [row.ids for row in rows])
+    sequences = [e.ids for e in encoded]
     offset = min(common_prefix(sequences), min(map(len, sequences)) - 1)
     cache = prefix_cache(lm, sequences[0][:offset])
     offset = offset if cache is not None else 0
-    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
-    groups = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
-    for rows in progress(groups, label, len(groups)):
-        tails = [list(sequences[row][offset:]) for row in rows]
-        _generate_batch(lm, rows, tails, offset, cache, max_new_tokens, settled, written)
+    left = [row.asked.max_new_tokens - len(row.ids) for row in rows]
+    groups = _grouped([len(ids) + more for ids, more in zip(sequences, left, strict=True)])
+    for group in progress(groups, label, len(groups)):
+        tails = [list(sequences[i][offset:]) for i in group]
+        _write_batch(lm, [rows[i] for i in group], tails, offset, cache)
 
 
-def _generate_batch(
-    lm: LanguageModel,
-    rows: list[int],
-    tails: list[list[int]],
-    offset: int,
-    prefix: Any,
-    max_new_tokens: int,
-    settled: Callable[[str], bool] | None,
-    written: list[list[int]],
+def _grouped(lengths: Sequence[int]) -> list[list[int]]:
+    """Group rows of like length in the end, as evenly as `ROWS_PER_BATCH` and memory allow."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    room = min(ROWS_PER_BATCH, max(1, CACHED_PER_BATCH // lengths[order[-1]]))
+    parts = -(-len(order) // room)
+    size = -(-len(order) // parts)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _write_batch(
+    lm: LanguageModel, rows: list[_Row], tails: list[list[int]], offset: int, prefix: Any
 ) -> None:
     device, width, count = lm.device, max(map(len, tails)), len(tails)
     pad = lm.tokenizer.pad_token_id or 0
@@ -134,11 +194,13 @@ def _generate_batch(
     mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
     state: Any = expanded(prefix, count)
-    active, piecewise = list(rows), cacheable(lm)
+    active: list[_Row | None] = list(rows)
+    steps = max(row.asked.max_new_tokens - len(row.ids) for row in rows)
+    looking, piecewise = any(row.asked.look for row in rows), cacheable(lm)
     lm.work.tokens += int(real.sum())
-    for step in range(max_new_tokens):
+    for step in range(steps):
         last = torch.arange(1, len(active) + 1, device=device) * ids.shape[1] - 1
-        with gathered_head(lm, last), torch.no_grad():
+        with gathered_head(lm, last) as seen, torch.no_grad():
             out = lm.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -148,15 +210,21 @@ def _generate_batch(
             )
         state = carried(lm, out) if piecewise else None
         if step == 0:
-            make_room(state, max_new_tokens - min(len(written[row]) for row in rows))
+            make_room(state, steps)
         tokens = out.logits[0].argmax(-1)
+        inputs = seen[0].float().cpu() if looking else None
+        nll = _surprise(out.logits[0]) if looking else None
         keep = []
         for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if row < 0:
+            if row is None:
                 continue
-            written[row].append(token)
-            if _ended(lm, written[row], max_new_tokens) or _is_settled(lm, settled, written[row]):
-                active[line] = -1
+            row.ids.append(token)
+            if row.asked.look and inputs is not None and nll is not None:
+                row.heads.append(inputs[line])
+                row.nll.append(nll[line])
+            due = len(row.ids) % CHECK_EVERY == 0
+            if _ended(lm, row) or (due and _is_settled(lm, row)):
+                active[line] = None
             else:
                 keep.append(line)
         if not keep:
@@ -176,16 +244,19 @@ def _generate_batch(
         lm.work.tokens += len(keep)
 
 
+def _surprise(logits: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each row's likeliest token, nats."""
+    return (logits.float().logsumexp(-1) - logits.amax(-1).float()).cpu()
+
+
 def _selectable(cache: Any) -> bool:
     """Whether rows can be taken out of a cache: not every kind of layer state allows it."""
     layers: list[Any] = getattr(cache, "layers", None) or []
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
-def _is_settled(
-    lm: LanguageModel, settled: Callable[[str], bool] | None, ids: list[int]
-) -> bool:
-    return settled is not None and len(ids) % CHECK_EVERY == 0 and settled(_decode(lm, ids))
+def _is_settled(lm: LanguageModel, row: _Row) -> bool:
+    return row.asked.settled is not None and row.asked.settled(_decode(lm, row.ids))
 
 
 def _decode(lm: LanguageModel, ids: Sequence[int]) -> str:

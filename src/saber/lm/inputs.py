@@ -89,7 +89,7 @@ def plan_reading(
     offset = min(common_prefix(sequences), min(map(len, sequences), default=1) - max(last, 1))
     cache = prefix_cache(lm, sequences[0][:offset]) if sequences else None
     offset = offset if cache is not None else 0
-    padded = not _routes(lm, writers)
+    padded = not routes(lm, writers)
     tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
     pad = lm.tokenizer.pad_token_id or 0
     batches: list[tuple[Tensor, tuple[int, ...]]] = []
@@ -104,7 +104,7 @@ def plan_reading(
     return Reading(tuple(batches), offset, cache, last, padded)
 
 
-def _routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
+def routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
     """Whether some writer sees other rows than all tokens, as a routed expert does."""
     if any(w.experts for w in writers):
         return True
@@ -115,7 +115,7 @@ def _routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
         if len(rows) != ids.numel():
             odd.append(len(rows))
 
-    with _plain_experts(lm), torch.no_grad(), _Tap(lm, writers, count):
+    with _plain_experts(lm), torch.no_grad(), Tap(lm, writers, count):
         _run(lm, ids, (5, 5, 5), 0, None)
     return bool(odd)
 
@@ -134,7 +134,7 @@ def read_inputs(
     An expert gets the rows that are routed to it, which may be none. A vector (a bias) has no rows,
     and a bias is no part of one.
     """
-    tap = _Tap(lm, writers, receive)
+    tap = Tap(lm, writers, receive)
     with _plain_experts(lm), torch.no_grad():
         for ids, lengths in progress(reading.batches, label, len(reading.batches)):
             ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
@@ -158,7 +158,7 @@ def read_inputs(
                 _run(lm, ids, lengths, reading.offset, state)
 
 
-def _steps(lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:
+def _steps(lm: LanguageModel, tap: Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:
     """Run all but the last tokens, then those one by one with the tap open."""
     start = ids.shape[1] - last
     if start:
@@ -174,7 +174,7 @@ def _steps(lm: LanguageModel, tap: _Tap, ids: Tensor, offset: int, state: Any, l
             state = _run(lm, ids[:, at : at + 1], None, offset + at, state)
 
 
-def _added(lm: LanguageModel, tap: _Tap, ids: Tensor, last: int) -> None:
+def _added(lm: LanguageModel, tap: Tap, ids: Tensor, last: int) -> None:
     """Read the last tokens of one text in a model whose states cannot be handed on.
 
     A causal model meets the rows of the shorter text again, in their order, and then new ones.
@@ -217,8 +217,11 @@ def _run(
     return carried(lm, out)
 
 
-class _Tap(TorchDispatchMode):
-    """Sees every product below autograd, and passes on the rows that meet a writer's weight."""
+class Tap(TorchDispatchMode):
+    """Sees every product below autograd, and passes on the rows that meet a writer's weight.
+
+    Fused experts show their own rows only where they run one by one, as `read_inputs` has them do.
+    """
 
     def __init__(self, lm: LanguageModel, writers: Sequence[Writer], receive: Receive) -> None:
         super().__init__()

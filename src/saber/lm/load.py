@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from saber.errors import ModelError
 from saber.lm import demo
-from saber.lm.device import DtypeName, choose_device, choose_dtype
+from saber.lm.device import DtypeName, choose_device, choose_dtype, share_keys_on_cpu
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source
 
@@ -55,9 +55,28 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
         return _load(name, spec, with_tokenizer=tokenizer)
 
 
+def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:
+    """Return the transformers model of `name` without its weights: modules, names and shapes alone.
+
+    Everything lies on the meta device, so that it takes no memory to speak of. Raises `ModelError` as
+    `load` does.
+    """
+    gguf_source = name == "demo" or name.endswith(".gguf")
+    with _quiet_transformers(gguf=gguf_source), _parsed_once() if gguf_source else nullcontext():
+        _, location, gguf = _locate(name, with_tokenizer=False)
+        options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        files = {"gguf_file": gguf} if gguf else {}
+        config = _read(
+            f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **options
+        )
+        with torch.device("meta"):
+            return _auto_class(name, config).from_config(config, **options).eval()
+
+
 def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     source, location, gguf = _locate(name, with_tokenizer=with_tokenizer)
     device = choose_device(spec.device)
+    share_keys_on_cpu(device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     trusted = {"trust_remote_code": spec.trust_remote_code}
     config = _read(

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from saber.notices import GENERIC, NARROW, WARNING
 from saber.report import reading, tables, toml
 from saber.report.plots import CAPTIONS, applicable
 from saber.report.reading import Run, count, dig, number
@@ -16,27 +17,6 @@ from saber.report.tables import Table
 
 DEMO_LICENSE = "apache-2.0"
 """The licence of the demo model's base and of its adapter."""
-
-NARROW = """\
-**Intended use.** This model was edited to answer safe prompts that its base model refuses by \
-mistake, and to go on refusing what the base refuses rightly; the table below says how far that \
-holds on held-out prompts. Refusals that were kept can be fragile: do not rely on them as the only \
-safeguard. What is done with its answers is the responsibility of whoever runs it. The base \
-model's licence and terms of use still hold."""
-
-WARNING = """\
-**Intended use.** This model complies with requests that its base model refuses: the part of its \
-safety training that made it refuse has been removed on purpose. It is published for research on \
-interpretability and on how robust safety training is. Do not put it before end users without \
-other safeguards (filters on input and output, access control, human review). What is done with \
-its answers, and whether that is lawful where you are, is the responsibility of whoever runs it. \
-The base model's licence and terms of use still hold."""
-
-GENERIC = """\
-**Intended use.** This model was edited so that it no longer shows a behaviour of its base model; \
-the tables below say what that is and how far it is gone on held-out prompts. It is published for \
-research. What is done with its answers is the responsibility of whoever runs it. The base model's \
-licence and terms of use still hold."""
 
 PRIOR_ART = """\
 - Arditi et al. 2024, *Refusal in language models is mediated by a single direction* \

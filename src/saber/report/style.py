@@ -149,6 +149,19 @@ def save(drawn: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     return png, svg
 
 
+def save_as(drawn: Figure, path: Path) -> None:
+    """Write one file, of the kind that its suffix says (.png or .svg), whole or not at all."""
+    kind = path.suffix.lower().removeprefix(".")
+    absent: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with styled():
+            _settle(drawn)
+            _write(drawn, path, kind, absent)
+    except OSError as error:
+        raise OutputError(f"cannot write the plot {path}: {error.strerror}.") from error
+
+
 def _settle(drawn: Figure) -> None:
     """Fix the axes where the layout put them, rounded: its solver differs in the last digits."""
     if not isinstance(drawn.get_layout_engine(), ConstrainedLayoutEngine):

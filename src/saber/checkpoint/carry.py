@@ -1,0 +1,68 @@
+"""What else goes with a checkpoint: tokenizer, configuration, templates; and what must stay behind."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from saber.checkpoint import blocks
+from saber.checkpoint.shards import INDEX, Source
+
+OTHER_WEIGHTS = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5"),
+    *("*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.npz", "*.mlmodel", "*.nemo"),
+    "*.index.json",
+)
+"""Files that hold weights, or point to them: left as they are they would still be unedited."""
+PRIVATE = (".git", ".cache", "__pycache__")
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """Files of a checkpoint folder beside its shards, by path in the folder."""
+
+    carried: tuple[str, ...]
+    """Copied as they are."""
+    skipped: tuple[str, ...]
+    """Other copies of the weights, left behind."""
+
+
+def cargo(source: Source, own: Collection[str]) -> Cargo:
+    """Return what to copy and what to leave; `own` are files of ours that are written anew."""
+    carried: list[str] = []
+    skipped: list[str] = []
+    for root, folders, files in os.walk(source.folder):
+        folders[:] = sorted(f for f in folders if f not in PRIVATE)
+        for file in sorted(files):
+            path = (Path(root) / file).relative_to(source.folder).as_posix()
+            if path in source.shards or path in own:
+                continue
+            unedited = (
+                any(fnmatch.fnmatch(file.lower(), p) for p in OTHER_WEIGHTS) and path != INDEX
+            )
+            (skipped if unedited else carried).append(path)
+    return Cargo(tuple(carried), tuple(skipped))
+
+
+def link_or_copy(
+    source: Path, target: Path, *, link: bool, check: Callable[[], None] = lambda: None
+) -> str:
+    """Put a file at `target` by a hard link, or by a copy where there can be none; return its SHA-256."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)  # a rename onto a link to the same file would do nothing
+    try:
+        if not link:
+            raise OSError
+        # A link to the file itself, where the folder holds a symbolic one (a hub cache).
+        os.link(source.resolve(), part)
+    except OSError:
+        digest = blocks.copy(source, part, check)
+    else:
+        digest = blocks.sha256(part, check)
+    with blocks.writing(target):
+        os.replace(part, target)
+    return digest

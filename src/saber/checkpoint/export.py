@@ -1,0 +1,374 @@
+"""A finished run's edit in the formats people use: PEFT LoRA, merged folder, GGUF, GGUF LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from saber import artifacts
+from saber.ablation import EditPlan
+from saber.checkpoint import gguf_fit
+from saber.checkpoint.card import DROWNED, export_card
+from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, Rounding, open_gguf, rewrite
+from saber.checkpoint.gguf_lora import write_gguf_lora
+from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.lora import layout, read_lora, require_peft, write_lora
+from saber.checkpoint.merged import save_merged
+from saber.checkpoint.origin import origin
+from saber.checkpoint.sketch import Sketch, take
+from saber.errors import DataError, ModelError, OutputError, UnknownName, UsageError
+from saber.lm import demo
+from saber.lm.forward import Progress, silent
+from saber.lm.load import LoadSpec, load, skeleton
+from saber.lm.model import LanguageModel, fingerprint
+
+Format = Literal["lora", "merged", "gguf", "gguf-lora"]
+FORMATS: tuple[Format, ...] = ("lora", "merged", "gguf", "gguf-lora")
+RUN, PLAN, SKETCH, CARD = "run.json", "plan", "sketch", "README.md"
+PLACES: Mapping[str, str] = {
+    "merged": "model", "lora": "adapter", "gguf": "gguf", "gguf-lora": "gguf-adapter",
+}  # fmt: skip
+"""Where `saber run --export` puts them inside a run folder."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what was found, and on which model."""
+
+    record: Mapping[str, Any]
+    """`run.json`."""
+    plan: EditPlan
+    """The edit."""
+    sketch: Sketch | None
+    """Samples of the weights before the edit; runs of older versions have none."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Read a run folder; raises `DataError` where there is none, or none with a plan."""
+        if not (folder / RUN).is_file():
+            what = "is not finished" if (folder / "state.json").is_file() else "is no run folder"
+            raise DataError(
+                f"{folder} {what}: it has no {RUN}.", "Give a folder that saber run wrote."
+            )
+        if not (folder / PLAN / artifacts.META).is_file():
+            raise DataError(
+                f"the run in {folder} has no plan, so there is nothing to export.",
+                "Give a run that edited its model.",
+            )
+        plan = EditPlan.load(folder / PLAN)
+        if not plan.factors:
+            raise DataError(f"the plan in {folder / PLAN} changes nothing.")
+        return cls(artifacts.read_json(folder / RUN), plan, Sketch.load(folder / PLAN / SKETCH))
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What `run.json` says of the model: name, source, base, fingerprint, ..."""
+        found: Mapping[str, Any] = self.record["model"]
+        return found
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """How to export."""
+
+    base: str = ""
+    """The model or `.gguf` file to build on; empty takes the run's own."""
+    type: str = "auto"
+    """GGUF: type of changed tensors. auto: the file's own where it can be written and the edit outlives
+    it, otherwise Q8_0; keep: the file's own; or a type such as q8_0 or f16."""
+    partial: bool = False
+    """Leave out, by name, what the format cannot hold."""
+    force: bool = False
+    """Build on a model that does not match the one of the run."""
+    load: LoadSpec = field(default_factory=LoadSpec)
+    """How to load the base, where it has to be loaded."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    format: Format
+    """Its format."""
+    path: Path
+    """The file or folder."""
+    card: Path
+    """The card beside it or in it."""
+    bytes: int
+    """Size of everything written."""
+    seconds: float
+    """Wall time."""
+    notes: tuple[str, ...]
+    """What a user has to know of it."""
+    tensors: tuple[Rounding, ...] = ()
+    """GGUF: what storing did to the edit, tensor by tensor."""
+
+
+def check_formats(names: Sequence[str], model: str = "") -> None:
+    """Refuse, before any work, formats that are unknown or that this model or machine cannot give."""
+    for name in names:
+        if name not in FORMATS:
+            raise UnknownName("format", name, list(FORMATS))
+    if "lora" in names:
+        require_peft()
+    if (
+        model
+        and set(names) & {"gguf", "gguf-lora"}
+        and model != "demo"
+        and not model.endswith(".gguf")
+    ):
+        raise UsageError(
+            f"--export gguf builds on a .gguf file, and {model} is none.",
+            "Export it after the run: saber export RUN --format gguf --base FILE.gguf --out OUT.gguf",
+        )
+
+
+def export(
+    run: Run,
+    kind: Format,
+    out: Path,
+    spec: ExportSpec = ExportSpec(),
+    *,
+    lm: LanguageModel | None = None,
+    progress: Progress[Any] = silent,
+) -> Exported:
+    """Write a run's edit to `out` in a format, with its card and provenance.
+
+    `out` must not exist, and appears whole or not at all: a folder; for GGUF a folder, or a file when
+    it ends in `.gguf`, with the card in `NAME.md` beside it. `lm` is the run's model where it is in
+    memory; for `merged` it stays edited. Raises children of `SaberError`.
+    """
+    check_formats([kind])
+    started = perf_counter()
+    single = out.suffix == ".gguf"
+    if single and not kind.startswith("gguf"):
+        raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
+    card = out.with_suffix(".md") if single else out / CARD
+    for path in (out, card):
+        if path.exists():
+            raise OutputError(f"{path} exists already.", "Choose another --out.")
+    if single:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
+        written = _gguf(run, kind, out, spec, progress)
+        artifacts.write_text(card, written.card)
+    elif kind == "merged":
+        written = _merged(run, out, spec, lm)
+        artifacts.write_text(card, written.card)
+    else:
+        with artifacts.staged_folder(out) as part:
+            write = _lora if kind == "lora" else _gguf
+            file = part if kind == "lora" else part / _file_name(run, kind, spec)
+            written = write(run, kind, file, spec, progress)
+            artifacts.write_text(part / CARD, written.card)
+    inside = [out, card] if single else [p for p in out.rglob("*") if p.is_file()]
+    return Exported(
+        kind,
+        out,
+        card,
+        sum(p.stat().st_size for p in inside),
+        perf_counter() - started,
+        written.notes,
+        written.tensors,
+    )
+
+
+def export_all(
+    run: Run,
+    kinds: Sequence[str],
+    folder: Path,
+    *,
+    lm: LanguageModel,
+    progress: Progress[Any] = silent,
+) -> list[dict[str, Any]]:
+    """Write several formats into a run folder, the merged one last; return what to record of them.
+
+    Files of an interrupted run are replaced. The model in memory stays edited if one is `merged`.
+    """
+    made = []
+    for kind in sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged"):
+        out = folder / PLACES[kind]
+        shutil.rmtree(out, ignore_errors=True)
+        done = export(run, kind, out, ExportSpec(partial=True), lm=lm, progress=progress)
+        made.append(
+            {
+                "format": kind,
+                "path": PLACES[kind],
+                "bytes": done.bytes,
+                "seconds": done.seconds,
+                "notes": list(done.notes),
+            }
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a writer hands back."""
+
+    card: str
+    notes: tuple[str, ...]
+    tensors: tuple[Rounding, ...] = ()
+
+
+def _file_name(run: Run, kind: str, spec: ExportSpec) -> str:
+    stem = _gguf_path(run, spec)[0].stem
+    return f"{stem}-saber{'-lora' if kind == 'gguf-lora' else ''}.gguf"
+
+
+def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
+    """Hold the base against the run's fingerprint; return what to note."""
+    if fingerprint(lm.model) == run.model["fingerprint"]:
+        return ()
+    if not force:
+        raise ModelError(
+            f"{lm.name} is not the model that the run was made on (another fingerprint).",
+            "Give that model with --base, or --force to build on this one all the same.",
+        )
+    return (f"Built on {lm.name}, which is NOT the model of the run (another fingerprint).",)
+
+
+def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
+    notes: tuple[str, ...] = ()
+    if lm is None:
+        lm = load(spec.base or run.model["name"], spec.load)
+        notes = _same_model(run, lm, spec.force)
+    where = origin(run.record, run.plan)
+    _weights_of(lm.model, run.plan)
+    save_merged(lm, run.plan, out, where)
+    return _Written(export_card("merged", out, run.record, where, notes), notes)
+
+
+def _weights_of(model: Any, plan: EditPlan) -> None:
+    """Refuse a model that has no such weights, before anything of it is changed."""
+    layout(model, plan)
+
+
+def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) -> _Written:
+    name = spec.base or run.model["name"]
+    notes: tuple[str, ...] = ()
+    if spec.base and not spec.force:
+        # A base that the user names is held against the run; its own is taken at its word.
+        notes = _same_model(run, load(name, spec.load, tokenizer=False), spec.force)
+    elif spec.base:
+        notes = (f"{name} was not held against the model of the run (--force).",)
+    model = skeleton(name, spec.load)
+    where = layout(model, run.plan)
+    if where.lost:
+        notes += (_lost("a PEFT LoRA adapter", where.lost, spec.partial),)
+    if run.model.get("source") == "demo":
+        notes += (
+            "The base is the demo model: SmolLM2 with the adapter that makes it refuse merged in.",
+        )
+    meta = origin(run.record, run.plan)
+    base = str(name if run.model.get("source") == "demo" else run.model.get("base") or name)
+    write_lora(model, run.plan, where, folder, base, meta)
+    return _Written(export_card("lora", folder, run.record, meta, notes), notes)
+
+
+def _lost(what: str, names: Sequence[str], partial: bool) -> str:
+    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if not partial:
+        raise UsageError(
+            f"{what} cannot hold the change of {shown}.",
+            "Use --format merged, or --partial to write all the rest.",
+        )
+    return f"NOT in it, as the format has no place for them: {', '.join(names)}."
+
+
+def _gguf_path(run: Run, spec: ExportSpec) -> tuple[Path, bool]:
+    """Return the GGUF file to build on, and whether it lacks the demo's adapter."""
+    own = run.model.get("source")
+    if spec.base == "demo" or (not spec.base and own == "demo"):
+        return demo.base_gguf(), True
+    if spec.base:
+        if not spec.base.endswith(".gguf"):
+            raise UsageError(f"--base {spec.base} is no .gguf file.", "Give one to build on.")
+        return Path(spec.base).expanduser(), False
+    if own == "gguf":
+        return Path(run.model["name"]).expanduser(), False
+    raise UsageError(
+        f"this run was made on {run.model['name']}, which is no .gguf file.",
+        "Give the model as GGUF with --base FILE.gguf.",
+    )
+
+
+def _gguf(run: Run, kind: str, out: Path, spec: ExportSpec, progress: Progress[Any]) -> _Written:
+    path, lacks_adapter = _gguf_path(run, spec)
+    file = open_gguf(path)
+    gguf_fit.require_architecture(file, str(run.model.get("model_type", "")))
+    edits = changes(file, run.plan)
+    notes = _matches(run, file, edits, spec)
+    if lacks_adapter:
+        edits = changes(file, _demo_adapter() + run.plan)
+        notes += (
+            "The base file is plain SmolLM2: the adapter that makes the demo model refuse is part of "
+            "what is added to it, together with the edit.",
+        )
+    meta = origin(run.record, run.plan)
+    if kind == "gguf-lora":
+        lost = [c.tensor.name for c in edits if c.bias]
+        if lost:
+            notes += (_lost("a GGUF LoRA", lost, spec.partial),)
+        rank = write_gguf_lora(file, [c for c in edits if not c.bias], out, meta)
+        notes += (
+            f"Rank {rank} at most, in float32; for {path.name} and other types of that model.",
+        )
+        return _Written(export_card(kind, out, run.record, meta, notes), notes)
+    typed = gguf_fit.choose(file, edits, spec.type)
+    report = rewrite(file, out, typed, meta, _counting(progress, len(file.tensors)))
+    notes += _said(report)
+    return _Written(export_card(kind, out, run.record, meta, notes, report), notes, tuple(report))
+
+
+def _counting(progress: Progress[Any], total: int) -> Callable[[GgufTensor], None]:
+    """Return what moves a progress bar on by one tensor."""
+    steps = iter(progress(range(total), "tensors", total))
+    return lambda _tensor: next(steps, None)
+
+
+def _said(report: Sequence[Rounding]) -> tuple[str, ...]:
+    """Say which tensors were raised to another type, and where storing drowned the edit."""
+    notes: list[str] = []
+    raised = [r for r in report if r.after != r.before]
+    if raised:
+        types = ", ".join(sorted({f"{r.before} to {r.after}" for r in raised}))
+        notes.append(
+            f"{len(raised)} of {len(report)} changed tensors are stored in another type ({types})."
+        )
+    drowned = [r for r in report if r.kept < DROWNED]
+    if drowned:
+        worst = min(drowned, key=lambda r: r.kept)
+        notes.append(
+            f"Storing drowned the edit in {len(drowned)} of {len(report)} tensors: of {worst.name} "
+            f"({worst.after}) {max(worst.kept, 0):.0%} is left. Use --type auto or q8_0."
+        )
+    return tuple(notes)
+
+
+def _matches(
+    run: Run, file: GgufFile, edits: Sequence[Change], spec: ExportSpec
+) -> tuple[str, ...]:
+    """Hold the file's weights against samples of the run's; return what to note."""
+    if spec.force:
+        return ("The base file was not held against the model of the run (--force).",)
+    sketch = run.sketch
+    if sketch is None:
+        # A run of an older version kept no samples: its model is asked.
+        lm = load(run.model["name"], replace(spec.load, device="cpu"), tokenizer=False)
+        _same_model(run, lm, False)
+        sketch = take(lm.model, run.plan)
+    gguf_fit.require_alike(file, edits, sketch)
+    return ()
+
+
+def _demo_adapter() -> EditPlan:
+    with as_file(files("saber.lm") / "data" / "demo_adapter") as folder:
+        return read_lora(folder)

@@ -1,0 +1,68 @@
+"""A plan as llama.cpp's LoRA adapter: a small GGUF file beside the base model's.
+
+A plain matrix has `lora_a (k, d_in)` and `lora_b (d_out, k)`, a stack of experts the experts before
+them, the token embedding `lora_a (tokens, k)`. llama.cpp scales by alpha / k of each tensor, so that
+`lora_b` is stored times k / alpha.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from saber.checkpoint.gguf_file import OWN, Change, GgufFile
+from saber.errors import OutputError
+
+
+def pairs(change: Change, alpha: float) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
+    """Yield the two tensors of a change with their names."""
+    rank = change.right.shape[0]
+    down, up = change.right, change.left * (rank / alpha)
+    if change.embedding:
+        down, up = change.left, change.right[:, 0].T * (rank / alpha)
+    elif len(change.tensor.shape) > 2:
+        down = down.movedim(1, 0)
+        up = up.expand(change.tensor.experts, -1, -1)
+    else:
+        down = down[:, 0]
+    yield f"{change.tensor.name}.lora_a", np.ascontiguousarray(down.numpy(), np.float32)
+    yield f"{change.tensor.name}.lora_b", np.ascontiguousarray(up.numpy(), np.float32)
+
+
+def write_gguf_lora(
+    file: GgufFile, changes: Sequence[Change], out: Path, metadata: Mapping[str, str]
+) -> int:
+    """Write the adapter in float32, whole or not at all; return its largest rank.
+
+    `changes` holds matrices alone: the format has no place for biases. Raises `OutputError`.
+    """
+    import gguf
+
+    alpha = max(change.right.shape[0] for change in changes)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        writer = gguf.GGUFWriter(part, file.architecture)
+        writer.add_string("general.type", "adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(alpha))
+        for name, value in metadata.items():
+            writer.add_string(OWN + name, value)
+        for change in changes:
+            for name, values in pairs(change, float(alpha)):
+                writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(part, out)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {out}: {error.strerror}.", "Free space or choose another --out."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return int(alpha)

@@ -1,0 +1,162 @@
+"""Where an edited checkpoint comes from: in its shards' metadata, a record of its files, and its card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saber import __version__, artifacts
+from saber.checkpoint.plan_on_disk import DiskPlan
+from saber.checkpoint.shards import Source, fingerprint, read_shard
+from saber.errors import DataError, SaberError
+
+FILE, SCHEMA, KIND = "saber_provenance.json", 1, "provenance"
+KEYS = (
+    "base",
+    "base_fingerprint",
+    "base_checkpoint",
+    "plan_hash",
+    "config_hash",
+    "config",
+    "seed",
+    "version",
+    "run_version",
+)
+"""What an artifact carries: name and fingerprints of the base (in memory and in its files), hashes of
+the plan and the configuration, the configuration itself, and the versions that wrote it and the plan."""
+
+
+def origin(
+    plan: DiskPlan, plan_hash: str, source: Source, record: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return what an artifact made from a plan and a checkpoint carries, all of it as text."""
+    config = plan.meta.get("config") or {}
+    text = json.dumps(config, sort_keys=True, allow_nan=False)
+    model = record.get("model") or {}
+    found = {
+        "base": model.get("base") or model.get("name") or source.folder.name,
+        "base_fingerprint": plan.meta.get("fingerprint"),
+        "base_checkpoint": fingerprint(source),
+        "plan_hash": plan_hash,
+        "config_hash": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
+        "config": text,
+        "seed": config.get("seed"),
+        "version": __version__,
+        "run_version": plan.meta.get("saber_version"),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """A file of an edited checkpoint."""
+
+    sha256: str
+    """Of its content."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `saber apply` wrote: the marker of a whole folder, and what `saber verify` checks."""
+
+    origin: Mapping[str, str]
+    """See `KEYS`."""
+    edited: Sequence[str]
+    """Names of the shards that were edited."""
+    files: Mapping[str, FileMark]
+    """By path in the folder."""
+    skipped: Sequence[str] = ()
+    """Files of the base that hold weights in other forms and were left behind."""
+    rounding: Mapping[str, float] = field(default_factory=dict)
+    """By 8-bit tensor: norm of the rounding error as a share of the edit's."""
+
+    def save(self, folder: Path) -> None:
+        """Write the record."""
+        artifacts.write_json(
+            folder / FILE,
+            {
+                "kind": KIND,
+                "schema": SCHEMA,
+                "origin": dict(self.origin),
+                "edited": list(self.edited),
+                "files": {n: {"sha256": m.sha256, "size": m.size} for n, m in self.files.items()},
+                "skipped": list(self.skipped),
+                "rounding": dict(self.rounding),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Record:
+        """Read the record; raises `DataError` when it is missing or another's."""
+        value = artifacts.read_json(folder / FILE)
+        if value.get("kind") != KIND or value.get("schema") != SCHEMA:
+            raise DataError(f"{folder / FILE} is not a record of this version.")
+        try:
+            files = {n: FileMark(m["sha256"], m["size"]) for n, m in value["files"].items()}
+            edited, skipped = tuple(value["edited"]), tuple(value["skipped"])
+            return cls(dict(value["origin"]), edited, files, skipped, dict(value["rounding"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{folder / FILE} is damaged.") from error
+
+
+def carried(path: Path) -> dict[str, str]:
+    """Return what an artifact carries in its own metadata: a safetensors or a GGUF file."""
+    if path.suffix == ".gguf":
+        import gguf
+
+        fields = gguf.GGUFReader(path).fields
+        found = {
+            name: str(fields[f"saber.{name}"].contents())
+            for name in KEYS
+            if f"saber.{name}" in fields
+        }
+    else:
+        found = {n: v for n, v in read_shard(path).metadata.items() if n in KEYS}
+    return found
+
+
+def run_record(run: Path) -> dict[str, Any]:
+    """Return a run's record, empty where there is none (a plan on its own)."""
+    try:
+        return artifacts.read_json(run / "run.json")
+    except SaberError:
+        return {}
+
+
+_FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def card(base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float]) -> str:
+    """Return a model card: the base's, if any, behind a section on what was done to it."""
+    front = _FRONT.match(base_card)
+    head = front.group() if front else "---\ntags:\n- saber\n---\n"
+    rows = "\n".join(
+        f"| {name} | `{origin[name]}` |" for name in KEYS if name in origin and name != "config"
+    )
+    worst = ""
+    if rounding:
+        name = max(rounding, key=lambda n: rounding[n])
+        worst = (
+            f"\n{len(rounding)} edited tensors are stored in 8 bits: storing them lost up to "
+            f"{rounding[name]:.1%} of the edit's norm (`{name}`).\n"
+        )
+    section = (
+        f"\n# {origin.get('base', 'A model')}, edited\n\n"
+        f"SABER {origin['version']} changed some weights of this model with a low-rank edit. It can answer "
+        "requests that its makers wanted refused; whoever publishes or deploys it is responsible for what "
+        "it does. What the edit does was measured in the run that made it, not here.\n\n"
+        f"| | |\n|---|---|\n{rows}\n{worst}\n"
+        f"`saber verify` holds this folder against `{FILE}`, the run and the base.\n"
+    )
+    rest = base_card[front.end() :] if front else base_card
+    behind = (
+        f"\n---\n\nThe card of the untouched model:\n\n{rest.strip()}\n" if rest.strip() else ""
+    )
+    return head + section + behind

@@ -1,0 +1,165 @@
+"""Hold an edited artifact against what it carries, the run that made it, and its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from saber.checkpoint import blocks
+from saber.checkpoint.apply import model_folder, plan_folder
+from saber.checkpoint.plan_on_disk import DiskPlan
+from saber.checkpoint.provenance import FILE, Record, carried
+from saber.checkpoint.shards import fingerprint, read_source
+from saber.checkpoint.stream import write_shard
+from saber.errors import DataError, SaberError
+
+Watch = Callable[[int, int], None]
+"""Told how many bytes of how many are read."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked."""
+
+    what: str
+    """In a few words."""
+    passed: bool
+    """Whether it holds."""
+    detail: str = ""
+    """What was found, where it does not."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What an artifact carries and what was checked of it."""
+
+    path: Path
+    """The artifact."""
+    origin: Mapping[str, str]
+    """What it carries (`provenance.KEYS`)."""
+    checks: tuple[Check, ...]
+    """In the order in which they were made."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks hold."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(
+    path: Path,
+    run: Path | None = None,
+    base: str = "",
+    watch: Watch = lambda _done, _total: None,
+) -> Verified:
+    """Check a folder, a safetensors file or a GGUF file that SABER wrote.
+
+    Always: every file that the record names has its SHA-256, none is missing or new, and all edited
+    shards carry the same origin as the record. With `run`: plan and seed are that run's. With `base`:
+    the files it was made from are those. With both the edit is made again, in memory and block by
+    block, and held against the shards bit for bit.
+
+    Raises `DataError` when the artifact carries nothing to check.
+    """
+    if path.is_file():
+        record, parts = None, {path.name: _carried(path)}
+    elif not path.is_dir():
+        raise DataError(f"no such folder or file: {path}.")
+    else:
+        record = Record.load(path) if (path / FILE).is_file() else None
+        files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.gguf"))
+        parts = {file.name: _carried(file) for file in files}
+    origin = dict(record.origin) if record else next((p for p in parts.values() if p), {})
+    if not origin:
+        raise DataError(
+            f"{path} carries no provenance, so there is nothing to check.",
+            "SABER writes it into what saber run, apply and export save.",
+        )
+    checks = list(_own(path, record, parts, origin, watch))
+    plan = DiskPlan.read(plan_folder(run)) if run is not None else None
+    if plan is not None:
+        checks += _against_run(plan, origin)
+    if base:
+        checks += _against_base(path, base, record, plan, origin)
+    return Verified(path, origin, tuple(checks))
+
+
+def _carried(path: Path) -> dict[str, str]:
+    try:
+        return carried(path)
+    except SaberError:
+        return {}  # a damaged file, which its SHA-256 shows
+
+
+def _own(
+    path: Path,
+    record: Record | None,
+    parts: Mapping[str, Mapping[str, str]],
+    origin: Mapping[str, str],
+    watch: Watch,
+) -> Iterator[Check]:
+    wanted = record.edited if record else list(parts)
+    other = [name for name in wanted if dict(parts.get(name, {})) != dict(origin)]
+    yield Check("weights carry their origin", not other, _names(other, "other or none in"))
+    if record is None:
+        return
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {FILE}
+    missing, new = sorted(record.files.keys() - files), sorted(files - record.files.keys())
+    yield Check("no file is missing", not missing, _names(missing, "missing:"))
+    yield Check("no file was added", not new, _names(new, "added:"))
+    total, done, changed = sum(m.size for m in record.files.values()), 0, []
+    for name, mark in record.files.items():
+        if name in files:
+            size = (path / name).stat().st_size
+            if size != mark.size or blocks.sha256(path / name) != mark.sha256:
+                changed.append(name)
+        done += mark.size
+        watch(done, total)
+    yield Check("every file has its SHA-256", not changed, _names(changed, "changed:"))
+
+
+def _against_run(plan: DiskPlan, origin: Mapping[str, str]) -> Iterator[Check]:
+    found = plan.hash()
+    yield _same("the plan is the run's", found, origin.get("plan_hash"))
+    seed = (plan.meta.get("config") or {}).get("seed")
+    yield _same("the seed is the run's", None if seed is None else str(seed), origin.get("seed"))
+    yield _same(
+        "the model in memory is the run's",
+        plan.meta.get("fingerprint"),
+        origin.get("base_fingerprint"),
+    )
+
+
+def _against_base(
+    path: Path,
+    base: str,
+    record: Record | None,
+    plan: DiskPlan | None,
+    origin: Mapping[str, str],
+) -> Iterator[Check]:
+    source = read_source(model_folder(base))
+    yield _same("it was made from this base", fingerprint(source), origin.get("base_checkpoint"))
+    if plan is None or record is None:
+        return
+    edits, factors = plan.edits(source), plan.open()
+    other = []
+    for file in source.shards:
+        mark = record.files.get(file)
+        if file in record.edited:
+            found = write_shard(source, file, None, edits, factors, origin).sha256
+        else:
+            found = blocks.sha256(source.shards[file].path)
+        if mark is None or found != mark.sha256:
+            other.append(file)
+    yield Check("base and plan give these very bits", not other, _names(other, "others in"))
+
+
+def _same(what: str, found: str | None, carried_: str | None) -> Check:
+    return Check(what, found == carried_, "" if found == carried_ else f"{found} is not {carried_}")
+
+
+def _names(names: list[str], lead: str) -> str:
+    if not names:
+        return ""
+    return f"{lead} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,0 +1,67 @@
+"""`saber export`: a run's edit in the formats people use."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from saber.checkpoint.export import Exported, ExportSpec, Run, check_formats, export
+from saber.cli.progress import listening
+from saber.config import RunConfig
+
+
+def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """Write one format; print where it is and what to know of it."""
+    check_formats([arguments.format])
+    run = Run.load(arguments.run)
+    spec = ExportSpec(
+        base=arguments.base or "",
+        type=arguments.type,
+        partial=arguments.partial,
+        force=arguments.force,
+        load=config.load,
+    )
+    with listening(Console(stderr=True, quiet=arguments.json)) as listener:
+        listener.on_stage(f"exporting as {arguments.format}")
+        made = export(run, arguments.format, Path(arguments.out), spec, progress=listener.progress)
+    if arguments.json:
+        print(json.dumps(as_json(made)))
+        return 0
+    out = Console()
+    for note in made.notes:
+        out.print(f"[yellow]note[/]: {note}", highlight=False)
+    if made.tensors:
+        out.print(_summary(made))
+    out.print(
+        f"{made.format}: {made.path} ({made.bytes / 2**20:.1f} MiB, {made.seconds:.1f} s)\ncard: {made.card}",
+        highlight=False,
+    )
+    return 0
+
+
+def as_json(made: Exported) -> dict[str, object]:
+    """Return what was written as plain data."""
+    plain = dataclasses.asdict(dataclasses.replace(made, tensors=()))
+    rows = [row._asdict() for row in made.tensors]
+    return {**plain, "path": str(made.path), "card": str(made.card), "tensors": rows}
+
+
+def _summary(made: Exported) -> Table:
+    """What storing did to the edit, by type, with the worst tensor of each."""
+    table = Table(title="changed tensors")
+    for name in ("stored as", "tensors", "edit kept, least", "rounding / edit, most"):
+        table.add_column(name, justify="left" if name == "stored as" else "right")
+    for kind in sorted({(r.before, r.after) for r in made.tensors}):
+        rows = [r for r in made.tensors if (r.before, r.after) == kind]
+        table.add_row(
+            kind[1] if kind[0] == kind[1] else f"{kind[1]} (was {kind[0]})",
+            str(len(rows)),
+            f"{min(r.kept for r in rows):.1%}",
+            f"{max(r.error for r in rows):.3f}",
+        )
+    return table

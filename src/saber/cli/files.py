@@ -1,0 +1,88 @@
+"""What apply and verify do with their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.verification import verify
+from saber.errors import UsageError
+
+
+@contextmanager
+def _bytes(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that draws how many bytes are done."""
+    columns = (TextColumn(label), BarColumn(bar_width=24), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def apply_command(arguments: argparse.Namespace) -> int:
+    """`saber apply`."""
+    if arguments.workers < 0:
+        raise UsageError("--workers must be at least 0 (0: one a core).")
+    spec = ApplySpec(arguments.workers, arguments.force, arguments.copy, arguments.allow_pickle)
+    with _bytes(Console(stderr=True, quiet=arguments.json), "writing") as watch:
+        made = apply_to_files(arguments.run, arguments.model, arguments.out, spec, watch)
+    if arguments.json:
+        row = dataclasses.asdict(made.record)
+        print(
+            json.dumps(
+                {
+                    "folder": str(made.folder),
+                    "tensors": made.tensors,
+                    "resumed": made.resumed,
+                    "forced": made.forced,
+                    "seconds": made.seconds,
+                    **row,
+                }
+            )
+        )
+        return 0
+    out = Console()
+    size = sum(m.size for m in made.record.files.values())
+    out.print(
+        f"{made.tensors} tensors edited in {len(made.record.edited)} shards, "
+        f"{len(made.record.files)} files, {size / 1e9:.2f} GB, {made.seconds:.1f} s"
+        f"{f', {made.resumed} shards were there already' if made.resumed else ''}"
+    )
+    if made.record.rounding:
+        worst = max(made.record.rounding.values())
+        out.print(
+            f"[yellow]note[/]: {len(made.record.rounding)} tensors are stored in 8 bits; storing them "
+            f"lost up to {worst:.1%} of the edit's norm (by tensor in saber_provenance.json)"
+        )
+    if made.record.skipped:
+        out.print(
+            "[yellow]note[/]: left behind, as they hold the unedited weights in another form: "
+            + ", ".join(made.record.skipped[:5])
+            + (" ..." if len(made.record.skipped) > 5 else "")
+        )
+    if made.forced:
+        out.print("[yellow]note[/]: the plan was made from another model (--force)")
+    out.print(f"model: {made.folder}", soft_wrap=True)
+    return 0
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """`saber verify`."""
+    with _bytes(Console(stderr=True, quiet=arguments.json), "reading") as watch:
+        found = verify(arguments.path, arguments.run, arguments.base or "", watch)
+    if arguments.json:
+        checks = [dataclasses.asdict(check) for check in found.checks]
+        print(json.dumps({"passed": found.passed, "origin": dict(found.origin), "checks": checks}))
+        return 0 if found.passed else 1
+    out = Console()
+    for check in found.checks:
+        state = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
+        detail = f": {check.detail}" if check.detail else ""
+        out.print(f"{state}  {check.what}{detail}", highlight=False, soft_wrap=True)
+    return 0 if found.passed else 1

@@ -1,0 +1,431 @@
+"""`saber export`: every format from a run folder, its card and provenance, and what it refuses."""
+
+import json
+import sys
+from dataclasses import replace
+
+import gguf
+import ggufs
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import failing
+from test_export_lora import IDS, random_plan, read
+
+from saber import artifacts
+from saber.ablation import EditPlan, Factor, apply
+from saber.checkpoint import export as export_module
+from saber.checkpoint.export import ExportSpec, Run, export
+from saber.checkpoint.origin import origin, plan_hash
+from saber.checkpoint.sketch import take
+from saber.cli.main import main
+from saber.errors import ModelError
+from saber.lm.model import fingerprint
+from saber.notices import GENERIC, NARROW, WARNING
+
+MEASURED = {
+    "refusal": {"rate": 0.9, "low": 0.8, "high": 0.95, "n": 10},
+    "perplexity": {"overall": 2.5},
+    "kl": {"sequence": 0.01},
+}
+KEYS = {
+    "base",
+    "base_fingerprint",
+    "plan_hash",
+    "config_hash",
+    "config",
+    "seed",
+    "version",
+    "run_version",
+}
+
+
+def run_folder(tmp_path, model, name, plan, source="folder", sketch=True, **data):
+    """What a finished run on a model leaves, as far as exports read it."""
+    folder = tmp_path / "run"
+    mark = fingerprint(model)
+    record = {
+        "schema": 1,
+        "saber_version": "0.0.9",
+        "command": "saber run x",
+        "model": {
+            "name": str(name),
+            "source": source,
+            "model_type": model.config.model_type,
+            "base": None,
+            "fingerprint": mark,
+        },
+        "config": {"seed": 7, "data": {"behaviour": "refusal", "mode": "removal", **data}},
+        "baseline": MEASURED,
+        "edited": MEASURED,
+    }
+    artifacts.write_json(folder / "run.json", record)
+    plan.save(folder / "plan", {"fingerprint": mark})
+    if sketch:
+        take(model, plan).save(folder / "plan" / "sketch")
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A run on a pico model's folder, and that folder."""
+    model = make_model("llama", layers=2)
+    folder = tmp_path / "pico"
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return run_folder(tmp_path, model, folder, random_plan(model)), folder
+
+
+@pytest.fixture
+def made_gguf(tmp_path):
+    """A run on a pico model in a GGUF file, and that file."""
+    model = ggufs.dense_model("llama")
+    file = ggufs.write(model, tmp_path / "pico.gguf", "Q8_0")
+    return run_folder(tmp_path / "g", model, file, random_plan(model), source="gguf"), file
+
+
+def call(capsys, *arguments):
+    code = main(["export", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_lora_from_the_command_line(capsys, made, tmp_path):
+    run, folder = made
+    code, said = call(capsys, run, "--format", "lora", "--out", tmp_path / "a")
+    assert code == 0
+    assert said["format"] == "lora"
+    assert said["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").iterdir())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    apart = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    apply(apart, EditPlan.load(run / "plan"))
+    found = read(model, tmp_path / "a")
+    assert isinstance(found, PeftModel)
+    torch.testing.assert_close(found(IDS).logits, apart(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_from_the_command_line(capsys, made, tmp_path):
+    run, folder = made
+    code, _ = call(capsys, run, "--format", "merged", "--out", tmp_path / "m")
+    assert code == 0
+    apart = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    apply(apart, EditPlan.load(run / "plan"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    for name, value in apart.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], value)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m").chat_template
+
+
+def test_gguf_and_its_adapter_from_the_command_line(capsys, made_gguf, tmp_path):
+    run, file = made_gguf
+    code, said = call(capsys, run, "--format", "gguf", "--out", tmp_path / "deep" / "e.gguf")
+    assert code == 0
+    assert {p.name for p in (tmp_path / "deep").iterdir()} == {"e.gguf", "e.md"}
+    assert {row["after"] for row in said["tensors"]} == {"Q8_0"}
+    before, after = ggufs.weights(file), ggufs.weights(tmp_path / "deep" / "e.gguf")
+    plan = EditPlan.load(run / "plan")
+    wanted = (
+        before["blk.1.ffn_down.weight"]
+        + plan.factors["model.layers.1.mlp.down_proj"].delta().numpy()
+    )
+    assert abs(after["blk.1.ffn_down.weight"] - wanted).max() < 0.01
+    code, said = call(capsys, run, "--format", "gguf-lora", "--out", tmp_path / "l")
+    assert code == 0
+    assert {p.name for p in (tmp_path / "l").iterdir()} == {"pico-saber-lora.gguf", "README.md"}
+    assert any("Rank 3" in note for note in said["notes"])
+
+
+def test_a_table_says_what_storing_did(capsys, made_gguf, tmp_path):
+    run, _ = made_gguf
+    assert main(["export", str(run), "--format", "gguf", "--out", str(tmp_path / "e.gguf")]) == 0
+    said = capsys.readouterr().out
+    assert "edit kept" in said
+    assert "Q8_0" in said
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged", "gguf", "gguf-lora"])
+def test_every_artifact_says_where_it_comes_from_and_what_it_is(kind, made, made_gguf, tmp_path):
+    folder = (made_gguf if kind.startswith("gguf") else made)[0]
+    run = Run.load(folder)
+    done = export(run, kind, tmp_path / "o")
+    wanted = origin(run.record, run.plan)
+    assert wanted.keys() == KEYS
+    assert (wanted["seed"], wanted["run_version"]) == ("7", "0.0.9")
+    if kind.startswith("gguf"):
+        reader = gguf.GGUFReader(next((tmp_path / "o").glob("*.gguf")))
+        found = {
+            f[6:]: reader.fields[f].contents() for f in reader.fields if f.startswith("saber.")
+        }
+    else:
+        with safe_open(next((tmp_path / "o").glob("*.safetensors")), "pt") as file:
+            found = file.metadata()
+            assert found.pop("format") == "pt"
+    assert found == wanted
+    card = done.card.read_text(encoding="utf-8")
+    assert WARNING in card
+    for key in KEYS - {"config"}:
+        assert wanted[key] in card
+    assert (
+        f"library_name: {'gguf' if 'gguf' in kind else 'peft' if kind == 'lora' else 'transformers'}"
+        in card
+    )
+
+
+def test_the_card_has_the_notice_that_fits(tmp_path):
+    model = make_model("llama", layers=2)
+    model.save_pretrained(tmp_path / "pico")
+    for index, (data, notice) in enumerate(
+        (({"mode": "over-refusal"}, NARROW), ({"behaviour": "lists"}, GENERIC))
+    ):
+        folder = run_folder(tmp_path, model, tmp_path / "pico", random_plan(model), **data)
+        card = export(Run.load(folder), "lora", tmp_path / f"o{index}").card
+        assert notice in card.read_text(encoding="utf-8")
+
+
+def test_a_plans_hash_depends_on_all_of_it_and_not_on_order():
+    plan = random_plan(make_model("gpt2", layers=2))
+    same = EditPlan(dict(reversed(plan.factors.items())))
+    assert plan_hash(same) == plan_hash(plan)
+    name, factor = next(iter(plan.factors.items()))
+    for other in (
+        replace(factor, left=factor.left + 1e-3),
+        replace(factor, axis=0),
+        replace(factor, bias=None),
+        replace(factor, weight="other"),
+    ):
+        assert plan_hash(EditPlan({**plan.factors, name: other})) != plan_hash(plan)
+
+
+def test_drowned_edits_are_warned_of(capsys, tmp_path):
+    model = ggufs.dense_model("llama")
+    file = ggufs.write(model, tmp_path / "pico.gguf", "Q4_0")
+    run = run_folder(tmp_path, model, file, random_plan(model, size=0.02), source="gguf")
+    _, said = call(capsys, run, "--format", "gguf", "--type", "keep", "--out", tmp_path / "k")
+    assert any("drowned the edit in 4 of 4 tensors" in note for note in said["notes"])
+    _, said = call(capsys, run, "--format", "gguf", "--out", tmp_path / "a")
+    assert not any("drowned" in note for note in said["notes"])
+    assert any("stored in another type (Q4_0 to Q8_0)" in note for note in said["notes"])
+    table = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert table.count("| Q4_0 | Q8_0 |") == 4
+
+
+def test_biases_that_a_gguf_adapter_cannot_hold_are_named(capsys, tmp_path):
+    model = ggufs.dense_model("gpt2")
+    file = ggufs.write(model, tmp_path / "pico.gguf")
+    run = run_folder(tmp_path, model, file, random_plan(model), source="gguf")
+    ask = ("export", run, "--format", "gguf-lora", "--out", tmp_path / "l.gguf")
+    code, error = failing(capsys, *ask)
+    assert code == 2
+    assert "cannot hold the change of blk.0.attn_output.bias" in error
+    assert "--partial" in error
+    assert not (tmp_path / "l.gguf").exists()
+    assert main([*map(str, ask), "--partial"]) == 0
+    card = (tmp_path / "l.md").read_text(encoding="utf-8")
+    assert "NOT in it" in card
+    assert "blk.1.ffn_down.bias" in card
+
+
+def test_folders_that_are_no_finished_run(capsys, tmp_path, made):
+    run, _ = made
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ask = ("--format", "lora", "--out", tmp_path / "o")
+    assert "is no run folder" in failing(capsys, "export", empty, *ask)[1]
+    (empty / "state.json").write_text("{}")
+    assert "is not finished" in failing(capsys, "export", empty, *ask)[1]
+    (run / "plan" / "meta.json").unlink()
+    code, error = failing(capsys, "export", run, *ask)
+    assert code == 2
+    assert "has no plan" in error
+    EditPlan().save(run / "plan", {})
+    assert "changes nothing" in failing(capsys, "export", run, *ask)[1]
+    assert not (tmp_path / "o").exists()
+
+
+def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path):
+    run, _ = made_gguf
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    code, error = failing(capsys, "export", run, "--format", "ggfu", "--out", taken)
+    assert code == 2
+    assert "Did you mean 'gguf'" in error
+    for kind in ("lora", "merged", "gguf", "gguf-lora"):
+        assert (
+            "exists already" in failing(capsys, "export", run, "--format", kind, "--out", taken)[1]
+        )
+    (tmp_path / "e.md").write_text("mine")
+    out = tmp_path / "e.gguf"
+    assert (
+        "e.md exists already" in failing(capsys, "export", run, "--format", "gguf", "--out", out)[1]
+    )
+    assert (tmp_path / "e.md").read_text() == "mine"
+    wrong = failing(capsys, "export", run, "--format", "lora", "--out", tmp_path / "f.gguf")
+    assert "names a file" in wrong[1]
+    (tmp_path / "file").write_text("")
+    for kind in ("lora", "gguf"):
+        out = tmp_path / "file" / "o"
+        assert "cannot" in failing(capsys, "export", run, "--format", kind, "--out", out)[1]
+
+
+def test_unknown_tensor_type(capsys, made_gguf, tmp_path):
+    run, _ = made_gguf
+    ask = ("export", run, "--format", "gguf", "--out", tmp_path / "e.gguf", "--type", "q9")
+    assert "unknown tensor type 'q9'" in failing(capsys, *ask)[1]
+    assert not (tmp_path / "e.gguf").exists()
+
+
+def test_missing_extra(capsys, made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    code, error = failing(capsys, "export", made[0], "--format", "lora", "--out", tmp_path / "o")
+    assert code == 2
+    assert "pip install 'saber-llm[export]'" in error
+    ask = ("run", made[1], "--out", tmp_path / "r", "--export", "merged,lora")
+    assert "saber-llm[export]" in failing(capsys, *ask)[1]
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_model_is_refused_unless_forced(capsys, made, tmp_path):
+    run, _ = made
+    other = tmp_path / "other"
+    make_model("llama", layers=2, seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    for kind in ("merged", "lora"):
+        ask = ("export", run, "--format", kind, "--out", tmp_path / kind, "--base", other)
+        code, error = failing(capsys, *ask)
+        assert code == 2
+        assert "not the model that the run was made on" in error
+        assert not (tmp_path / kind).exists()
+        assert main([*map(str, ask), "--force"]) == 0
+        card = (tmp_path / kind / "README.md").read_text(encoding="utf-8")
+        assert "NOT the model of the run" in card or "was not held against" in card
+    wide = tmp_path / "wide"
+    make_model("llama", layers=2, d_model=64).save_pretrained(wide)
+    ask = ("export", run, "--format", "lora", "--out", tmp_path / "w", "--base", wide, "--force")
+    assert "has the shape" in failing(capsys, *ask)[1]
+    assert "no such model" in failing(capsys, *ask[:-3], "--base", "./nothing")[1]
+
+
+def test_another_gguf_is_refused_unless_forced(capsys, made_gguf, tmp_path):
+    run, _ = made_gguf
+    other = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "other.gguf")
+    ask = ("export", run, "--format", "gguf", "--out", tmp_path / "e.gguf", "--base", other)
+    code, error = failing(capsys, *ask)
+    assert code == 2
+    assert "does not hold the weights" in error
+    assert not (tmp_path / "e.gguf").exists()
+    assert main([*map(str, ask), "--force"]) == 0
+    assert "was not held against" in (tmp_path / "e.md").read_text(encoding="utf-8")
+    gpt2 = ggufs.write(ggufs.dense_model("gpt2"), tmp_path / "g.gguf")
+    wrong = failing(capsys, *ask[:-1], gpt2, "--force", "--out", tmp_path / "g2.gguf")
+    assert "is a 'gpt2' model" in wrong[1]
+    folder = failing(capsys, *ask[:-1], "some/model", "--out", tmp_path / "h.gguf")
+    assert "is no .gguf file" in folder[1]
+
+
+def test_a_run_on_a_folder_takes_a_gguf_of_the_same_weights(capsys, tmp_path):
+    model = ggufs.dense_model("llama")
+    model.save_pretrained(tmp_path / "pico")
+    run = run_folder(tmp_path, model, tmp_path / "pico", random_plan(model))
+    ask = ("export", run, "--format", "gguf", "--out", tmp_path / "e.gguf")
+    code, error = failing(capsys, *ask)
+    assert code == 2
+    assert "--base FILE.gguf" in error
+    file = ggufs.write(model, tmp_path / "quantised.gguf", "Q4_1")
+    assert main([*map(str, ask), "--base", str(file)]) == 0
+
+
+def test_a_run_without_a_sketch_asks_its_model(made, tmp_path, monkeypatch):
+    model = ggufs.dense_model("llama")
+    model.save_pretrained(tmp_path / "mine")
+    make_tokenizer().save_pretrained(tmp_path / "mine")
+    folder = run_folder(tmp_path / "s", model, tmp_path / "mine", random_plan(model), sketch=False)
+    file = ggufs.write(model, tmp_path / "q.gguf", "Q4_1")
+    run = Run.load(folder)
+    assert run.sketch is None
+    export(run, "gguf", tmp_path / "a.gguf", ExportSpec(base=str(file)))
+    other = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "o.gguf")
+    with pytest.raises(ModelError, match="does not hold the weights"):
+        export(run, "gguf", tmp_path / "b.gguf", ExportSpec(base=str(other)))
+    lost = Run({**run.record, "model": {**run.model, "name": "./gone"}}, run.plan, None)
+    with pytest.raises(ModelError, match="no such model"):
+        export(lost, "gguf", tmp_path / "c.gguf", ExportSpec(base=str(file)))
+
+
+def test_nothing_is_left_when_the_disk_is_full(made, tmp_path, monkeypatch):
+    run = Run.load(made[0])
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("saber.checkpoint.lora.save_file", full)
+    with pytest.raises(Exception, match="No space left"):
+        export(run, "lora", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_formats_are_checked_before_a_run_begins(capsys, model_folder, tmp_path):
+    ask = ("run", model_folder, "--out", tmp_path / "r", "--export")
+    code, error = failing(capsys, *ask, "merged,lroa")
+    assert code == 2
+    assert "Did you mean 'lora'" in error
+    error = failing(capsys, *ask, "merged,gguf")[1]
+    assert "saber export RUN --format gguf --base FILE.gguf" in error
+    assert "goes alone" in failing(capsys, *ask, "none,lora")[1]
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_leaves_what_was_asked_for(model_folder, tmp_path):
+    from test_pipeline import small
+
+    from saber.pipeline import prepare_folder, run
+
+    out = tmp_path / "r"
+    done = run(str(model_folder), out, small(), force=True, export=("lora", "merged"))
+    assert [e["format"] for e in done.record["exports"]] == ["lora", "merged"]
+    plan = EditPlan.load(out / "plan")
+    loaded = Run.load(out)
+    assert loaded.sketch is not None
+    assert loaded.sketch.samples.keys() == plan.factors.keys()
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert len(adapter) == 2 * len(plan.factors)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    # The sketch is of the weights before the edit, and so is what the adapter goes onto.
+    fresh = take(model, plan)
+    for name, values in fresh.samples.items():
+        assert torch.equal(values, loaded.sketch.samples[name])
+    found = read(model, out / "adapter")(IDS).logits
+    torch.testing.assert_close(found, merged(IDS).logits, rtol=1e-4, atol=1e-4)
+    prepare_folder(out, overwrite=True, resume=False)
+    assert not list(out.iterdir())
+
+
+def test_embedding_and_vector_factors_have_a_place_or_a_name(tmp_path):
+    model = ggufs.moe_model("qwen3_moe")
+    generator = torch.Generator().manual_seed(0)
+    plan = EditPlan(
+        {
+            "model.embed_tokens": Factor(
+                torch.randn(64, 1, generator=generator),
+                torch.randn(1, 300, generator=generator) * 0.01,
+                None,
+                1,
+            ),
+            "model.layers.0.input_layernorm": Factor(
+                torch.randn(64, 1, generator=generator), torch.tensor([0.1]), None, 0
+            ),
+        }
+    )
+    file = ggufs.write(model, tmp_path / "p.gguf")
+    run = Run.load(run_folder(tmp_path, model, file, plan, source="gguf"))
+    export(run, "gguf", tmp_path / "e.gguf")
+    apply(model, plan)
+    wanted, found = ggufs.tensors_of(model), ggufs.weights(tmp_path / "e.gguf")
+    for name in ("token_embd.weight", "blk.0.attn_norm.weight"):
+        assert abs(found[name] - wanted[name]).max() < 1e-5
+    with pytest.raises(export_module.UsageError, match=r"blk\.0\.attn_norm\.weight"):
+        export(run, "gguf-lora", tmp_path / "l.gguf")
