@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
 from saber.codec import digest
@@ -24,7 +23,7 @@ from saber.hydra import Compensation, compensation
 from saber.linalg import d_prime
 from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, Request, answer
+from saber.lm.generate import Request, answer
 from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer, ablated_stream
@@ -33,7 +32,7 @@ from saber.moments import Decisions, Preserved, read_decisions
 from saber.openings import Opening, likeliest
 from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
 from saber.prompts import PromptSet
-from saber.selective import Selective, solve
+from saber.selective import solve
 from saber.spectral import Direction, SpectralSpec, extract
 from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
@@ -228,8 +227,9 @@ def refine(
     def look(
         prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = (), at: str = ""
     ) -> Activations:
+        names = tuple(w.name for w in writers)
         return memo(
-            ("probe", at, prompts.fingerprint(), probing, len(writers), opening),
+            ("probe", at, prompts.fingerprint(), probing, opening, names),
             lambda: probe(
                 lm,
                 prompts,
@@ -465,42 +465,34 @@ class _Selective:
         self.late, self.memo = late, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
-        self.answers = memo(("own answers", ""), self._answers)
-        self.ruler = memo(("ruler", "", probing), partial(self._ruler, readout))
-        self.preserved = memo(("preserved", "", probing, edit.memory), self._preserved)
-
-    @property
-    def _watched(self) -> list[str]:
-        sets = (self.data.neutral_validation, *self.data.keep_validation)
-        return [text for prompts in sets for text in prompts.texts]
-
-    def _answers(self) -> tuple[Completion, ...]:
-        """Answer what is watched and what is kept, all together, with the untouched model."""
-        kept = (text for p in (self.data.neutral, *self.data.keep) for text in p.texts)
-        asked = [Request(text, ANSWER_TOKENS, look=exact(self.lm)) for text in self._watched]
-        asked += [Request(text, ANSWER_TOKENS) for text in kept]
-        found = answer(self.lm, asked, progress=self.progress, label="own answers")
-        return tuple(found)
-
-    def _ruler(self, readout: Readout) -> Ruler:
-        watched = self._watched
-        return Ruler(
-            self.lm,
-            self.data.target_validation,
-            self.data.neutral_validation,
-            self.data.keep_validation,
-            readout,
-            self.progress,
-            reference_of(self.lm, watched, self.answers[: len(watched)], progress=self.progress),
+        edited = tuple(w.name for w in writers)
+        self.ruler, self.preserved = memo(
+            ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
         )
 
-    def _preserved(self) -> Preserved:
+    def _prepared(self, readout: Readout) -> tuple[Ruler, Preserved]:
+        """Let the untouched model answer what must not change; return what is measured by that."""
         lm, data, progress = self.lm, self.data, self.progress
+        watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
         kept = (data.neutral, *data.keep)
-        written = iter(self.answers[len(self._watched) :])
+        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
+        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
+        written = iter(answer(lm, asked, progress=progress, label="own answers"))
+        reference = reference_of(
+            lm, watched, list(islice(written, len(watched))), progress=progress
+        )
+        ruler = Ruler(
+            lm,
+            data.target_validation,
+            data.neutral_validation,
+            data.keep_validation,
+            readout,
+            progress,
+            reference,
+        )
         answers = [[c.ids for c in islice(written, len(p))] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-        return Preserved(
+        return ruler, Preserved(
             lm,
             self.writers,
             [
@@ -541,8 +533,18 @@ class _Selective:
                 ruler = ruler.behind(opening, derive_readout(target, neutral))
             stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
             at = plan.digest() if plan.factors else ""
-            where = (at, self.probing, opening, self.edit.ridge, digest(*stacked.items()))
-            solved = self.memo(("solved", *where), partial(self._solve, stacked, sides, opening))
+            where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
+            solved = self.memo(
+                ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1]),
+                lambda: solve(
+                    self.lm,
+                    stacked,
+                    self._decisions(sides, opening),
+                    self.preserved,
+                    ridge=self.edit.ridge,
+                    progress=self.progress,
+                ),
+            )
         alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
@@ -556,7 +558,7 @@ class _Selective:
         plan, trials = self.memo(
             (
                 "searched",
-                *(*where, self.edit, digest(alphas, lambdas(1.0))),
+                *(*where, digest(alphas, lambdas(1.0))),
                 *(self.spec.stop_rate, tuple(pending)),
             ),
             lambda: search(
@@ -580,19 +582,6 @@ class _Selective:
             for i, c in enumerate(cs)
         ]
         return plan, trials, done
-
-    def _solve(
-        self, patterns: Mapping[int, Tensor], sides: _Sides, opening: Opening
-    ) -> Selective:
-        """Solve for the writers of the model as it stands."""
-        return solve(
-            self.lm,
-            patterns,
-            self._decisions(sides, opening),
-            self.preserved,
-            ridge=self.edit.ridge,
-            progress=self.progress,
-        )
 
     def _decisions(self, sides: _Sides, opening: Opening) -> Decisions:
         """Return what goes into the writers where the behaviour is decided; read, where not probed."""

@@ -90,7 +90,6 @@ class Bench:
             (seed.before, seed.tokens) if seed else self._baseline(held_out=False)
         )
         self._prompts = _prompts(self.data)
-        self._readout = self._opening()
 
     def seed(self) -> Seed:
         """Return what other benches can begin with."""
@@ -100,8 +99,8 @@ class Bench:
         """Return what tells, by one token, whether an answer opens with the behaviour."""
         sides = []
         for chosen in (self.watch.selecting.target, self.watch.selecting.neutral):
-            # The key under which the first pass of every setting with this probe looks it up.
-            key = ("probe", "", chosen.fingerprint(), self.base.probe, 0, ())
+            # The key under which the first pass of an orthogonal edit looks it up.
+            key = ("probe", "", chosen.fingerprint(), self.base.probe, (), ())
             work = partial(probe, self.subject.lm, chosen, self.base.probe, first_token=True)
             sides.append(self.tree(key, work).first_token)
         target, neutral = sides
@@ -146,12 +145,13 @@ class Bench:
             self._require_same_prompts(setting.config)
             outcome = self._refined(setting.config)
             found.update(_passes(outcome))
+            readout = self._opening() if prune is not None else None
             with applied(lm.model, outcome.plan):
-                if prune is not None:
-                    found["cheap"] = self._cheap()
-                if prune is not None and prune(found["cheap"]):
-                    found["state"] = "pruned"
-                else:
+                if prune is not None and readout is not None:
+                    found["cheap"] = self._cheap(readout)
+                    if prune(found["cheap"]):
+                        found["state"] = "pruned"
+                if found["state"] == "done":
                     found["measured"] = self._measured(outcome.plan)
         except SaberError as error:
             found.update(state="failed", error=str(error))
@@ -213,7 +213,7 @@ class Bench:
                 raise SaberError(f"the edited model's {name} is not finite.")
         return found
 
-    def _cheap(self) -> dict[str, float]:
+    def _cheap(self, readout: Readout) -> dict[str, float]:
         """Return scores of the model as it stands that need no answers: one forward pass each.
 
         opening: mean probability that an answer to a validation target opens with the behaviour.
@@ -226,7 +226,7 @@ class Bench:
             assert found is not None
             return found
 
-        odds = self._readout.log_odds(first(selecting.target_validation))
+        odds = readout.log_odds(first(selecting.target_validation))
         kl = diverge(lm, self._before.reference, progress=self._progress)
         return {"opening": float(odds.sigmoid().mean()), "kl_sequence": float(kl.sequence.mean())}
 
