@@ -1,8 +1,9 @@
 """Error rates and speed of `saber diff` (Markdown, for docs/diff.md).
 
-python benchmarks/diff.py --seeds 5 --results FILE   # verdicts on edits whose nature is known
-python benchmarks/diff.py --strengths --seeds 3      # how weak an ablation is still seen
-python benchmarks/diff.py --size 1 --d-model 2048    # throughput and memory on 1 GB a side
+python benchmarks/diff.py --seeds 4 --results FILE        # verdicts on edits of a known nature
+python benchmarks/diff.py --strengths --seeds 1           # how weak an ablation is still seen
+python benchmarks/diff.py --model DIR --layers 12,20,27   # edits of a real checkpoint's layers
+python benchmarks/diff.py --size 0.2 --d-model 2048       # throughput and memory, GB a side
 """
 
 from __future__ import annotations

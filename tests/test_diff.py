@@ -117,6 +117,16 @@ def test_nothing_else_is_called_an_ablation(tmp_path, family, dtype, name):
     check(family, dtype, name, tmp_path)
 
 
+def test_what_bfloat16_leaves_of_a_weak_ablation_is_said_with_care(tmp_path):
+    base = situation("llama", BF16)
+    v = cases.differing(base, cases.ablation(1, 0.01)(base), tmp_path / "weak").verdict
+    assert v.name == "low_rank_writers"
+    assert 0.5 < v.law < 0.95
+    assert "only in part" in v.text
+    lost = cases.differing(base, cases.ablation(1, 0.002)(base), tmp_path / "lost").verdict
+    assert lost.name == "rounding"
+
+
 def test_an_ablation_under_a_light_fine_tune_is_seen_and_said_to_be_mixed(tmp_path):
     v = check("llama", BF16, "healed", tmp_path)
     assert not v.pure

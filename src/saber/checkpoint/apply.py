@@ -17,12 +17,12 @@ from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
 from saber.checkpoint.stage import Stage, in_use
 from saber.checkpoint.stream import touched
-from saber.checkpoint.workers import Job, each
+from saber.checkpoint.workers import Job, do_all
 from saber.errors import DataError, ModelError, OutputError
 
 CARD = "README.md"
-MARGIN = 1 << 24
-"""Bytes that must stay free beside what is written."""
+MARGIN, WORTH = 1 << 24, 4 * 10**9
+"""Bytes that must stay free beside what is written; bytes of work that a worker is started for."""
 
 Watch = Callable[[int, int], None]
 """Told how many bytes of how many are written."""
@@ -33,7 +33,7 @@ class ApplySpec:
     """How to apply a plan to files."""
 
     workers: int = 0
-    """Processes that write shards; 0 takes one a core, at most one a shard."""
+    """Processes that write shards; 0 takes one a core, but none for less than 4 GB of work."""
     force: bool = False
     """Whether to apply it to another model than the plan was made from."""
     copy: bool = False
@@ -98,10 +98,8 @@ def apply_to_files(
         jobs = _jobs(plan, source, edits, origin, stage, spec, converted=source_folder != folder)
         resumed, left = stage.left(jobs, source)
         _check_space(stage, source, left)
-        for done in each(
-            left, spec.workers or _cores(), lambda: watch(stage.written(), source.size)
-        ):
-            stage.mark(done)
+        workers = spec.workers or _usual(source)
+        do_all(left, workers, stage.mark, lambda: watch(stage.written(), source.size))
         record = _finish(stage, folder, source, edits, origin, cards)
         stage.publish()
     return Applied(out, record, len(edits), resumed, forced, perf_counter() - begun)
@@ -172,8 +170,12 @@ def _beside(source: Source, folder: Path) -> Source:
     return Source(folder, source.shards, source.config)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _usual(source: Source) -> int:
+    """Return how many workers pay: one takes seconds to start."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, source.size // WORTH))
 
 
 def _jobs(

@@ -30,6 +30,8 @@ SHARED = 0.7
 """Least overlap of output directions that counts as shared."""
 MOST = 0.8
 """Share of changed matrices of which something must be true to be said of the edit."""
+PARTLY = 0.5
+"""Share that the law explains from which an edit is said to be an ablation in part."""
 PURE = 0.8
 """Least share of a writer's change that the law explains in an ablation without other changes."""
 
@@ -200,11 +202,16 @@ def _low_rank(facts: _Facts) -> Verdict:
     shared = facts.sharing.shared
     if not facts.readers and shared is not None and shared >= SHARED:
         said.append("only matrices that write to the residual stream changed")
+        partly = facts.law is not None and facts.law >= PARTLY
+        follows = (
+            "follows from the weights only in part"
+            if partly
+            else "does not follow from the weights"
+        )
         return facts.verdict(
             "low_rank_writers",
             f"A low-rank edit (rank {rank}) of residual writers with shared output directions, in "
-            f"{_counted(facts.writers)}; no directional ablation, as its input side does not follow "
-            "from the weights.",
+            f"{_counted(facts.writers)}; no directional ablation, as its input side {follows}.",
             said,
             rank=rank,
         )

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -72,6 +72,14 @@ class Done:
     """By 8-bit tensor: norm of the rounding error as a share of the edit's."""
 
 
+_OPENING = threading.Lock()
+
+
+def _shared(job: Job) -> tuple[Source, dict[str, TensorEdit], Factors]:
+    with _OPENING:
+        return _opened(job.source, job.plan)
+
+
 @lru_cache(maxsize=1)
 def _opened(source: str, plan: str) -> tuple[Source, dict[str, TensorEdit], Factors]:
     checkpoint, disk = read_source(Path(source)), DiskPlan.read(Path(plan))
@@ -91,7 +99,7 @@ def do(job: Job, check: Callable[[], None] = lambda: None) -> Done:
         assert target is not None
         digest = link_or_copy(source, target, link=job.link, check=check)
         return Done(job.file, digest, target.stat().st_size)
-    checkpoint, edits, factors = _opened(job.source, job.plan)
+    checkpoint, edits, factors = _shared(job)
     part = target.with_name(f".{target.name}.{os.getpid()}.part") if target else None
     made = write_shard(checkpoint, job.file, part, edits, factors, job.added, check)
     if part is not None and target is not None:
@@ -173,34 +181,35 @@ def _error(value: dict[str, str]) -> SaberError:
     return error
 
 
-def each(jobs: Sequence[Job], workers: int, tick: Callable[[], None]) -> Iterator[Done]:
-    """Yield each job's result when it is done; `tick` is called now and then meanwhile.
+def do_all(
+    jobs: Sequence[Job], workers: int, mark: Callable[[Done], None], tick: Callable[[], None]
+) -> None:
+    """Do all jobs; `mark` is told of each that is done, `tick` is called now and then.
 
-    With one worker the jobs are done in a thread of this process. Raises what a job raises, after
-    the others have stopped.
+    With one worker two threads of this process do the jobs, so that one shard is made while another
+    reaches the disk. Raises what a job raises, after the others have stopped.
     """
     count = max(1, min(workers, len(jobs)))
-    hands = [_Here()] if count == 1 else [_There() for _ in range(count)]
+    hands: list[_Here | _There] = [_Here()] * 2 if count == 1 else [_There() for _ in range(count)]
     free: SimpleQueue[_Here | _There] = SimpleQueue()
     for hand in hands:
         free.put(hand)
 
-    def one(job: Job) -> Done:
+    def one(job: Job) -> None:
         hand = free.get()
         try:
-            return hand.do(job)
+            mark(hand.do(job))
         finally:
             free.put(hand)
 
-    pool = ThreadPoolExecutor(count)
+    pool = ThreadPoolExecutor(len(hands))
     pending = {pool.submit(one, job) for job in jobs}
     try:
         while pending:
             done, pending = wait(pending, POLL, FIRST_COMPLETED)
             tick()
-            # What is finished comes before what failed, so that none of it is lost.
-            for future in sorted(done, key=lambda f: f.exception() is not None):
-                yield future.result()
+            for future in done:
+                future.result()
     finally:
         for future in pending:
             future.cancel()

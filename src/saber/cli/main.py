@@ -171,7 +171,10 @@ def _file_commands(commands: Any) -> None:
     apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
     apply.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
     apply.add_argument(
-        "--workers", type=int, default=0, help="processes that write shards (default: one a core)"
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that write shards (default: by size and cores)",
     )
     apply.add_argument(
         "--copy", action="store_true", help="copy untouched shards instead of hard-linking them"
