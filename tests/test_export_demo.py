@@ -111,6 +111,7 @@ def test_the_exported_files_answer_alike(kind, case, tmp_path):
     found = greedy(ids, *files)
     plain = greedy(ids, demo.base_gguf())
     same = [common(a, b) for a, b in zip(wanted, found, strict=True)]
-    # The base has four bits, so that answers may part later on; without the edit they part sooner.
-    assert min(same) >= 4
+    # llama.cpp rounds what goes into the base's 4-bit weights, so that answers part at some point; without
+    # the edit they part sooner.
+    assert sum(same) >= 0.4 * TOKENS * len(same)
     assert sum(same) > sum(common(a, b) for a, b in zip(wanted, plain, strict=True))
