@@ -52,7 +52,7 @@ def main() -> None:
 def saber(*arguments: Any) -> None:
     """Run a command of this installation."""
     command = [sys.executable, "-m", "saber.cli.main", *map(str, arguments)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -91,7 +91,8 @@ def save_plan(run, lm, plan):
 
 
 def make(root, model, dtype=torch.bfloat16, shard="50GB", only=lambda _w: True):
-    lm = saved(root / "base", model.to(dtype), shard)
+    model = model if model.dtype == dtype else model.to(dtype)
+    lm = saved(root / "base", model, shard)
     plan = plan_of(lm, only=only)
     save_plan(root / "run", lm, plan)
     save_merged(lm, plan, root / "merged")
@@ -850,7 +851,7 @@ def test_the_commands(sharded, tmp_path, capsys):
     [
         *("aria", "bloom", "cohere2", "dbrx", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "gemma3"),
         *("gemma4", "glm4_moe", "gpt_neox", "granitemoehybrid", "jamba", "jetmoe", "lfm2_moe"),
-        *("llama4", "minimax", "olmoe", "phi3", "phimoe", "qwen2_moe", "qwen3_next"),
+        *("llama4", "olmoe", "phi3", "phimoe", "qwen2_moe", "qwen3_next"),
         *("qwen3_vl_moe", "zamba2"),
     ],
 )

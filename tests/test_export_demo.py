@@ -6,8 +6,9 @@ import torch
 
 from saber import artifacts, prompts
 from saber.ablation import EditPlan, Factor, applied
-from saber.checkpoint.export import export
+from saber.checkpoint.export import _demo_adapter, export
 from saber.checkpoint.gguf_file import Change, open_gguf
+from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.gguf_rewrite import rewrite
 from saber.checkpoint.runs import Run
 from saber.checkpoint.sketch import take
@@ -18,14 +19,14 @@ from saber.lm.model import fingerprint
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
-TOKENS = 20
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """A run on the demo that takes one direction, the prompts' tokens, and the edited model's answers."""
     lm = load("demo")
-    texts = [p.text for p in prompts.target()][:3] + [p.text for p in prompts.neutral()][:3]
+    texts = [p.text for p in prompts.target()][:2] + [p.text for p in prompts.neutral()][:2]
     ids = [
         lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
@@ -37,7 +38,7 @@ def case(tmp_path_factory):
             lm.model(torch.tensor([one]), output_hidden_states=True).hidden_states[16][0, -1]
             for one in ids
         ]
-    r = unit(sum(ends[:3]) - sum(ends[3:]))
+    r = unit(sum(ends[:2]) - sum(ends[2:]))
     factors = {}
     for layer in range(6, 16):
         for part in ("self_attn.o_proj", "mlp.down_proj"):
@@ -72,7 +73,7 @@ def case(tmp_path_factory):
     untouched = answers()
     with applied(lm.model, plan):
         edited = answers()
-    assert sum(a != b for a, b in zip(untouched, edited, strict=True)) >= 3
+    assert sum(a != b for a, b in zip(untouched, edited, strict=True)) >= 2
     return Run.load(folder), ids, edited
 
 
@@ -86,14 +87,15 @@ def common(a, b):
     return same.index(False) if False in same else len(same)
 
 
+@pytest.fixture(scope="module")
+def plain(case):
+    """The answers of the base file, which has neither the adapter nor the edit."""
+    return greedy(case[1], demo.base_gguf())
+
+
 def test_without_rounding_llama_cpp_gives_the_same_answers(case, tmp_path):
     run, ids, wanted = case
-    made = export(run, "gguf", tmp_path / "e.gguf")
-    assert {r.after for r in made.tensors} <= {"Q4_1", "Q8_0", "F16"}
     # llama.cpp rounds what goes into quantised weights; with every tensor in F32 nothing is rounded.
-    from saber.checkpoint.export import _demo_adapter
-    from saber.checkpoint.gguf_names import changes
-
     file = open_gguf(demo.base_gguf())
     edits = {c.tensor.name: (c, "F32") for c in changes(file, _demo_adapter() + run.plan)}
     for t in file.tensors.values():
@@ -104,13 +106,13 @@ def test_without_rounding_llama_cpp_gives_the_same_answers(case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "gguf-lora"])
-def test_the_exported_files_answer_alike(kind, case, tmp_path):
+def test_the_exported_files_answer_alike(kind, case, plain, tmp_path):
     run, ids, wanted = case
     made = export(run, kind, tmp_path / "e.gguf")
+    assert all(row.kept > 0.9 for row in made.tensors)
     files = (made.path,) if kind == "gguf" else (demo.base_gguf(), made.path)
-    found = greedy(ids, *files)
-    plain = greedy(ids, demo.base_gguf())
-    same = [common(a, b) for a, b in zip(wanted, found, strict=True)]
-    # The base has four bits, so that answers may part later on; without the edit they part sooner.
-    assert min(same) >= 4
+    same = [common(a, b) for a, b in zip(wanted, greedy(ids, *files), strict=True)]
+    # llama.cpp rounds what goes into the base's 4-bit weights, so that answers part at some point; without
+    # the edit they part sooner.
+    assert sum(same) >= 0.4 * TOKENS * len(same)
     assert sum(same) > sum(common(a, b) for a, b in zip(wanted, plain, strict=True))

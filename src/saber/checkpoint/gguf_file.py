@@ -100,7 +100,7 @@ def open_gguf(path: Path) -> GgufFile:
     if not path.is_file():
         raise ModelError(f"no such file: {path}.", "Check the path of the .gguf file.")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _reader(path)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"{path.name} cannot be read as GGUF ({error}).",
@@ -133,6 +133,23 @@ def open_gguf(path: Path) -> GgufFile:
     blocks = reader.get_field(f"{architecture}.block_count")
     names = gguf.get_tensor_name_map(arch, int(blocks.contents()) if blocks else 1)
     return GgufFile(path, architecture, tensors, names, reader)
+
+
+def _reader(path: Path) -> Any:
+    """Return the library's reader over a plain array: cutting a memory map is slow, and it cuts a piece
+    for every token."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, value: Any) -> None:
+            self._plain = np.asarray(value)
+
+    return Reader(path)
 
 
 @cache
