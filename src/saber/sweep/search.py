@@ -77,7 +77,7 @@ def space(config: RunConfig) -> list[Axis | Range]:
     shared: list[Axis | Range] = [Range("edit.alpha", 0.4, 1.0)]
     if config.edit.kind == "selective":
         return [*shared, Range("edit.lambda", 0.3, 1000.0, log=True)]
-    return [*shared, Range("refine.top_k", 4, 80, log=True, whole=True)]
+    return [*shared, Range("refine.top_k", 4.0, 80.0, log=True, whole=True)]
 
 
 class Search:
