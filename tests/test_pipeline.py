@@ -195,7 +195,6 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
             tmp_path / "cut",
             small(),
             force=True,
-            export=(),
             listener=pipeline.Listener(on_pass=stop),
         )
     assert not (tmp_path / "cut" / "run.json").exists()
@@ -205,7 +204,6 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
         tmp_path / "cut",
         small(),
         force=True,
-        export=(),
         resume=True,
         listener=pipeline.Listener(on_pass=lambda p: again.append(p.index)),
     )
