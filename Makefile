@@ -1,6 +1,8 @@
 # make demo   install what is needed and take the refusals out of the demo model
 # make test   install what is needed and run every check
 # make fast   the fast part of the tests alone
+# make long   what takes long and adds cases: every edit `saber diff` knows in every family, twenty deaths
+#             of a sweep, the demo's exports in llama.cpp
 # make demo-adapter   train the demo model's adapter anew (an hour on two cores)
 # make gemma   teach a second model, a base Gemma 3 270M, to refuse, and edit it: runs/gemma
 
@@ -11,7 +13,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test fast check demo-adapter gemma clean
+.PHONY: demo test fast long check demo-adapter gemma clean
 
 demo: .make/installed
 	$(BIN)/saber run demo --out runs/demo --overwrite
@@ -21,7 +23,10 @@ test: check fast
 
 # Pico models gain nothing from threads: one process a core, each of one thread.
 fast: .make/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long"
+
+long: .make/installed
+	$(BIN)/python -m pytest -m long
 
 check: .make/installed
 	$(BIN)/ruff check .

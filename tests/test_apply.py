@@ -845,7 +845,7 @@ def test_the_commands(sharded, tmp_path, capsys):
 # Every way in which files and memory differ
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "family",
     [

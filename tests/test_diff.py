@@ -133,7 +133,7 @@ def test_an_ablation_under_a_light_fine_tune_is_seen_and_said_to_be_mixed(tmp_pa
     assert "other changes" in v.text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "dtype"), EVERY)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_every_case_in_every_family(tmp_path, family, dtype, name):

@@ -18,7 +18,7 @@ from saber.lm.load import load
 from saber.lm.model import fingerprint
 
 pytest.importorskip("xllamacpp")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 TOKENS = 16
 
 

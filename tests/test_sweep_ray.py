@@ -23,7 +23,7 @@ def test_an_address_that_cannot_be_reached(tmp_path):
         sweep("no-such-model", tmp_path / "s", config_of(tmp_path), plan)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_nodes_do_what_one_process_does_and_survive_deaths(world, tmp_path, monkeypatch):  # noqa: F811
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster as Nodes

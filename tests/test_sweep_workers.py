@@ -76,7 +76,7 @@ def test_a_driver_killed_at_random_moments_loses_nothing_and_repeats_nothing(wor
     assert record["best"]["plan"] == whole.record["best"]["plan"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_deaths_of_drivers_and_their_workers(world, tmp_path):
     rng, deaths = random.Random(2), 0
     for turn in range(20):
