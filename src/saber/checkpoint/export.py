@@ -168,7 +168,6 @@ def export_all(
                 "format": kind,
                 "path": PLACES[kind],
                 "bytes": done.bytes,
-                "seconds": done.seconds,
                 "notes": list(done.notes),
             }
         )
