@@ -851,7 +851,7 @@ def test_the_commands(sharded, tmp_path, capsys):
     [
         *("aria", "bloom", "cohere2", "dbrx", "deepseek_v3", "ernie4_5_moe", "falcon_h1", "gemma3"),
         *("gemma4", "glm4_moe", "gpt_neox", "granitemoehybrid", "jamba", "jetmoe", "lfm2_moe"),
-        *("llama4", "olmoe", "phi3", "phimoe", "qwen2_moe", "qwen3_next"),
+        *("llama4_text", "olmoe", "phi3", "phimoe", "qwen2_moe", "qwen3_next"),
         *("qwen3_vl_moe", "zamba2"),
     ],
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,39 +186,59 @@ class DiskPlan:
         )
 
     def open(self) -> Factors:
-        """Open the factors for reading."""
-        try:
-            return Factors(safe_open(self.folder / artifacts.TENSORS, "pt"))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {self.folder / artifacts.TENSORS}: {error}.") from error
+        """Return the factors, to be read one at a time; raises `DataError` where they cannot be."""
+        factors = Factors(self.folder / artifacts.TENSORS)
+        factors.names()
+        return factors
 
     def hash(self) -> str:
         """Return a SHA-256 over the names, layouts and float32 values of the factors."""
         digest = hashlib.sha256()
-        names = self.meta.get("names", {})
-        with self.open().file as file:
-            known = set(file.keys())
-            for name, axis in sorted(self.meta["axes"].items()):
-                digest.update(json.dumps([name, axis, *(names.get(name) or ("", ""))]).encode())
-                for part in ("left", "right", "bias"):
-                    if f"{name}.{part}" in known:
-                        value = file.get_tensor(f"{name}.{part}").float().contiguous()
-                        digest.update(json.dumps(list(value.shape)).encode())
-                        digest.update(value.numpy())
+        names, factors = self.meta.get("names", {}), self.open()
+        known = factors.names()
+        for name, axis in sorted(self.meta["axes"].items()):
+            digest.update(json.dumps([name, axis, *(names.get(name) or ("", ""))]).encode())
+            for part in ("left", "right", "bias"):
+                if f"{name}.{part}" in known:
+                    value = factors.read(f"{name}.{part}", (slice(None),)).float().contiguous()
+                    digest.update(json.dumps(list(value.shape)).encode())
+                    digest.update(value.numpy().data)
         return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The open file of a plan's factors."""
+    """A plan's factors in their file.
 
-    file: Any
-    """A `safetensors.safe_open`."""
+    It is opened anew for each read: what safetensors maps into memory stays there until it is closed.
+    """
+
+    path: Path
+    """The file."""
+
+    def names(self) -> set[str]:
+        """Return the names of all parts of factors."""
+        with self._opened() as file:
+            return set(file.keys())
+
+    def read(self, name: str, window: tuple[slice, ...]) -> Tensor:
+        """Return some of a part of a factor."""
+        with self._opened() as file:
+            value: Tensor = file.get_slice(name)[window]
+            return value
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read {self.path}: {error}.") from error
 
     def left(self, edit: TensorEdit) -> Tensor:
         """Return the output side of a tensor's change, (d_model, k)."""
         begin = edit.start[edit.axis]
-        return self.file.get_slice(f"{edit.factor}.left")[begin : begin + edit.sizes[1]]
+        return self.read(f"{edit.factor}.left", (slice(begin, begin + edit.sizes[1]),))
 
     def right(self, edit: TensorEdit) -> Tensor:
         """Return the input side of a tensor's change, (k, rows, columns) as in `TensorEdit.sizes`."""
@@ -225,7 +246,7 @@ class Factors:
         lengths = {axis: n for axis, n in zip(edit.axes, edit.shape, strict=True) if axis >= 0}
         begins = [edit.start[axis] for axis in rest]
         window = [slice(b, b + lengths.get(a, 1)) for a, b in zip(rest, begins, strict=True)]
-        value: Tensor = self.file.get_slice(f"{edit.factor}.right")[(slice(None), *window)]
+        value = self.read(f"{edit.factor}.right", (slice(None), *window))
         order = [1 + rest.index(axis) for axis in edit.axes if axis not in (-1, edit.axis)]
         order += [1 + i for i in range(len(rest)) if 1 + i not in order]
         rows, _, columns = edit.sizes
@@ -235,7 +256,7 @@ class Factors:
         """Return the change of a bias in the layout of the files."""
         lengths = {axis: n for axis, n in zip(edit.axes, edit.shape, strict=True) if axis >= 0}
         window = tuple(slice(b, b + lengths.get(a, 1)) for a, b in enumerate(edit.start))
-        value: Tensor = self.file.get_slice(f"{edit.factor}.bias")[window]
+        value = self.read(f"{edit.factor}.bias", window)
         order = [axis for axis in edit.axes if axis >= 0]
         order += [axis for axis in range(value.ndim) if axis not in order]
         return value.permute(order).reshape(edit.shape)
