@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py [--model demo] [--out runs/sweep] [--minutes 7] [--singles 10:0.85] [OPTIONS]
 
-Makes the card's grid (4 x 3 settings, 5 passes each) with `saber sweep`, in sessions of --minutes
+Makes the card's grid (4 x 3 settings, 5 passes each) with `saber sweep`, in pieces of --minutes
 until it is done, and `saber run` for each of --singles; what is there already is used again. OPTIONS go
 to both as they are. Tokens
 are those that went through the model, counted by the library itself. "Without sharing" is the same

@@ -22,6 +22,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
 from saber.checkpoint import plan_on_disk, save_merged
 from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import Record
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
@@ -104,6 +105,15 @@ def sharded(tmp_path_factory):
     """A pico Llama in six shards, of which not all are edited."""
     root = tmp_path_factory.mktemp("sharded")
     return make(root, MODELS["llama"](), shard="12KB", only=lambda w: "o_proj" in w.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_plan_has_one_hash_in_memory_and_in_its_files(family, tmp_path):
+    made = make(tmp_path, MODELS[family]())
+    found = DiskPlan.read(made.run / "plan").hash()
+    assert found == plan_hash(EditPlan.load(made.run / "plan"))
+    name, factor = next(iter(EditPlan.load(made.run / "plan").factors.items()))
+    assert found != plan_hash(EditPlan({name: factor}))
 
 
 def tensors(folder):

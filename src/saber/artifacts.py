@@ -20,20 +20,51 @@ SCHEMA = 1
 TENSORS, META = "tensors.safetensors", "meta.json"
 
 
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Give a file to fill beside `final`; move it there when the block ends well, else remove it."""
+    part = final.with_name(f".{final.name}.part")
+    try:
+        yield part
+        os.replace(part, final)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {final}: {error.strerror}.", "Free space or choose another --out."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    with staged_file(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_writable(out: Path) -> None:
+    """Make a folder that is to be written to; raises `OutputError` where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".write-test"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(
-            f"cannot write {path}: {error.strerror}.", "Free space or choose another --out."
+            f"cannot write to --out {out}: {error.strerror}.", "Choose another folder."
         ) from error
 
 

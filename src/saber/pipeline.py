@@ -428,15 +428,7 @@ def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
                     f"--out {out} is not empty.", "Choose another, or --overwrite, or --resume."
                 )
             _remove_run(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to --out {out}: {error.strerror}.", "Choose another folder."
-        ) from error
+    artifacts.require_writable(out)
 
 
 @contextmanager

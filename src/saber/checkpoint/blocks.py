@@ -164,12 +164,3 @@ def copy(source: Path, target: Path, check: Callable[[], None] = lambda: None) -
         return sink.finish()
 
 
-def settle_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

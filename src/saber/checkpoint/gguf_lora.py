@@ -7,15 +7,14 @@ them, the token embedding `lora_a (tokens, k)`. llama.cpp scales by alpha / k of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
+from saber import artifacts
 from saber.checkpoint.gguf_file import OWN, Change, GgufFile
-from saber.errors import OutputError
 
 
 def pairs(change: Change, alpha: float) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
@@ -43,8 +42,7 @@ def write_gguf_lora(
     import gguf
 
     alpha = max(change.right.shape[0] for change in changes)
-    part = out.with_name(f".{out.name}.part")
-    try:
+    with artifacts.staged_file(out) as part:
         writer = gguf.GGUFWriter(part, file.architecture)
         writer.add_string("general.type", "adapter")
         writer.add_string("adapter.type", "lora")
@@ -58,11 +56,4 @@ def write_gguf_lora(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(part, out)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {out}: {error.strerror}.", "Free space or choose another --out."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return int(alpha)

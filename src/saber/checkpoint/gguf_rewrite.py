@@ -12,6 +12,7 @@ from typing import IO, NamedTuple
 import torch
 from torch import Tensor
 
+from saber import artifacts
 from saber.checkpoint.gguf_file import (
     OWN,
     Change,
@@ -23,7 +24,7 @@ from saber.checkpoint.gguf_file import (
     row_bytes,
     type_number,
 )
-from saber.errors import ModelError, OutputError
+from saber.errors import ModelError
 
 BLOCK = 1 << 22
 """Values that are decoded at a time."""
@@ -98,19 +99,14 @@ def rewrite(
     for byte, and so are the metadata, to which `metadata` is added under `saber.`. Memory stays at a
     few blocks of `BLOCK` values. The file appears whole or not at all. Raises `OutputError`.
     """
-    part = out.with_name(f".{out.name}.part")
-    try:
-        with file.path.open("rb") as source, part.open("wb") as target:
-            report = _write(file, source, target, edits, metadata, each)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(part, out)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {out}: {error.strerror}.", "Free space or choose another --out."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        artifacts.staged_file(out) as part,
+        file.path.open("rb") as source,
+        part.open("wb") as target,
+    ):
+        report = _write(file, source, target, edits, metadata, each)
+        target.flush()
+        os.fsync(target.fileno())
     return report
 
 

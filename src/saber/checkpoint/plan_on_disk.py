@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from saber import artifacts
 from saber.checkpoint import fp8
+from saber.checkpoint.origin import factors_hash
 from saber.checkpoint.shards import Source, fingerprint, read_source
 from saber.errors import DataError, ModelError, SaberError
 
@@ -193,17 +193,18 @@ class DiskPlan:
 
     def hash(self) -> str:
         """Return a SHA-256 over the names, layouts and float32 values of the factors."""
-        digest = hashlib.sha256()
         names, factors = self.meta.get("names", {}), self.open()
         known = factors.names()
-        for name, axis in sorted(self.meta["axes"].items()):
-            digest.update(json.dumps([name, axis, *(names.get(name) or ("", ""))]).encode())
+
+        def parts(name: str) -> Iterator[Tensor]:
             for part in ("left", "right", "bias"):
                 if f"{name}.{part}" in known:
-                    value = factors.read(f"{name}.{part}", (slice(None),)).float().contiguous()
-                    digest.update(json.dumps(list(value.shape)).encode())
-                    digest.update(value.numpy().data)
-        return f"sha256:{digest.hexdigest()}"
+                    yield factors.read(f"{name}.{part}", (slice(None),))
+
+        return factors_hash(
+            ([name, axis, *(names.get(name) or ("", ""))], parts(name))
+            for name, axis in sorted(self.meta["axes"].items())
+        )
 
 
 @dataclass(frozen=True)

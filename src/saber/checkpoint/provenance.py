@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saber import __version__, artifacts
+from saber import artifacts
+from saber.checkpoint.origin import stated
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.shards import Source, fingerprint, read_shard
 from saber.errors import DataError, SaberError
@@ -35,21 +34,15 @@ def origin(
     plan: DiskPlan, plan_hash: str, source: Source, record: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return what an artifact made from a plan and a checkpoint carries, all of it as text."""
-    config = plan.meta.get("config") or {}
-    text = json.dumps(config, sort_keys=True, allow_nan=False)
     model = record.get("model") or {}
-    found = {
-        "base": model.get("base") or model.get("name") or source.folder.name,
-        "base_fingerprint": plan.meta.get("fingerprint"),
-        "base_checkpoint": fingerprint(source),
-        "plan_hash": plan_hash,
-        "config_hash": f"sha256:{hashlib.sha256(text.encode()).hexdigest()}",
-        "config": text,
-        "seed": config.get("seed"),
-        "version": __version__,
-        "run_version": plan.meta.get("saber_version"),
-    }
-    return {name: str(value) for name, value in found.items() if value is not None}
+    return stated(
+        plan.meta.get("config") or {},
+        base=model.get("base") or model.get("name") or source.folder.name,
+        base_fingerprint=plan.meta.get("fingerprint"),
+        base_checkpoint=fingerprint(source),
+        plan_hash=plan_hash,
+        run_version=plan.meta.get("saber_version"),
+    )
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,9 @@ class Stage:
     def publish(self) -> None:
         """Move the whole folder to --out, and clear up."""
         with blocks.writing(self.out):
-            blocks.settle_folder(self.files)
+            artifacts.sync_folder(self.files)
             if self.out.exists():
                 self.out.rmdir()
             os.replace(self.files, self.out)
-            blocks.settle_folder(self.out.parent)
+            artifacts.sync_folder(self.out.parent)
             shutil.rmtree(self.folder)

@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from saber import errors
+from saber import artifacts, errors
 from saber.checkpoint import blocks
 from saber.checkpoint.carry import link_or_copy
 from saber.checkpoint.plan_on_disk import DiskPlan, Factors, TensorEdit
@@ -108,7 +108,7 @@ def do(job: Job, check: Callable[[], None] = lambda: None) -> Done:
                 raise errors.OutputError(f"{part} has another size than what was written to it.")
             check()
             os.replace(part, target)
-            blocks.settle_folder(target.parent)
+            artifacts.sync_folder(target.parent)
     lost = {name: r.lost for name, r in made.rounding.items()}
     return Done(job.file, made.sha256, made.size, lost)
 

@@ -107,7 +107,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             if new:
-                _sync_folder(self._path.parent)
+                artifacts.sync_folder(self._path.parent)
         except OSError as error:
             raise OutputError(
                 f"cannot write {self._path}: {error.strerror}.",
@@ -118,17 +118,6 @@ class Journal:
     def done(self) -> dict[str, Row]:
         """Return the trials by the digest of their configuration."""
         return {row.key: row for row in self.rows}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a new file's name on the disk too, where folders can be synced."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_study(folder: Path) -> dict[str, Any]:
@@ -197,12 +186,4 @@ def prepare(out: Path, *, overwrite: bool, resume: bool) -> None:
         raise OutputError(
             f"--out {out} holds a sweep.", "Choose another, or --overwrite, or --resume."
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        test = out / ".write-test"
-        test.touch()
-        test.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to --out {out}: {error.strerror}.", "Choose another folder."
-        ) from error
+    artifacts.require_writable(out)
