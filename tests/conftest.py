@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["SABER_CACHE"] = tempfile.mkdtemp(prefix="saber-tests-")
 
 import pytest
 import torch
@@ -16,6 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel
+
+SHARED_CACHE = os.environ["SABER_CACHE"]
+"""Where runs that several tests look at keep what they measured; each test has a folder of its own."""
+
+
+def pytest_unconfigure():
+    shutil.rmtree(SHARED_CACHE, ignore_errors=True)
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s><user> {{ m['content'] }}{% endfor %}"

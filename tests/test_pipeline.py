@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
 from saber import pipeline, prompts
@@ -49,6 +49,12 @@ def untimed(record):
     return {
         k: v for k, v in record.items() if k not in ("seconds", "environment", "work", "command")
     }
+
+
+def whole(record):
+    """Tokens of a run and of what it took from an earlier one."""
+    kept = record["work"]["baseline"]
+    return record["work"]["tokens"] + kept["kept"] * kept["tokens"]
 
 
 both = pytest.mark.parametrize("name", ["default", "orthogonal"])
@@ -100,10 +106,15 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
         assert torch.equal(value, weights[name])
 
 
-def test_same_seed_gives_the_same_record(finished, pico, tmp_path):
+@pytest.mark.parametrize("cache", ["off", "on"])
+def test_same_seed_gives_the_same_record(finished, pico, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("SABER_CACHE", SHARED_CACHE if cache == "on" else "off")
     config = small(finished.record["config"]["preset"])
     again = run(str(pico), tmp_path / "again", config, force=True).record
     assert json.dumps(untimed(finished.record)) == json.dumps(untimed(again))
+    # An earlier run's measures of the untouched model are the same, and cost nothing.
+    assert again["work"]["baseline"]["kept"] == (cache == "on")
+    assert whole(again) == whole(finished.record)
 
 
 def test_card_preset_has_the_cards_counts(model_folder, tmp_path):

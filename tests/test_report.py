@@ -403,7 +403,9 @@ def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
     # The demo model is introduced as one that was trained to refuse; nothing else speaks of it.
     spoken = card.split("---", 2)[2].replace("trained it to refuse", "").split("## Prior art")[0]
     left = [line for line in spoken.splitlines() if "refus" in line.lower()]
-    assert all("Its refusals were trained" in line or "refusal_rates" in line for line in left), left
+    assert all("Its refusals were trained" in line or "refusal_rates" in line for line in left), (
+        left
+    )
     assert "<h3>Numbered list by category</h3>" in page
     assert "Numbered list: 97%" in said(draw("refusal_rates", run))
 

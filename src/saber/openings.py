@@ -59,18 +59,24 @@ def late_openings(
 
 
 def likeliest(
-    lm: LanguageModel, prompts: Sequence[str], found: Mapping[int, Opening], limit: int = 3
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    found: Mapping[int, Opening],
+    limit: int = 3,
+    sample: int = 32,
 ) -> Opening:
     """Return the start with which the model would open most answers; empty where there is none.
 
     Of the `limit` that occur most often (the shorter first), the one of greatest mean probability over
-    all prompts: a start that says nothing of its own prompt can come before any answer.
+    `sample` evenly spaced prompts: a start that says nothing of its own prompt can come before any
+    answer.
     """
     counts = Counter(found.values())
     starts = sorted(counts, key=lambda o: (-counts[o], len(o), o))[:limit]
     if len(starts) < 2:
         return starts[0] if starts else ()
-    return max(starts, key=lambda opening: _probability(lm, prompts, opening))
+    asked = prompts[:: max(1, -(-len(prompts) // sample))]
+    return max(starts, key=lambda opening: _probability(lm, asked, opening))
 
 
 def _probability(lm: LanguageModel, prompts: Sequence[str], opening: Opening) -> float:

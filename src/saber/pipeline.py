@@ -35,6 +35,7 @@ from saber.errors import (
     UsageError,
     WeakBehaviour,
 )
+from saber.evaluation.baseline import baseline
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import (
     EvaluationSets,
@@ -171,7 +172,19 @@ def run(
             raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
-        before = measure(lm, data.reporting, config.evaluation, judge, progress=listener.progress)
+        start = lm.work.tokens
+        before, tokens = baseline(
+            lm,
+            mark,
+            data.reporting,
+            config.evaluation,
+            judge,
+            judged_by,
+            progress=listener.progress,
+        )
+        kept = lm.work.tokens == start
+        if kept:
+            listener.on_stage("taking the untouched model's measures from an earlier run")
 
     def finished(this: Pass) -> None:
         _save_pass(out / PASSES / str(this.index), this)
@@ -229,6 +242,7 @@ def run(
         "tokens": lm.work.tokens,
         "tflop": lm.flops / 1e12,
         "gflops": lm.flops / 1e9 / total,
+        "baseline": {"tokens": tokens, "kept": kept},
     }
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)

@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from saber import __version__, codec
+import saber
+from saber import codec
 from saber.errors import OutputError, SaberError
 from saber.evaluation.judge import Judge, excerpt
 from saber.evaluation.measure import EvaluationSets, EvaluationSpec, Judged, Measurement, measure
@@ -21,10 +23,13 @@ from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 
 
-def cache_folder() -> Path:
-    """Return where baselines are kept: $SABER_CACHE, or `saber` in the user's cache folder."""
+def cache_folder() -> Path | None:
+    """Return where baselines are kept: $SABER_CACHE, or `saber` in the user's cache folder.
+
+    None, where nothing is kept, if $SABER_CACHE is `off`.
+    """
     if own := os.environ.get("SABER_CACHE"):
-        return Path(own)
+        return None if own == "off" else Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saber"
 
 
@@ -42,12 +47,13 @@ def baseline(
     """Return the untouched model's measurement and the tokens that it cost when it was made.
 
     `mark` is the model's fingerprint and `described` the judge's description. A kept one is taken
-    where model, prompts, settings, judge, device, dtype and versions are the same; one that cannot
-    be read is measured anew. Answers are kept as short excerpts. A folder that cannot be written
-    keeps nothing and is no error.
+    where model, prompts, settings, judge, device, dtype, versions and this package's code are the same;
+    one that cannot be read is measured anew. Answers are kept as short excerpts. A folder that cannot be
+    written keeps nothing and is no error.
     """
-    place = (folder or cache_folder()) / "baselines" / _key(lm, mark, sets, spec, described)
-    if place.is_dir():
+    root = folder or cache_folder()
+    place = root / "baselines" / _key(lm, mark, sets, spec, described) if root else None
+    if place is not None and place.is_dir():
         try:
             found, meta = codec.load(place)
             if isinstance(found, Measurement):
@@ -58,8 +64,17 @@ def baseline(
     found = _brief(measure(lm, sets, spec, judge, progress=progress))
     tokens = lm.work.tokens - before
     with suppress(OutputError, OSError):
-        codec.save(place, found, {"tokens": tokens, "fingerprint": mark})
+        if place is not None:
+            codec.save(place, found, {"tokens": tokens, "fingerprint": mark})
     return found, tokens
+
+
+@cache
+def _code() -> str:
+    """Return a digest of this package's source: other code may measure or judge in another way."""
+    root = Path(saber.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return codec.digest(*((f.relative_to(root).as_posix(), f.read_text("utf-8")) for f in files))
 
 
 def _key(
@@ -71,7 +86,7 @@ def _key(
 ) -> str:
     named = [sets.target, sets.neutral, sets.borderline, sets.battery, *sets.kept]
     prompts = [None if s is None else (s.name, s.fingerprint()) for s in named]
-    versions = (__version__, torch.__version__, transformers.__version__)
+    versions = (_code(), torch.__version__, transformers.__version__)
     where = (lm.device.type, str(lm.dtype))
     asked = sorted(described.items())
     return codec.digest(mark, str(prompts), sorted(sets.seen), spec, asked, versions, where)[:32]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from saber.lm.cache import make_room
+from saber.lm.cache import RoomyLayer, make_room
 from saber.lm.chat import common_prefix, encode
 from saber.lm.forward import (
     Progress,
@@ -26,7 +27,7 @@ from saber.lm.forward import (
 from saber.lm.model import LanguageModel
 
 ROWS_PER_BATCH = 256
-CACHED_PER_BATCH = 20_000
+CACHED_PER_BATCH = 12_000
 """Tokens whose keys and values lie in memory at a time."""
 CHECK_EVERY = 4
 SHRINK_BELOW = 0.8
@@ -250,9 +251,13 @@ def _surprise(logits: Tensor) -> Tensor:
 
 
 def _selectable(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: not every kind of layer state allows it."""
+    """Whether rows can be taken out of a cache: only where its layers hold keys and values alone.
+
+    Layers with further states, of a convolution for instance, have the method too and leave those whole.
+    """
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
     layers: list[Any] = getattr(cache, "layers", None) or []
-    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+    return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
 def _is_settled(lm: LanguageModel, row: _Row) -> bool:

@@ -39,6 +39,9 @@ Key = tuple[str, int]
 Receive = Callable[[Key, Float[Tensor, "rows d_in"]], None]
 """Gets rows as they come, on the model's device and in its dtype."""
 
+_EXPERTS = "_experts_implementation"
+"""Where a configuration (of the whole model, or of a part) says how fused experts run."""
+
 _aten = torch.ops.aten
 # Which two arguments each product multiplies.
 _PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -273,12 +276,16 @@ class Tap(TorchDispatchMode):
 @contextmanager
 def _plain_experts(lm: LanguageModel) -> Iterator[None]:
     """Let each expert meet its own rows in a product of its own, where transformers offers that."""
-    before = getattr(lm.model.config, "_experts_implementation", None)
-    if before in (None, "eager") or not hasattr(lm.model, "set_experts_implementation"):
-        yield
-        return
-    lm.model.set_experts_implementation("eager")
+    configs = {id(c): c for m in lm.model.modules() if (c := getattr(m, "config", None)) is not None}
+    fused = [
+        (config, name)
+        for config in configs.values()
+        if (name := getattr(config, _EXPERTS, None)) not in (None, "eager")
+    ]
     try:
+        for config, _ in fused:
+            setattr(config, _EXPERTS, "eager")
         yield
     finally:
-        lm.model.set_experts_implementation(before)
+        for config, name in fused:
+            setattr(config, _EXPERTS, name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -286,10 +287,29 @@ def _quiet_transformers(*, gguf: bool) -> Iterator[None]:
 def _parsed_once() -> Iterator[None]:
     """Keep what `gguf` has parsed: transformers parses the file four times, and the names per module."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    class PlainReader(gguf.GGUFReader):
+        """Cuts its many small fields from a plain array: a memory map is slow to slice."""
+
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(self.data, np.memmap):
+                self.data = np.asarray(self.data)
+            return super()._get(*args, **kwargs)
+
+    parse, known = reading._gguf_parse_value, dict[tuple[int, int], Any]()
+
+    def parsed(value: Any, kind: Any) -> Any:
+        # Fields are told apart by where they lie: the kept reader keeps them all.
+        key = (id(value), id(kind))
+        if key not in known:
+            known[key] = parse(value, kind)
+        return known[key]
+
+    names = gguf.get_tensor_name_map
     with (
-        patch.object(gguf, "GGUFReader", functools.cache(reader)),
+        patch.object(gguf, "GGUFReader", functools.cache(PlainReader)),
         patch.object(gguf, "get_tensor_name_map", functools.cache(names)),
+        patch.object(reading, "_gguf_parse_value", parsed),
     ):
         yield
