@@ -46,6 +46,8 @@ class Hub:
         self.stored = lambda _name, content: content
         """What becomes of a file's bytes."""
         self.always_public = False
+        self.card_errors: list[str] = []
+        """What is wrong with the card's metadata."""
         server = self
 
         class Handler(_Handler):
@@ -116,9 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
                     self._refuse(status, words)
             self._answer(200, self._route(path, body))
         except _Refused as refused:
-            status, words, code = refused.args
+            status, words, code, *body = refused.args
             headers = {"X-Error-Message": words, **({"X-Error-Code": code} if code else {})}
-            self._answer(status, {"error": words}, headers)
+            self._answer(status, body[0] if body else {"error": words}, headers)
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -177,7 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "auth": {"accessToken": {"role": user["role"]}},
             }
         if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
+            errors = [{"message": words} for words in self.hub.card_errors]
+            if errors:
+                raise _Refused(400, "bad metadata", "", {"errors": errors})
+            return {"errors": errors, "warnings": []}
         if path == "/api/repos/create":
             return self._create(value)
         if parts[2:] == ["info", "lfs", "objects", "batch"]:
@@ -196,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._writable(parts[2])
         if what[0] == "preupload":
             return {"files": [self._mode(repo, file["path"]) for file in value["files"]]}
+        if what[0] != "commit":
+            self._refuse(404, "No such address")
         return self._commit(name, repo, [json.loads(line) for line in body.splitlines()])
 
     def _create(self, value: dict):

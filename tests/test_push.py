@@ -483,8 +483,23 @@ def test_a_refusal_is_told_without_the_token(refused, hub, model, status):
     hub.refused["/commit/"] = (status, f"no: {TOKEN} is bad")
     code, line = refused("push", model, "me/edited", "--yes")
     assert code == 1
-    assert "settings/tokens" in line if status == 403 else "saber push" in line
+    assert "saber push" in line
+    assert ("settings/tokens" in line) == (status == 403)
     assert held(hub, "me/edited") == {}
+
+
+def test_what_the_storage_says_is_told(refused, hub, model):
+    hub.refused["PUT /lfs/"] = (410, "this address has expired")
+    line = refused("push", model, "me/edited", "--yes")[1]
+    assert "410" in line
+    assert "this address has expired" in line
+    assert held(hub, "me/edited") == {}
+
+
+def test_what_is_wrong_with_the_card_is_told(refused, hub, model):
+    hub.card_errors.append("license is unknown")
+    assert "license is unknown" in refused("push", model, "me/edited", "--yes")[1]
+    assert hub.blobs == {}
 
 
 def test_after_an_edit_the_refusal_says_how_to_push_what_is_there(refused, hub, source, tmp_path):

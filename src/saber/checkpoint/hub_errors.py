@@ -42,12 +42,11 @@ def _clear(error: Exception, repo: str, token: str, again: str) -> SaberError:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return OFFLINE
     root, status = _root(error)
-    # A ValueError has more to say than the answer that it was raised from.
-    hub, said = constants.ENDPOINT, _said(error if isinstance(error, ValueError) else root, token)
+    hub, said = constants.ENDPOINT, _said(root, token)
     if status == 401:
-        return HubError(f"{hub} does not accept the token.", _fresh(hub))
+        return HubError(f"{hub} does not accept the token.", _fresh(hub, again))
     if status == 403:
-        return HubError(f"the token may not write to {repo} ({said}).", _fresh(hub))
+        return HubError(f"the token may not write to {repo} ({said}).", _fresh(hub, again))
     if status == 429:
         return HubError(f"{hub} asks to wait: too many requests.", again or "Try again later.")
     if status is not None:
@@ -60,10 +59,10 @@ def _clear(error: Exception, repo: str, token: str, again: str) -> SaberError:
     return HubError(f"{repo} cannot be pushed to {hub}: {said}.", again)
 
 
-def _fresh(hub: str) -> str:
+def _fresh(hub: str, again: str) -> str:
     return (
         f"Make a token with write access at {hub}/settings/tokens; set HF_TOKEN to it, or run: "
-        "hf auth login"
+        f"hf auth login.{f' {again}' if again else ''}"
     )
 
 
