@@ -16,9 +16,12 @@ FAILURES: tuple[type[Exception], ...] = (
 """What the hub's client raises: errors of its own and of its HTTP library, and those of its storage or
 of an answer that it does not understand."""
 
-OFFLINE = UsageError(
-    "the hub is switched off: HF_HUB_OFFLINE is set.", "Unset it to push, or leave --push out."
-)
+
+def offline() -> UsageError:
+    """Return the error for a hub that the user has switched off."""
+    return UsageError(
+        "the hub is switched off: HF_HUB_OFFLINE is set.", "Unset it to push, or leave --push out."
+    )
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def told(repo: str, token: str = "", again: str = "") -> Iterator[None]:
 
 def _clear(error: Exception, repo: str, token: str, again: str) -> SaberError:
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return OFFLINE
+        return offline()
     root, status = _root(error)
     hub, said = constants.ENDPOINT, _said(root, token)
     if status == 401:

@@ -21,7 +21,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from saber.checkpoint.hub_errors import OFFLINE, told
+from saber.checkpoint.hub_errors import offline, told
 from saber.checkpoint.parcel import Parcel
 from saber.errors import HubError, UsageError
 
@@ -75,7 +75,7 @@ def check(repo: str, *, public: bool = False) -> Target:
             "Give OWNER/NAME of letters, digits, '-', '_' and '.'.",
         ) from error
     if constants.HF_HUB_OFFLINE:
-        raise OFFLINE
+        raise offline()
     token = _token(repo)
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
     with told(repo, token):
