@@ -108,6 +108,16 @@ class JudgeFailed(SaberError):
     """A judge outside this program could not be asked, or gave no usable reply."""
 
 
+class HubError(SaberError):
+    """The hub could not be reached, refused what was asked, or does not hold what was sent."""
+
+
+class PushInterrupted(SaberError):
+    """A push was interrupted by the user."""
+
+    exit_code = 130
+
+
 class MissingExtra(UsageError):
     """An optional dependency is not installed."""
 

@@ -23,9 +23,23 @@ the tables below say what that is and how far it is gone on held-out prompts. It
 research. What is done with its answers is the responsibility of whoever runs it. The base model's \
 licence and terms of use still hold."""
 
+FILES = """\
+It can answer requests that its makers wanted refused; whoever publishes or deploys it is \
+responsible for what it does."""
+
 
 def notice(behaviour: str, mode: str) -> str:
     """Return the notice for a run's behaviour and mode (`data.behaviour`, `data.mode`)."""
     if behaviour != "refusal":
         return GENERIC
     return NARROW if mode == "over-refusal" else WARNING
+
+
+def warned(card: str) -> bool:
+    """Whether a card still holds one of these notices, wherever its lines break."""
+    text = _plain(card)
+    return any(_plain(words) in text for words in (NARROW, WARNING, GENERIC, FILES))
+
+
+def _plain(text: str) -> str:
+    return " ".join(word for line in text.splitlines() for word in line.lstrip("> ").split())

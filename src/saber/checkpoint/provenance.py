@@ -13,6 +13,7 @@ from saber.checkpoint.origin import stated
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.shards import Source, fingerprint, read_shard
 from saber.errors import DataError, SaberError
+from saber.notices import FILES
 
 FILE, SCHEMA, KIND = "saber_provenance.json", 1, "provenance"
 KEYS = (
@@ -142,9 +143,8 @@ def card(base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float
         )
     section = (
         f"\n# {origin.get('base', 'A model')}, edited\n\n"
-        f"SABER {origin['version']} changed some weights of this model with a low-rank edit. It can answer "
-        "requests that its makers wanted refused; whoever publishes or deploys it is responsible for what "
-        "it does. What the edit does was measured in the run that made it, not here.\n\n"
+        f"SABER {origin['version']} changed some weights of this model with a low-rank edit. {FILES} What "
+        "the edit does was measured in the run that made it, not here.\n\n"
         f"| | |\n|---|---|\n{rows}\n{worst}\n"
         f"`saber verify` holds this folder against `{FILE}`, the run and the base.\n"
     )

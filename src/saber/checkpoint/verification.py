@@ -14,6 +14,8 @@ from saber.checkpoint.shards import fingerprint, read_source
 from saber.checkpoint.stream import write_shard
 from saber.errors import DataError, SaberError
 
+HUB = (".gitattributes", ".cache/")
+"""What the hub and its client add to a folder that was pushed and downloaded again."""
 Watch = Callable[[int, int], None]
 """Told how many bytes of how many are read."""
 
@@ -105,7 +107,8 @@ def _own(
     if record is None:
         return
     files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {FILE}
-    missing, new = sorted(record.files.keys() - files), sorted(files - record.files.keys())
+    missing = sorted(record.files.keys() - files)
+    new = sorted(f for f in files - record.files.keys() if not f.startswith(HUB))
     yield Check("no file is missing", not missing, _names(missing, "missing:"))
     yield Check("no file was added", not new, _names(new, "added:"))
     total, done, changed = sum(m.size for m in record.files.values()), 0, []

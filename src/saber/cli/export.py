@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from saber.checkpoint.export import Exported, ExportSpec, check_formats, export
 from saber.checkpoint.runs import Run
+from saber.cli import push
 from saber.cli.progress import listening
 from saber.config import RunConfig
 
@@ -19,6 +19,7 @@ from saber.config import RunConfig
 def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Write one format; print where it is and what to know of it."""
     check_formats([arguments.format])
+    target = push.destination(arguments)
     run = Run.load(arguments.run)
     spec = ExportSpec(
         base=arguments.base or "",
@@ -30,9 +31,12 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     with listening(Console(stderr=True, quiet=arguments.json)) as listener:
         listener.on_stage(f"exporting as {arguments.format}")
         made = export(run, arguments.format, Path(arguments.out), spec, progress=listener.progress)
-    if arguments.json:
-        print(json.dumps(as_json(made)))
-        return 0
+    if not arguments.json:
+        _tell(made)
+    return push.finish(arguments, target, made.path, as_json(made))
+
+
+def _tell(made: Exported) -> None:
     out = Console()
     for note in made.notes:
         out.print(f"[yellow]note[/]: {note}", highlight=False)
@@ -42,7 +46,6 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         f"{made.format}: {made.path} ({made.bytes / 2**20:.1f} MiB, {made.seconds:.1f} s)\ncard: {made.card}",
         highlight=False,
     )
-    return 0
 
 
 def as_json(made: Exported) -> dict[str, object]:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.apply import Applied, ApplySpec, apply_to_files
 from saber.checkpoint.verification import verify
+from saber.cli import push
 from saber.errors import UsageError
 
 
@@ -29,24 +30,24 @@ def apply_command(arguments: argparse.Namespace) -> int:
     """`saber apply`."""
     if arguments.workers < 0:
         raise UsageError("--workers must be at least 0 (0: one a core).")
+    target = push.destination(arguments)
     spec = ApplySpec(arguments.workers, arguments.force, arguments.copy, arguments.allow_pickle)
     with _bytes(Console(stderr=True, quiet=arguments.json), "writing") as watch:
         made = apply_to_files(arguments.run, arguments.model, arguments.out, spec, watch)
-    if arguments.json:
-        row = dataclasses.asdict(made.record)
-        print(
-            json.dumps(
-                {
-                    "folder": str(made.folder),
-                    "tensors": made.tensors,
-                    "resumed": made.resumed,
-                    "forced": made.forced,
-                    "seconds": made.seconds,
-                    **row,
-                }
-            )
-        )
-        return 0
+    if not arguments.json:
+        _tell(made)
+    row = {
+        "folder": str(made.folder),
+        "tensors": made.tensors,
+        "resumed": made.resumed,
+        "forced": made.forced,
+        "seconds": made.seconds,
+        **dataclasses.asdict(made.record),
+    }
+    return push.finish(arguments, target, made.folder, row)
+
+
+def _tell(made: Applied) -> None:
     out = Console()
     size = sum(m.size for m in made.record.files.values())
     out.print(
@@ -69,7 +70,6 @@ def apply_command(arguments: argparse.Namespace) -> int:
     if made.forced:
         out.print("[yellow]note[/]: the plan was made from another model (--force)")
     out.print(f"model: {made.folder}", soft_wrap=True)
-    return 0
 
 
 def verify_command(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saber import __version__
-from saber.cli import diff
+from saber.cli import diff, push
 from saber.errors import SaberError, UsageError
 
 INTERRUPTED = 130
@@ -151,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--force", action="store_true", help="build on a model that does not match the run's"
     )
+    push.add_options(export)
     _load_options(export)
     export.set_defaults(handler=_export)
 
@@ -160,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
+    push.add_parser(commands)
     diff.add_parser(commands)
     return parser
 
@@ -185,6 +187,7 @@ def _file_commands(commands: Any) -> None:
     apply.add_argument(
         "--allow-pickle", action="store_true", help="convert .bin weights first (weights_only)"
     )
+    push.add_options(apply)
     apply.add_argument("--json", action="store_true", help="print the result as JSON")
     apply.set_defaults(handler=_apply)
 
