@@ -19,6 +19,8 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
 from saber.lm.chat import encode
+from saber.lm.generate import Request, answer
+from saber.lm.inputs import plan_reading, read_inputs
 from saber.lm.layers import find_layers, stream
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import LanguageModel
@@ -92,6 +94,28 @@ def leftover(lm, writers, r):
 def logits(model):
     with torch.no_grad():
         return model(input_ids=torch.arange(6, 22).reshape(2, 8), use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "jamba", "lfm2", "mamba2", "qwen3_next", "llama"])
+def test_answers_that_end_early_leave_the_others_as_they_are(family):
+    lm = language_model(family)
+    prompts = [f"What is {i} + {i}?" for i in (1, 2, 33, 4)]
+    limits = (2, 2, 9, 2)
+    together = answer(lm, [Request(p, n) for p, n in zip(prompts, limits, strict=True)])
+    alone = [answer(lm, [Request(p, n)])[0] for p, n in zip(prompts, limits, strict=True)]
+    assert [c.ids for c in together] == [c.ids for c in alone]
+
+
+def test_experts_of_a_multimodal_model_show_their_rows():
+    lm = language_model("kimi_k25")
+    writers = find_writers(lm)
+    assert lm.model.config._experts_implementation != lm.text_config._experts_implementation
+    before = lm.text_config._experts_implementation
+    seen = set()
+    reading = plan_reading(lm, writers, encode(lm, ["one", "two", "three"]))
+    read_inputs(lm, writers, reading, lambda key, _rows: seen.add(key[0]))
+    assert seen >= {w.name for w in writers if w.experts}
+    assert lm.text_config._experts_implementation == before
 
 
 @pytest.mark.slow
@@ -255,7 +279,9 @@ def written(lm, writers, r):
     """What each writer's weight writes along r, through the gain behind it."""
     return [
         float(
-            (w.read(r[None]) @ lm.model.get_parameter(w.weight).movedim(w.axis, 0).flatten(1)).norm()
+            (
+                w.read(r[None]) @ lm.model.get_parameter(w.weight).movedim(w.axis, 0).flatten(1)
+            ).norm()
         )
         for w in writers
     ]

@@ -294,7 +294,7 @@ def _parsed_once() -> Iterator[None]:
 
         def _get(self, *args: Any, **kwargs: Any) -> Any:
             if isinstance(self.data, np.memmap):
-                self.data = np.asarray(self.data)
+                self.__dict__["data"] = np.asarray(self.data)
             return super()._get(*args, **kwargs)
 
     parse, known = reading._gguf_parse_value, dict[tuple[int, int], Any]()
