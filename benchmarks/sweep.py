@@ -65,7 +65,8 @@ def table(sweep: dict[str, Any], singles: list[dict[str, Any]]) -> str:
     work, n = sweep["work"], len(sweep["trials"])
     around = work["preparing"] + work["heldout"]
     rows = [("sweep, shared work", work["tokens"] + around, work["seconds"])]
-    rows.append(("the same trials, nothing shared", work["tokens"] + work["shared"] + around, None))
+    alone = work["tokens"] + work["shared"] + around - work["prepared"]
+    rows.append(("the same trials, nothing shared", alone, None))
     if singles:
         tokens = n * sum(s["work"]["tokens"] for s in singles) / len(singles)
         seconds = n * sum(s["seconds"]["total"] for s in singles) / len(singles)

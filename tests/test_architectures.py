@@ -230,6 +230,12 @@ def test_experts_behind_one_norm_are_told_apart():
     assert " * " in nested.convention
 
 
+def test_names_that_differ_by_a_digit_are_no_siblings():
+    lm = language_model("dbrx")
+    parts = {w.weight.split(".ffn.")[1] for w in find_writers(lm) if ".ffn." in w.weight}
+    assert parts == {"experts.mlp.w2"}  # w1 and v1 read the stream
+
+
 def cut(family, layers):
     """Return settings that leave only so many layers of a small model."""
     config = tiny.tiny_config(family)

@@ -15,7 +15,6 @@ adds does the full search follow. What counts as proof is the same either way.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -185,13 +184,15 @@ def _vectors_beside(candidate: Candidate, rest: Sequence[Candidate]) -> list[nn.
 
 
 def _siblings(found: Sequence[Finding], candidates: Sequence[Candidate]) -> list[Finding]:
-    """Return candidates that differ from a writer by a number in their name alone.
+    """Return candidates that differ from a writer by their place in a list of modules alone.
 
     Members of a list of experts that no token was routed to have no effect that could be tested.
     """
 
     def pattern(c: Candidate) -> tuple[str, tuple[int, ...], int]:
-        return re.sub(r"\d+", "#", c.name), tuple(c.parameter.shape), c.axis
+        # A place is a whole part of the name: w1 and w2 are no siblings.
+        name = ".".join("#" if part.isdigit() else part for part in c.name.split("."))
+        return name, tuple(c.parameter.shape), c.axis
 
     fits = {pattern(f.candidate): f.fit for f in found}
     taken = {id(f.candidate.parameter) for f in found}

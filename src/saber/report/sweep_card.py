@@ -148,11 +148,12 @@ def page(record: Mapping[str, Any]) -> str:
     for name in applicable(record):
         lines += [f"![{name}](plots/{name}.png)", ""]
     work = record["work"]
-    total = work["tokens"] + work["shared"]
-    if total:
+    prepared = work.get("prepared", 0)
+    spent, spared = work["tokens"] + prepared, work["shared"] - prepared
+    if spent + spared > 0:
         lines += [
-            f"Work: {work['tokens']:,} tokens through the model for all settings; "
-            f"{work['shared']:,} more ({percent(work['shared'] / total)}) were shared between them.",
+            f"Work: {spent:,} tokens through the model for all settings; "
+            f"{spared:,} more ({percent(spared / (spent + spared))}) were shared between them.",
             "",
         ]
     return "\n".join(lines)

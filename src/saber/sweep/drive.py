@@ -166,12 +166,16 @@ def _work(
     former: Mapping[str, Any] | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return what the sweep took, over all times that it was gone on with: tokens and seconds."""
+    """Return what the sweep took, over all times that it was gone on with: tokens and seconds.
+
+    Of the tokens before the first trial, those `prepared` are for what trials share.
+    """
     earlier = (former or {}).get("work", {})
     return {
         "tokens": sum(r.tokens for r in rows),
         "shared": sum(r.shared for r in rows),
         "preparing": about["tokens"] + earlier.get("preparing", 0),
+        "prepared": about["prepared"] + earlier.get("prepared", 0),
         "heldout": record["best"]["heldout"]["tokens"] if record["best"] else 0,
         "seconds": seconds + earlier.get("seconds", 0),
         "trial_seconds": sum(r.seconds for r in rows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import Measurement, compare, measure, summarise
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.forward import Progress, silent
-from saber.memo import Key
+from saber.memo import Key, Memo
 from saber.pipeline import RunData, describe_data, describe_model, gather
 from saber.probing import probe
 from saber.prompts import PromptSet
@@ -31,7 +32,7 @@ from saber.strength import Shown
 from saber.subject import Subject, Watch, refined
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
-from saber.sweep.tree import Kept, Tree
+from saber.sweep.tree import ON_DISK, Kept, Tree
 
 T = TypeVar("T")
 Prune = Callable[[Mapping[str, float]], bool]
@@ -62,6 +63,10 @@ class Seed:
     """Its validation measures."""
     tokens: int
     """What these cost."""
+
+
+class _Enough(Exception):
+    """All that can be shared before an edit is there."""
 
 
 class Bench:
@@ -121,7 +126,12 @@ class Bench:
         )
 
     def about(self) -> dict[str, Any]:
-        """Return what makes trials comparable, and the untouched model's validation measures."""
+        """Return what makes trials comparable, and the untouched model's validation measures.
+
+        What the untouched model gives is computed first, so that others can begin with it.
+        """
+        start = self.subject.lm.work.tokens
+        self._prepare()
         return {
             "model": describe_model(self.subject.lm, self.subject.mark),
             "config": resolved(self.base),
@@ -131,7 +141,19 @@ class Bench:
             "baseline": summarise(self._before),
             "baseline_tokens": self._baseline_tokens,
             "tokens": self.subject.lm.work.tokens,
+            "prepared": self.subject.lm.work.tokens - start,
         }
+
+    def _prepare(self) -> None:
+        """Go the way of the base's first pass as far as another process can use what it gives."""
+
+        def memo(key: Key, compute: Callable[[], T]) -> T:
+            if key[0] not in ON_DISK or key[1]:
+                raise _Enough
+            return self.tree(key, compute)
+
+        with suppress(_Enough):
+            self._refine(self.base, memo)
 
     def trial(self, setting: Setting, prune: Prune | None = None) -> Row:
         """Make the setting's edit, measure it on validation prompts, and undo it.
@@ -179,13 +201,18 @@ class Bench:
         def memo(key: Key, compute: Callable[[], T]) -> T:
             return compute() if idle and key[0] == "shown" else self.tree(key, compute)
 
+        return self._refine(config, memo, (lambda: Shown(math.nan)) if idle else None)
+
+    def _refine(
+        self, config: RunConfig, memo: Memo, behaviour: Callable[[], Shown] | None = None
+    ) -> Refinement:
         return refined(
             self.subject,
             self.watch,
             config,
             progress=self._progress,
             memo=memo,
-            behaviour=(lambda: Shown(math.nan)) if idle else None,
+            behaviour=behaviour,
             self_repair=False,
         )
 
