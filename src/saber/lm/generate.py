@@ -27,7 +27,7 @@ from saber.lm.forward import (
 from saber.lm.model import LanguageModel
 
 ROWS_PER_BATCH = 256
-CACHED_PER_BATCH = 12_000
+CACHED_PER_BATCH = 20_000
 """Tokens whose keys and values lie in memory at a time."""
 CHECK_EVERY = 4
 SHRINK_BELOW = 0.8
