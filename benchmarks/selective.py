@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from saber.ablation import EditPlan, applied, orthogonal
+from saber.candidates import choose
 from saber.config import RunConfig, preset
 from saber.entanglement import entangle
 from saber.evaluation.judge import named_judge
@@ -31,7 +32,6 @@ from saber.lm.writers import find_writers
 from saber.moments import Preserved, read_decisions
 from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
-from saber.refinement import choose
 from saber.selective import Selective, solve
 from saber.spectral import extract
 from saber.strength import ANSWER_TOKENS, Ruler, Shown

@@ -6,13 +6,14 @@ import torch
 from conftest import make_lm
 
 from saber.ablation import EditPlan, EditSpec, Removal, orthogonal
+from saber.candidates import choose
 from saber.entanglement import Entanglement
 from saber.hydra import compensation
 from saber.linalg import unit
 from saber.lm.writers import find_writers
+from saber.passes import RefineSpec
 from saber.probing import ProbeSpec, probe, probe_capabilities
 from saber.prompts import Prompt, PromptSet
-from saber.refinement import RefineSpec, choose
 from saber.spectral import Direction
 
 

@@ -18,8 +18,8 @@ from saber.errors import UnknownName, UsageError
 from saber.evaluation.judging import REFUSAL, JudgeSpec
 from saber.evaluation.measure import EvaluationSpec
 from saber.lm.load import LoadSpec
+from saber.passes import RefineSpec
 from saber.probing import ProbeSpec
-from saber.refinement import RefineSpec
 from saber.spectral import SpectralSpec
 
 

@@ -48,9 +48,9 @@ from saber.linalg import finite
 from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 from saber.lm.writers import embedding_share
+from saber.passes import Candidate, Pass, RefineData, Refinement
 from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, split
 from saber.prompts.splits import NAMES as SPLIT_NAMES
-from saber.refinement import Candidate, Pass, RefineData, Refinement
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
 from saber.subject import Subject, Watch, refined
@@ -503,7 +503,7 @@ def _save_pass(folder: Path, this: Pass) -> None:
 
 def _load_pass(folder: Path) -> Pass:
     from saber.hydra import Compensation
-    from saber.refinement import Hydra
+    from saber.passes import Hydra
 
     tensors, meta = artifacts.load(folder, "pass")
     candidates = []

@@ -18,8 +18,9 @@ from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
 from saber.memo import Memo, forgetful
 from saber.openings import Opening, late_openings
+from saber.passes import Pass, RefineData, Refinement
 from saber.prompts import PromptSet
-from saber.refinement import Pass, RefineData, Refinement, refine
+from saber.refinement import refine
 from saber.strength import Shown
 
 

@@ -16,8 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from saber.passes import Pass
 from saber.pipeline import Listener
-from saber.refinement import Pass
 
 
 @contextmanager

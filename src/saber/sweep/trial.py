@@ -24,10 +24,10 @@ from saber.evaluation.measure import Measurement, compare, measure, summarise
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.forward import Progress, silent
 from saber.memo import Key, Memo
+from saber.passes import Refinement
 from saber.pipeline import RunData, describe_data, describe_model, gather
 from saber.probing import probe
 from saber.prompts import PromptSet
-from saber.refinement import Refinement
 from saber.strength import Shown
 from saber.subject import Subject, Watch, refined
 from saber.sweep.grid import Setting

@@ -1,0 +1,198 @@
+"""What a sweep gains by more workers: measured with two, planned for as many as are wanted (Markdown).
+
+    python benchmarks/scaling.py measure [--model demo] [--workers 1 2] [--ray] [OPTIONS]
+    python benchmarks/scaling.py plan SWEEP [--trials 12 640] [--gpus 1 2 4 8 16 32 64]
+
+`measure` makes the same small grid with each number of workers, one thread each, in new folders and with
+nothing kept from before; OPTIONS go to `saber sweep`. `plan` takes a finished sweep's own times, measures
+what a worker costs before its first trial and how many bytes go through the object store, and
+replays the driver's rule (the next setting to the next free worker) on a clock: no trial is made.
+With --start and --trial seconds of one's own machine take the place of the measured ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saber import preset
+from saber.config import override
+from saber.sweep.journal import TRIALS, Journal
+from saber.sweep.trial import Bench, Job
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of a sweep take, seconds and bytes."""
+
+    first: float
+    """From the start until the first worker has the model, its baseline and what trials share."""
+    start: float
+    """From its start until a further worker can begin with a trial."""
+    trials: Sequence[float]
+    """Each trial alone, with nothing of another's but what the first worker prepared."""
+    driver: float
+    """The driver's own work for one trial: to hand it out and to write it down."""
+    last: float
+    """The chosen setting on held-out prompts."""
+    seed: int
+    """What goes to each node once, bytes."""
+    row: int
+    """What comes back from a trial, bytes."""
+
+
+def makespan(costs: Costs, trials: int, workers: int) -> float:
+    """Return how long a sweep takes, seconds: the driver gives each setting to the worker free first."""
+    free = [costs.first + (costs.start if i else 0.0) for i in range(workers)]
+    heapq.heapify(free)
+    driver, end = costs.first, costs.first
+    for number in range(trials):
+        begin = max(heapq.heappop(free), driver)
+        driver = begin + costs.driver
+        done = driver + costs.trials[number % len(costs.trials)]
+        end = max(end, done)
+        heapq.heappush(free, done)
+    return end + costs.last
+
+
+def table(costs: Costs, trials: int, counts: Sequence[int], per_node: int) -> str:
+    """Return the plan for each number of workers: time, speed-up, share of a perfect one, traffic."""
+    alone = makespan(costs, trials, 1)
+    lines = [
+        f"| workers | hours, {trials} trials | times as fast | of perfect | object store, MB |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for count in counts:
+        took = makespan(costs, trials, count)
+        nodes = -(-count // per_node)
+        moved = nodes * costs.seed + trials * costs.row
+        speed = alone / took
+        lines.append(
+            f"| {count} | {took / 3600:.2f} | {speed:.1f} | {speed / count:.0%} | {moved / 1e6:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def costs_of(folder: Path, given: argparse.Namespace) -> Costs:
+    """Measure what the sweep's own record does not hold: a worker's start, and bytes."""
+    record = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    work = record["work"]
+    rows = Journal(folder / TRIALS).rows
+    # On other workers nothing is shared but what the first one prepared.
+    spared = work["shared"] - work["prepared"] * len(rows)
+    alone = 1 + max(0, spared) / max(1, work["tokens"])
+    seconds = [row.seconds * alone for row in rows]
+    base = override(preset(record["config"]["preset"]), record["config"])
+    begin = time.perf_counter()
+    bench = Bench(Job(given.model, base, None))
+    bench.about()
+    first = time.perf_counter() - begin
+    seed = bench.seed()
+    begin = time.perf_counter()
+    Bench(Job(given.model, base, None), seed=seed)
+    start = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as scratch:
+        book = Journal(Path(scratch) / TRIALS)
+        begin = time.perf_counter()
+        for row in rows:
+            book.append(row)
+        driver = (time.perf_counter() - begin) / len(rows)
+    held = work["seconds"] - work["trial_seconds"] - first
+    if given.start:
+        start, first = given.start, given.start + (first - start)
+    if given.trial:
+        seconds = [s * given.trial * len(seconds) / sum(seconds) for s in seconds]
+    row_size = max(len(pickle.dumps(row)) for row in rows)
+    return Costs(first, start, seconds, driver, max(0.0, held), len(pickle.dumps(seed)), row_size)
+
+
+def plan(given: argparse.Namespace) -> None:
+    """Print the measured costs and the plan."""
+    costs = costs_of(given.sweep, given)
+    mean = sum(costs.trials) / len(costs.trials)
+    total = costs.first + sum(costs.trials) + costs.last
+    serial = costs.first + costs.last + len(costs.trials) * costs.driver
+    print(
+        f"first worker ready {costs.first:.0f} s, a further one {costs.start:.0f} s, a trial {mean:.0f} s "
+        f"({min(costs.trials):.0f}-{max(costs.trials):.0f}), driver {1e3 * costs.driver:.1f} ms a trial, "
+        f"held-out report {costs.last:.0f} s; serial {serial / total:.1%} of {len(costs.trials)} trials on "
+        f"one worker; seed {costs.seed / 1e6:.1f} MB, row {costs.row / 1e3:.1f} kB\n"
+    )
+    for trials in given.trials:
+        print(table(costs, trials, given.gpus, given.per_node) + "\n")
+
+
+def measure(given: argparse.Namespace, options: Sequence[str]) -> None:
+    """Make the same grid with each number of workers and print trials an hour."""
+    print(
+        "| workers | trials | seconds | trials an hour | times as many |\n|---:|---:|---:|---:|---:|"
+    )
+    base = None
+    for workers in given.workers:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "sweep")
+            command = [
+                sys.executable,
+                "-m",
+                "saber.cli.main",
+                "sweep",
+                given.model,
+                "--out",
+                str(out),
+            ]
+            command += ["--workers", str(workers), *options]
+            if given.ray:
+                command += ["--ray"]
+            variables = {
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "SABER_CACHE": str(Path(folder, "c")),
+            }
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
+            book = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        count, seconds = len(book["trials"]), book["work"]["seconds"]
+        rate = 3600 * count / seconds
+        base = base or rate
+        print(
+            f"| {workers} | {count} | {seconds:.0f} | {rate:.0f} | {rate / base:.2f} |", flush=True
+        )
+
+
+def main() -> None:
+    """Measure, or plan."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("measure", allow_abbrev=False)
+    one.add_argument("--model", default="demo")
+    one.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    one.add_argument("--ray", action="store_true")
+    two = commands.add_parser("plan")
+    two.add_argument("sweep", type=Path)
+    two.add_argument("--model", default="demo")
+    two.add_argument("--trials", type=int, nargs="+", default=[12, 640])
+    two.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    two.add_argument("--per-node", type=int, default=8)
+    two.add_argument("--start", type=float, default=0.0, help="seconds a worker takes to load")
+    two.add_argument("--trial", type=float, default=0.0, help="mean seconds of a trial")
+    given, options = parser.parse_known_args()
+    torch.set_grad_enabled(False)
+    if given.command == "plan":
+        plan(given)
+    else:
+        measure(given, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Stage 4: how a pass's directions become a plan, orthogonal or selective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
+from saber.codec import digest
+from saber.evaluation.divergence import exact, reference_of
+from saber.evaluation.readout import Readout, derive_readout
+from saber.lm.chat import encode, encode_answers
+from saber.lm.forward import Progress
+from saber.lm.generate import Request, answer
+from saber.lm.model import LanguageModel
+from saber.lm.writers import Writer
+from saber.memo import Memo, forgetful
+from saber.moments import Decisions, Preserved, read_decisions
+from saber.openings import Opening
+from saber.passes import Candidate, RefineData, RefineSpec, removals
+from saber.probing import Activations, ProbeSpec
+from saber.selective import solve
+from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
+
+Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
+"""The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
+Sides = tuple[Activations, Activations]
+Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
+Late = Callable[[Sequence[int]], Mapping[int, Opening]]
+"""Answers some fit targets, given by number, with the model as it stands; tells which of them come to
+show the behaviour late, and behind which start."""
+
+
+@dataclass(frozen=True)
+class OrthogonalEditor:
+    """Takes all removals so far out of the original weights."""
+
+    lm: LanguageModel
+    writers: Sequence[Writer]
+    edit: EditSpec
+    removals: list[Removal]
+
+    def __call__(
+        self,
+        plan: EditPlan,
+        chosen: Sequence[Candidate],
+        opening: Opening,
+        pending: Sequence[int],
+        sides: Sides,
+    ) -> Step:
+        """Return the plan with what was chosen taken out too."""
+        del opening, pending, sides
+        number = 1 + max((r.step for r in self.removals), default=0)
+        self.removals.extend(removals(chosen, number))
+        plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
+        return plan, (), list(chosen)
+
+
+class SelectiveEditor:
+    """Solves for the writers as the plan so far leaves them, with lambda by a line search."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        writers: Sequence[Writer],
+        data: RefineData,
+        edit: EditSpec,
+        spec: RefineSpec,
+        probing: ProbeSpec,
+        readout: Readout,
+        behaviour: Callable[[], Shown],
+        late: Late,
+        progress: Progress[Any],
+        memo: Memo = forgetful,
+    ) -> None:
+        self.late, self.memo = late, memo
+        self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
+        self.probing, self.behaviour, self.progress = probing, behaviour, progress
+        edited = tuple(w.name for w in writers)
+        self.ruler, self.preserved = memo(
+            ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
+        )
+
+    def _prepared(self, readout: Readout) -> tuple[Ruler, Preserved]:
+        """Let the untouched model answer what must not change; return what is measured by that."""
+        lm, data, progress = self.lm, self.data, self.progress
+        watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
+        kept = (data.neutral, *data.keep)
+        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
+        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
+        written = iter(answer(lm, asked, progress=progress, label="own answers"))
+        reference = reference_of(
+            lm, watched, list(islice(written, len(watched))), progress=progress
+        )
+        ruler = Ruler(
+            lm,
+            data.target_validation,
+            data.neutral_validation,
+            data.keep_validation,
+            readout,
+            progress,
+            reference,
+        )
+        answers = [[c.ids for c in islice(written, len(p))] for p in kept]
+        references = encode_answers(lm, [p.reference for p in data.capability], end=False)
+        return ruler, Preserved(
+            lm,
+            self.writers,
+            [
+                *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
+                encode(lm, data.capability.texts, references),
+            ],
+            [encode(lm, p.texts) for p in data.keep],
+            positions=self.probing.positions,
+            memory=self.edit.memory * 2**30,
+            progress=progress,
+        )
+
+    def __call__(
+        self,
+        plan: EditPlan,
+        chosen: Sequence[Candidate],
+        opening: Opening,
+        pending: Sequence[int],
+        sides: Sides,
+    ) -> Step:
+        """Return the plan with an edit for what was chosen, as strong as validation prompts ask for.
+
+        `pending` are the fit targets that show the behaviour late, `sides` the activations of targets and
+        neutral prompts behind the `opening`.
+        """
+
+        def shown() -> Shown:
+            found = self.behaviour()
+            if not opening:
+                return found
+            still = self.late(pending)
+            return replace(found, late=len(still) / len(self.data.target))
+
+        by_layer: dict[int, list[Candidate]] = {}
+        for candidate in chosen:
+            by_layer.setdefault(candidate.direction.layer, []).append(candidate)
+        patterns = {k: [c.direction.pattern for c in cs] for k, cs in by_layer.items()}
+        ruler = self.ruler
+        with applied(self.lm.model, plan):
+            if opening:
+                target, neutral = (side.first_token for side in sides)
+                assert target is not None
+                assert neutral is not None
+                ruler = ruler.behind(opening, derive_readout(target, neutral))
+            stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
+            at = plan.digest() if plan.factors else ""
+            where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
+            solved = self.memo(
+                ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1]),
+                lambda: solve(
+                    self.lm,
+                    stacked,
+                    self._decisions(sides, opening),
+                    self.preserved,
+                    ridge=self.edit.ridge,
+                    progress=self.progress,
+                ),
+            )
+        alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
+
+        def lambdas(base: float) -> dict[int, list[float]]:
+            if self.edit.strength != "lambda":
+                return {k: [base] * len(cs) for k, cs in by_layer.items()}
+            return {k: [base / c.entanglement.purity for c in cs] for k, cs in by_layer.items()}
+
+        lambdas_tried: Sequence[float] = LATE_LAMBDAS if opening else LAMBDAS
+        if self.edit.lambda_:
+            lambdas_tried = (self.edit.lambda_,)
+        plan, trials = self.memo(
+            (
+                "searched",
+                *(*where, digest(alphas, lambdas(1.0))),
+                *(self.spec.stop_rate, tuple(pending)),
+            ),
+            lambda: search(
+                self.lm,
+                lambda base: plan + solved.plan(lambdas(base), alphas),
+                ruler,
+                shown,
+                lambdas=lambdas_tried,
+                aim=self.spec.stop_rate,
+                direct=bool(opening),
+                progress=self.progress,
+            ),
+        )
+        used = lambdas(next(t.lambda_ for t in trials if t.chosen))
+        balance = solved.balance(used, alphas)
+        done = [
+            replace(
+                c, lambda_=used[k][i], removed=balance[k].removed, collateral=balance[k].collateral
+            )
+            for k, cs in by_layer.items()
+            for i, c in enumerate(cs)
+        ]
+        return plan, trials, done
+
+    def _decisions(self, sides: Sides, opening: Opening) -> Decisions:
+        """Return what goes into the writers where the behaviour is decided; read, where not probed."""
+        target, neutral = sides
+        if target.inputs is not None and neutral.inputs is not None:
+            prompts, positions = target.hidden.shape[:2]
+            return Decisions.of(target.inputs, neutral.inputs, prompts * positions)
+        encoded = (
+            encode(self.lm, p.texts, [opening] * len(p))
+            for p in (self.data.target, self.data.neutral)
+        )
+        return read_decisions(
+            self.lm,
+            self.writers,
+            *encoded,
+            positions=1 if opening else self.probing.positions,
+            progress=self.progress,
+        )
