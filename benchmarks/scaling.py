@@ -109,13 +109,16 @@ def costs_of(folder: Path, given: argparse.Namespace) -> Costs:
         for row in rows:
             book.append(row)
         driver = (time.perf_counter() - begin) / len(rows)
-    held = work["seconds"] - work["trial_seconds"] - first
     if given.start:
         start, first = given.start, given.start + (first - start)
     if given.trial:
         seconds = [s * given.trial * len(seconds) / sum(seconds) for s in seconds]
     row_size = max(len(pickle.dumps(row)) for row in rows)
-    return Costs(first, start, seconds, driver, max(0.0, held), len(pickle.dumps(seed)), row_size)
+    held = record["best"]["heldout"]
+    # A sweep of an older version did not time this: at the trials' own rate, then.
+    pace = sum(row.seconds for row in rows) / work["tokens"]
+    last = held.get("seconds", held["tokens"] * pace)
+    return Costs(first, start, seconds, driver, last, len(pickle.dumps(seed)), row_size)
 
 
 def plan(given: argparse.Namespace) -> None:
@@ -135,9 +138,13 @@ def plan(given: argparse.Namespace) -> None:
 
 
 def measure(given: argparse.Namespace, options: Sequence[str]) -> None:
-    """Make the same grid with each number of workers and print trials an hour."""
+    """Make the same grid with each number of workers and print trials an hour, while there are trials.
+
+    What comes before them and behind them, on one worker, is told beside it.
+    """
     print(
-        "| workers | trials | seconds | trials an hour | times as many |\n|---:|---:|---:|---:|---:|"
+        "| workers | trials | before, s | trials, s | held out, s | all, s | trials an hour | ratio |\n"
+        "|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     base = None
     for workers in given.workers:
@@ -162,12 +169,12 @@ def measure(given: argparse.Namespace, options: Sequence[str]) -> None:
             }
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=variables)
             book = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-        count, seconds = len(book["trials"]), book["work"]["seconds"]
-        rate = 3600 * count / seconds
+        count, work = len(book["trials"]), book["work"]
+        rate = 3600 * count / work["trials_seconds"]
         base = base or rate
-        print(
-            f"| {workers} | {count} | {seconds:.0f} | {rate:.0f} | {rate / base:.2f} |", flush=True
-        )
+        parts = ("preparing_seconds", "trials_seconds", "heldout_seconds", "seconds")
+        times = " | ".join(f"{work[part]:.0f}" for part in parts)
+        print(f"| {workers} | {count} | {times} | {rate:.0f} | {rate / base:.2f} |", flush=True)
 
 
 def main() -> None:

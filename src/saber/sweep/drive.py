@@ -104,6 +104,7 @@ def sweep(
         listener.on_stage(f"loading {model}")
         with closing(_crew(Job(model, base, out / journal.SHARED, force), plan, listener)) as crew:
             about = crew.about()
+            ready = monotonic()
             study = _study(out, about, plan)
             book = Journal(out / journal.TRIALS)
             settings = _numbered(out, study, settings)
@@ -127,7 +128,9 @@ def sweep(
                 raise OutputError(f"the sweep in {out} is finished.", "There is nothing to resume.")
             listener.on_stage(f"{total} settings, {len(book.rows)} of them done")
             until = begin + 60 * plan.minutes if plan.minutes else None
+            at_work = monotonic()
             _work_through(crew, source, book, until, total, listener)
+            phases = {"preparing": ready - begin, "trials": monotonic() - at_work}
             wanted = {s.key for s in settings}
             rows = [r for r in book.rows if plan.trials or r.key in wanted]
             left = max(0, total - len(rows))
@@ -144,7 +147,8 @@ def sweep(
                 "left": left,
                 **_outcome(crew, base, rows, plan, left, former, about["baseline"], listener),
             }
-            record["work"] = _work(rows, about, record, former, monotonic() - begin)
+            phases["all"] = monotonic() - begin
+            record["work"] = _work(rows, about, record, former, phases)
         artifacts.write_json(out / journal.SWEEP, record)
         as_parquet(out / journal.PARQUET, record["trials"])
     return SweepResult(out, record, left)
@@ -164,21 +168,26 @@ def _work(
     about: Mapping[str, Any],
     record: Mapping[str, Any],
     former: Mapping[str, Any] | None,
-    seconds: float,
+    phases: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return what the sweep took, over all times that it was gone on with: tokens and seconds.
 
-    Of the tokens before the first trial, those `prepared` are for what trials share.
+    Of the tokens before the first trial, those `prepared` are for what trials share. `worker_seconds` are
+    those of all workers together; the others are seconds of the clock, of which a killed driver left none.
     """
     earlier = (former or {}).get("work", {})
+    held = record["best"]["heldout"] if record["best"] else {}
     return {
         "tokens": sum(r.tokens for r in rows),
         "shared": sum(r.shared for r in rows),
         "preparing": about["tokens"] + earlier.get("preparing", 0),
         "prepared": about["prepared"] + earlier.get("prepared", 0),
-        "heldout": record["best"]["heldout"]["tokens"] if record["best"] else 0,
-        "seconds": seconds + earlier.get("seconds", 0),
-        "trial_seconds": sum(r.seconds for r in rows),
+        "heldout": held.get("tokens", 0),
+        "seconds": phases["all"] + earlier.get("seconds", 0),
+        "preparing_seconds": phases["preparing"] + earlier.get("preparing_seconds", 0),
+        "trials_seconds": phases["trials"] + earlier.get("trials_seconds", 0),
+        "heldout_seconds": held.get("seconds", 0),
+        "worker_seconds": sum(r.seconds for r in rows),
     }
 
 

@@ -259,7 +259,7 @@ class Bench:
 
     def held_out(self, config: RunConfig) -> dict[str, Any]:
         """Measure a setting on held-out prompts, beside the untouched model."""
-        lm = self.subject.lm
+        lm, start = self.subject.lm, perf_counter()
         spent = lm.work.tokens
         before, _ = self._baseline(held_out=True)
         outcome = self._refined(config)
@@ -278,6 +278,7 @@ class Bench:
             "comparison": compare(before, after, seed=config.seed),
             "plan": outcome.plan.digest(),
             "tokens": lm.work.tokens - spent,
+            "seconds": perf_counter() - start,
         }
 
 
