@@ -436,14 +436,15 @@ def test_a_trial_that_is_not_there_or_of_another_model_is_refused(
 
 
 def test_a_sweep_tells_what_its_phases_took(config, model_folder, tmp_path):
-    first = swept(model_folder, tmp_path, config).record["work"]
+    out = tmp_path / "sweep"
+    first = swept(model_folder, out, config).record["work"]
     parts = [first[f"{phase}_seconds"] for phase in ("preparing", "trials", "heldout")]
     assert min(parts) > 0
     assert sum(parts) < first["seconds"] < 1.5 * sum(parts)
     # One worker: the clock ran for its trials and for hardly anything else.
     assert first["worker_seconds"] < first["trials_seconds"] < 1.2 * first["worker_seconds"]
     grown = Plan(("refine.top_k=1,2", "edit.alpha=0.5,0.75,1.0"))
-    more = swept(model_folder, tmp_path, config, grown, resume=True).record["work"]
+    more = swept(model_folder, out, config, grown, resume=True).record["work"]
     for name in ("preparing_seconds", "trials_seconds", "worker_seconds", "seconds"):
         assert more[name] > first[name]
 
