@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class RoomyLayer(DynamicLayer):
@@ -46,6 +46,16 @@ class RoomyLayer(DynamicLayer):
         keys, values = self._space
         self._space = (keys[indices], values[indices])
         self._show()
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether all layers of a cache hold keys and values alone, so that rows and prefixes can be taken of it.
+
+    Layers with further states, of a convolution for instance, offer the same methods and leave those whole.
+    """
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
 def make_room(cache: Any, tokens: int) -> None:

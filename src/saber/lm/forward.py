@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from saber.lm.cache import is_plain
 from saber.lm.chat import common_prefix
 from saber.lm.model import LanguageModel
 
@@ -98,8 +98,7 @@ def prefix_cache(lm: LanguageModel, prefix: Sequence[int]) -> DynamicCache | Non
     if not prefix or not cacheable(lm):
         return None
     cache = DynamicCache(config=lm.text_config)
-    shareable = (DynamicLayer, DynamicSlidingWindowLayer)
-    if cache.layers and any(type(layer) not in shareable for layer in cache.layers):
+    if cache.layers and not is_plain(cache):
         return None
     if cache.layers and len(cache.layers) < len(lm.layers):
         return None

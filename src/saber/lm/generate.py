@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from saber.lm.cache import RoomyLayer, make_room
+from saber.lm.cache import is_plain, make_room
 from saber.lm.chat import common_prefix, encode
 from saber.lm.forward import (
     Progress,
@@ -237,7 +236,7 @@ def _write_batch(
         else:
             ids, positions = tokens[:, None], later
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if state is not None and len(keep) < SHRINK_BELOW * len(active) and _selectable(state):
+        if state is not None and len(keep) < SHRINK_BELOW * len(active) and is_plain(state):
             chosen = torch.tensor(keep, device=device)
             state.batch_select_indices(chosen)
             ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
@@ -248,16 +247,6 @@ def _write_batch(
 def _surprise(logits: Tensor) -> Tensor:
     """Return the negative log-likelihood of each row's likeliest token, nats."""
     return (logits.float().logsumexp(-1) - logits.amax(-1).float()).cpu()
-
-
-def _selectable(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: only where its layers hold keys and values alone.
-
-    Layers with further states, of a convolution for instance, have the method too and leave those whole.
-    """
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer)
-    layers: list[Any] = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
 def _is_settled(lm: LanguageModel, row: _Row) -> bool:
