@@ -5,12 +5,17 @@ import json
 import os
 import random
 import signal
+import threading
+import time
 from multiprocessing import get_context
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer
 from test_sweep import config_of
 
+from saber.config import override
+from saber.lm.forward import Share
 from saber.sweep.crew import MOST_DEATHS, Local
 from saber.sweep.drive import Plan, sweep
 from saber.sweep.grid import changed, grid, read_axis
@@ -93,7 +98,7 @@ def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_pat
     job = Job(str(folder / "pico"), whole_base(config), tmp_path / "shared", force=True)
     axes = [read_axis(job.base, text) for text in GRID.axes]
     settings = grid(job.base, axes)
-    crew = Local(job, 2, threads=1)
+    crew = Local(job, 2, threads=torch.get_num_threads())  # as what it is held against
     try:
         crew.about()
         assert crew.free == 2
@@ -117,14 +122,84 @@ def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_pat
         gone(pid)
 
 
+@pytest.fixture(scope="module")
+def large(world):
+    """The same settings with prompts enough to probe them together."""
+    folder, config, _ = world
+    files = {}
+    for kind in ("target", "neutral"):
+        said = [(f"{kind} request {i} {'and more ' * (7 * i % 31)}", "fit") for i in range(240)]
+        said += [(f"{kind} {part} {i}", part) for part in ("validation", "heldout") for i in range(8)]
+        lines = [json.dumps({"prompt": text, "split": split}) for text, split in said]
+        path = folder / f"many-{kind}.jsonl"
+        path.write_text("\n".join(lines))
+        files[kind] = str(path)
+    return override(whole_base(config), {"data": files})
+
+
+def kept_by(shared):
+    """What workers share on disk, by file."""
+    return {p.relative_to(shared): p.read_bytes() for p in shared.rglob("*.safetensors")}
+
+
+def test_workers_probe_a_large_prompt_set_together(world, large, tmp_path, monkeypatch):
+    folder, threads = world[0], torch.get_num_threads()
+    monkeypatch.setenv("SABER_CACHE", str(folder / "cache"))
+
+    def job(name):
+        return Job(str(folder / "pico"), large, tmp_path / name, force=True)
+
+    alone = Bench(job("alone"))
+    expected = alone.about()
+    first, second = Bench(job("benches")), Bench(job("benches"))
+    shared_out = first._shared_out(2)
+    assert [look.prompts.name for look in shared_out] == ["many-target/fit", "many-neutral/fit"]
+    for bench, share in ((first, Share(0, 2)), (second, Share(1, 2))):
+        before = bench.subject.lm.work.tokens
+        assert not bench.part(share)
+        each = bench.subject.lm.work.tokens - before
+        assert 0.4 * expected["prepared"] < each < 0.6 * expected["prepared"]
+    before = first.subject.lm.work.tokens
+    found = first.about(2)
+    assert first.subject.lm.work.tokens - before < 0.2 * expected["prepared"]
+    # The start of the template goes through each worker once.
+    assert expected["prepared"] <= found["prepared"] < 1.01 * expected["prepared"]
+    assert 0 < found["tokens"] - found["prepared"] <= expected["tokens"] - expected["prepared"]
+    assert first._shared_out(2) == []
+
+    crew = Local(job("crew"), 2, threads)
+    try:
+        assert crew.about()["prepared"] == found["prepared"]
+    finally:
+        crew.close()
+
+    crew = Local(job("death"), 2, threads)
+
+    def kill():
+        while not (pids := crew.processes(1)):
+            time.sleep(0.01)
+        os.kill(pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        assert crew.about()["prepared"] >= expected["prepared"]
+        assert not crew.processes(1)
+    finally:
+        killer.join()
+        crew.close()
+    kept = kept_by(tmp_path / "alone")
+    assert len(kept) >= 5
+    for name in ("benches", "crew", "death"):
+        assert kept_by(tmp_path / name) == kept, name
+
+
 def whole_base(config):
     return changed(config, {"data.battery": "half"})
 
 
 def gone(pid):
     """Wait for a process to be no more; it is not ours to reap."""
-    import time
-
     for _ in range(200):
         try:
             os.kill(pid, 0)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded, encode, encode_answers, measure_template
-from saber.lm.forward import Progress, forward, silent
+from saber.lm.forward import WHOLE, Progress, Share, forward, silent
 from saber.lm.inputs import Key, Tap
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
 from saber.lm.substitution import streams_axis
 from saber.lm.writers import Writer
+from saber.memo import Key as MemoKey
 from saber.prompts import PromptSet
 
 
@@ -47,6 +48,45 @@ class Activations:
     """What went into writers at the same positions, in no order of prompts, where asked for."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one worker read of a prompt set that several share."""
+
+    rows: tuple[int, ...]
+    """Which prompts, ascending."""
+    read: Activations | None
+    """Of these prompts; None where there are none."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is read of which prompts: a call of `probe` that can be kept by its key, or shared out."""
+
+    prompts: PromptSet
+    """Whose stream."""
+    spec: ProbeSpec
+    """Where."""
+    opening: tuple[int, ...] = ()
+    """Tokens that every answer is made to start with."""
+    writers: tuple[Writer, ...] = ()
+    """Writers whose inputs are read too."""
+
+    def key(self, at: str = "") -> MemoKey:
+        """Return what tells the reading from others, of a model edited by the plan of this digest."""
+        names = tuple(w.name for w in self.writers)
+        return ("probe", at, self.prompts.fingerprint(), self.spec, self.opening, names)
+
+    def read(self, lm: LanguageModel, progress: Progress[Any] = silent) -> Activations:
+        """Return `probe` with the first token's log-probabilities."""
+        return join([self.part(lm, WHOLE, progress)])
+
+    def part(self, lm: LanguageModel, share: Share, progress: Progress[Any] = silent) -> Part:
+        """Read the prompts of one worker's share of the batches."""
+        return _probe(
+            lm, self.prompts, self.spec, True, self.opening, self.writers, progress, share
+        )
+
+
 def probe(
     lm: LanguageModel,
     prompts: PromptSet,
@@ -64,20 +104,61 @@ def probe(
     may be routed to, is read in the same pass. Raises `NonFinite`, which names the layer, when an
     activation is NaN or infinite.
     """
+    return join([_probe(lm, prompts, spec, first_token, opening, writers, progress, WHOLE)])
+
+
+def join(parts: Sequence[Part]) -> Activations:
+    """Return the activations of a prompt set from the parts, in the order of their shares.
+
+    They are to the last digit what one worker reads. Raises `ValueError` when prompts are missing.
+    """
+    rows = [row for p in parts for row in p.rows]
+    if not rows or sorted(rows) != list(range(len(rows))):
+        raise ValueError("these parts are not of one prompt set, or some are missing")
+    reads = [p.read for p in parts if p.read is not None]
+    if len(reads) == 1:
+        return reads[0]
+    place = torch.tensor(rows).argsort()
+    categories = [c for r in reads for c in r.categories]
+    first = [r.first_token for r in reads if r.first_token is not None]
+    inputs = [r.inputs for r in reads if r.inputs is not None]
+    return Activations(
+        torch.cat([r.hidden for r in reads])[place],
+        tuple(categories[i] for i in place.tolist()),
+        torch.cat(first)[place] if first else None,
+        {key: torch.cat([i[key] for i in inputs]) for key in inputs[0]} if inputs else None,
+    )
+
+
+def _probe(
+    lm: LanguageModel,
+    prompts: PromptSet,
+    spec: ProbeSpec,
+    first_token: bool,
+    opening: Sequence[int],
+    writers: Sequence[Writer],
+    progress: Progress[Any],
+    share: Share,
+) -> Part:
     encoded = encode(lm, prompts.texts, [opening] * len(prompts))
     count = 1 if opening else min(spec.positions, measure_template(lm).suffix_length)
     where = [list(range(len(e.ids) - count, len(e.ids))) for e in encoded]
     inputs = _Inputs(where)
+    label = f"probe {prompts.name}"
     with Tap(lm, writers, inputs) if writers else nullcontext():
         hidden, logits = _read(
-            lm, encoded, where, first_token, f"probe {prompts.name}", progress, inputs.ready
+            lm, encoded, where, first_token, label, progress, inputs.ready, share
         )
-    return Activations(
-        torch.stack(hidden),
-        tuple(prompts.categories),
+    if not hidden:
+        return Part((), None)
+    categories = prompts.categories
+    read = Activations(
+        torch.stack(list(hidden.values())),
+        tuple(categories[row] for row in hidden),
         logits,
         {key: torch.cat(parts) for key, parts in inputs.found.items()} if writers else None,
     )
+    return Part(tuple(hidden), read)
 
 
 class _Inputs:
@@ -117,7 +198,8 @@ def probe_capabilities(
             torch.linspace(0, length - 1, min(spec.answer_tokens, length)).round().long().tolist()
         )
         where.append([e.prompt_length - 1, *(e.prompt_length + p for p in dict.fromkeys(picks))])
-    hidden, _ = _read(lm, encoded, where, False, "probe capabilities", progress)
+    read, _ = _read(lm, encoded, where, False, "probe capabilities", progress)
+    hidden = list(read.values())
     categories = [p.category for p, h in zip(prompts, hidden, strict=True) for _ in range(len(h))]
     return Activations(torch.cat(hidden)[:, None], tuple(categories))
 
@@ -130,10 +212,14 @@ def _read(
     label: str,
     progress: Progress[Any],
     ready: Callable[[list[int], int, int], None] | None = None,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Return for each sequence (positions, depth, d) and, if asked, first-token log-probabilities."""
-    rows: list[Tensor] = [torch.empty(0)] * len(encoded)
-    logprobs: list[Tensor] = [torch.empty(0)] * len(encoded)
+    share: Share = WHOLE,
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Return for each sequence (positions, depth, d) and, if asked, first-token log-probabilities.
+
+    Both in the order of the sequences, of those that are in the share.
+    """
+    rows: dict[int, Tensor] = {}
+    logprobs: dict[int, Tensor] = {}
     wanted = [[w[-1]] if first_token else [] for w in where]
     earliest = min(min(w) for w in where)
     axis = streams_axis(lm)
@@ -146,6 +232,7 @@ def _read(
             label=label,
             earliest=earliest,
             ready=ready,
+            share=share,
         ):
             depth = torch.stack([_one(c, axis).float().cpu() for c in captured], dim=2)
             captured.clear()
@@ -155,7 +242,9 @@ def _read(
                 if first_token:
                     logprobs[row] = pieces[line][0].log_softmax(-1).cpu()
             _check_finite(depth, batch.lengths)
-    return rows, torch.stack(logprobs) if first_token else None
+    order = sorted(rows)
+    chances = torch.stack([logprobs[r] for r in order]) if logprobs else None
+    return {row: rows[row] for row in order}, chances
 
 
 def _one(hidden: Tensor, axis: int | None) -> Tensor:

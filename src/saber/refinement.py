@@ -24,10 +24,31 @@ from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
 from saber.openings import Opening, likeliest
 from saber.passes import Hydra, Pass, RefineData, Refinement, RefineSpec
-from saber.probing import Activations, ProbeSpec, probe, probe_capabilities
+from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
 from saber.prompts import PromptSet
 from saber.spectral import SpectralSpec, extract
 from saber.strength import Shown
+
+
+def first_looks(
+    lm: LanguageModel,
+    writers: Sequence[Writer],
+    data: RefineData,
+    probing: ProbeSpec,
+    edit: EditSpec,
+) -> list[Look]:
+    """Return what `refine` reads of the untouched model, by whose keys it then asks its memo."""
+    tapped = _tapped(lm, writers, edit)
+    sides = [Look(side, probing, (), tapped) for side in (data.target, data.neutral)]
+    return [
+        *sides,
+        *(Look(side, probing) for side in (data.neutral_validation, data.target_validation)),
+    ]
+
+
+def _tapped(lm: LanguageModel, writers: Sequence[Writer], edit: EditSpec) -> tuple[Writer, ...]:
+    """Return the writers whose inputs a selective edit needs; routed experts are read by themselves."""
+    return () if edit.kind != "selective" or routes(lm, writers) else tuple(writers)
 
 
 def refine(
@@ -64,25 +85,13 @@ def refine(
     """
     clock = _Clock()
 
-    # A selective edit needs what goes into writers too; routed experts are read by themselves.
-    tapped = () if edit.kind != "selective" or routes(lm, writers) else writers
+    tapped = _tapped(lm, writers, edit)
 
     def look(
-        prompts: PromptSet, opening: Opening = (), writers: Sequence[Writer] = (), at: str = ""
+        prompts: PromptSet, opening: Opening = (), writers: tuple[Writer, ...] = (), at: str = ""
     ) -> Activations:
-        names = tuple(w.name for w in writers)
-        return memo(
-            ("probe", at, prompts.fingerprint(), probing, opening, names),
-            lambda: probe(
-                lm,
-                prompts,
-                probing,
-                first_token=True,
-                opening=opening,
-                writers=writers,
-                progress=progress,
-            ),
-        )
+        wanted = Look(prompts, probing, tuple(opening), writers)
+        return memo(wanted.key(at), lambda: wanted.read(lm, progress))
 
     def sides(opening: Opening = (), at: str = "") -> Sides:
         return look(data.target, opening, tapped, at), look(data.neutral, opening, tapped, at)

@@ -26,6 +26,25 @@ TOKENS_PER_BATCH = 2048
 LOGITS_PER_BATCH = 25_000_000
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which of a reading's batches are one worker's: whole ones, so that no digit depends on it."""
+
+    index: int
+    """Which worker, from 0."""
+    of: int
+    """How many share the work."""
+
+    def cut(self, batches: Sequence[T]) -> list[T]:
+        """Return this share of them, in their order."""
+        n = len(batches)
+        return list(batches[n * self.index // self.of : n * (self.index + 1) // self.of])
+
+
+WHOLE = Share(0, 1)
+"""The share of who works alone."""
+
+
 def silent(steps: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Show nothing: the progress wrapper for library use."""
     del label, total
@@ -181,13 +200,14 @@ def forward(
     heads: bool = False,
     earliest: int | None = None,
     ready: Callable[[list[int], int, int], None] | None = None,
+    share: Share = WHOLE,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Run sequences through the model; yield each batch with its logits at the wanted positions.
 
     `extra(rows)` gives kept head inputs (n, d) whose logits come as the second item; with `heads`
     the second item is instead this model's own head inputs at the wanted positions. Hooks that the
     caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
-    is at most `earliest`.
+    is at most `earliest`. Of the batches that all sequences make, those of `share` run.
     """
     if not sequences:
         return
@@ -200,7 +220,7 @@ def forward(
     offset = offset if cache is not None else 0
     lengths = [len(s) - offset for s in sequences]
     vocab = int(lm.text_config.vocab_size)
-    groups = plan_batches(lengths, [len(w) for w in wanted], vocab)
+    groups = share.cut(plan_batches(lengths, [len(w) for w in wanted], vocab))
     pad = lm.tokenizer.pad_token_id or 0
     for rows in progress(groups, label, len(groups)):
         width = lengths[rows[0]]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from saber.config import RunConfig
 from saber.errors import MissingExtra, SaberError, UsageError
+from saber.lm.forward import Share
 from saber.sweep.crew import lost
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
+from saber.sweep.tree import Kept
 from saber.sweep.trial import Bench, Job, Prune, Seed
 
 LOCAL = "local"
@@ -20,8 +23,9 @@ LOCAL = "local"
 class Cluster:
     """Actors that Ray places, starts and watches; this hands out trials and takes rows back.
 
-    The first actor prepares what the untouched model gives (activations, directions, its baseline)
-    and puts it into the object store once; the others begin with it, on whatever node they are. An
+    All load the model at once and probe a large prompt set together, their parts going through the object
+    store. The first actor then prepares what the untouched model gives (activations, directions, its
+    baseline) and puts it there once; the others begin with it, on whatever node they are. An
     actor that dies, or whose node does, costs the trial that it was at, which goes to a new one.
     """
 
@@ -62,10 +66,34 @@ class Cluster:
 
     def about(self) -> dict[str, Any]:
         """Return `Bench.about` of the first worker, and share what it prepared."""
-        first = self._worker(0)
-        found: dict[str, Any] = self._asked(first.about.remote())
+        first, of = self._worker(0), self._size
+
+        def part(slot: int) -> Any:
+            asked = self._worker(slot).part.options(num_returns=2)
+            return asked.remote(Share(slot, of))
+
+        parts = [part(slot) for slot in range(1, of)]
+        if parts:
+            self._asked(part(0)[0])
+        found: dict[str, Any] = self._asked(first.about.remote(of, *self._arrived(parts)))
         self._seed = first.seed.remote()
+        for slot, actor in self._actors.items():
+            if slot:
+                actor.adopt.remote(self._seed)
         return found
+
+    def _arrived(self, parts: Sequence[Any]) -> list[Any]:
+        """Wait for the parts of further workers; return those whose worker lived to make them."""
+        errors, arrived = self._ray.exceptions, []
+        for slot, (done, part) in enumerate(parts, start=1):
+            try:
+                self._ray.get(done)
+                arrived.append(part)
+            except errors.RayTaskError as error:
+                raise _own(error) from error
+            except (errors.RayActorError, errors.ObjectLostError):
+                self._actors.pop(slot)
+        return arrived
 
     def held_out(self, config: RunConfig) -> dict[str, Any]:
         """Return `Bench.held_out` of the first worker."""
@@ -133,8 +161,14 @@ class _Worker:
         torch.set_num_threads(threads)
         self._bench = Bench(job, seed=seed)
 
-    def about(self) -> dict[str, Any]:
-        return self._bench.about()
+    def part(self, share: Share) -> tuple[bool, dict[str, Kept]]:
+        return True, self._bench.part(share)
+
+    def about(self, of: int, *parts: dict[str, Kept]) -> dict[str, Any]:
+        return self._bench.about(of, {name: kept for part in parts for name, kept in part.items()})
+
+    def adopt(self, seed: Seed) -> None:
+        self._bench.adopt(seed)
 
     def seed(self) -> Seed:
         return self._bench.seed()

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from saber.config import RunConfig
 from saber.errors import SaberError
-from saber.lm.forward import Progress, silent
+from saber.lm.forward import Progress, Share, silent
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
 from saber.sweep.trial import Bench, Job, Prune
@@ -97,8 +97,9 @@ class Alone:
 class Local:
     """Several processes of this machine, each an executor of its own, so that a death is one trial's.
 
-    The first prepares what the others then find on disk: the baseline and the untouched model's
-    activations. A trial whose worker dies goes to a new one, `MOST_DEATHS` times at most.
+    All load the model at once and probe a large prompt set together. The first then prepares what the
+    others find on disk: the baseline and the untouched model's activations. A trial whose worker dies
+    goes to a new one, `MOST_DEATHS` times at most.
     """
 
     def __init__(self, job: Job, workers: int, threads: int | None = None) -> None:
@@ -121,8 +122,15 @@ class Local:
         return self._executors[slot]
 
     def about(self) -> dict[str, Any]:
-        """Return `Bench.about` of the first worker."""
-        return self._asked(_about)
+        """Return `Bench.about` of the first worker, once all have probed their share."""
+        shares = [Share(slot, self._size) for slot in range(self._size)] if self._size > 1 else []
+        asked = [self._executor(share.index).submit(_part, share) for share in shares]
+        for slot, future in enumerate(asked):
+            try:
+                future.result()
+            except BrokenProcessPool:  # the first worker reads what is missing
+                self._executors.pop(slot).shutdown(wait=False)
+        return self._asked(_about, self._size)
 
     def held_out(self, config: RunConfig) -> dict[str, Any]:
         """Return `Bench.held_out` of the first worker."""
@@ -224,8 +232,12 @@ def _mine() -> Bench:
     return _bench
 
 
-def _about() -> dict[str, Any]:
-    return _mine().about()
+def _part(share: Share) -> None:
+    _mine().part(share)
+
+
+def _about(of: int) -> dict[str, Any]:
+    return _mine().about(of)
 
 
 def _held_out(config: RunConfig) -> dict[str, Any]:

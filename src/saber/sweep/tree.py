@@ -19,6 +19,10 @@ from saber.memo import Key
 T = TypeVar("T")
 ON_DISK = ("probe", "capability", "directions", "entanglement", "causal")
 """Results of the untouched model that other processes, and a resumed sweep, take from disk."""
+PART = "part"
+"""The kind of what is kept only until several workers' parts are one result."""
+PARTS = "parts"
+"""Folder of these, in the shared one."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,25 @@ class Tree:
         """Return what the untouched model gave, as far as another process can use it."""
         return {name: kept for name, kept in self._root.items() if kept.kind in ON_DISK}
 
+    def has(self, key: Key) -> bool:
+        """Whether the result of this key is there; it is not counted."""
+        return self._find(str(key[0]), str(key[1]), codec.digest(*key)[:32]) is not None
+
+    def parts(self) -> dict[str, Kept]:
+        """Return the parts that are in memory."""
+        return {name: kept for name, kept in self._root.items() if kept.kind == PART}
+
+    def adopt(self, root: Mapping[str, Kept]) -> None:
+        """Take what another process computed of the untouched model."""
+        self._root.update(root)
+
+    def drop_parts(self, *, disk: bool = True) -> None:
+        """Forget all parts, those on disk too unless others still need them."""
+        for name in self.parts():
+            del self._root[name]
+        if disk and self._folder is not None:
+            shutil.rmtree(self._folder / PARTS, ignore_errors=True)
+
     def _find(self, kind: str, at: str, name: str) -> Kept | None:
         if at:
             if name in self._later:
@@ -107,6 +130,6 @@ class Tree:
             self._bytes -= gone.bytes
 
     def _place(self, kind: str, name: str) -> Path | None:
-        if self._folder is None or kind not in ON_DISK:
+        if self._folder is None or kind not in (*ON_DISK, PART):
             return None
-        return self._folder / name
+        return self._folder / PARTS / name if kind == PART else self._folder / name

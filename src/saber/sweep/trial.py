@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -22,17 +23,19 @@ from saber.evaluation.divergence import diverge
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import Measurement, compare, measure, summarise
 from saber.evaluation.readout import Readout, derive_readout
-from saber.lm.forward import Progress, silent
+from saber.lm.chat import encode
+from saber.lm.forward import TOKENS_PER_BATCH, Progress, Share, silent
 from saber.memo import Key, Memo
 from saber.passes import Refinement
 from saber.pipeline import RunData, describe_data, describe_model, gather
-from saber.probing import probe
+from saber.probing import Activations, Look, Part, join, probe
 from saber.prompts import PromptSet
+from saber.refinement import first_looks
 from saber.strength import Shown
 from saber.subject import Subject, Watch, refined
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
-from saber.sweep.tree import ON_DISK, Kept, Tree
+from saber.sweep.tree import ON_DISK, PART, Kept, Tree
 
 T = TypeVar("T")
 Prune = Callable[[Mapping[str, float]], bool]
@@ -77,7 +80,7 @@ class Bench:
     ) -> None:
         """Load the model, find whether it shows the behaviour, and measure it untouched."""
         base, self._progress = job.base, progress
-        self.base = base
+        self.base, self._on_disk = base, job.shared is not None
         """What all settings have in common."""
         self.data = gather(base)
         """All prompts."""
@@ -89,25 +92,86 @@ class Bench:
         """Its answers to the prompts that select."""
         if not job.force:
             self.watch.require(job.model, base.minimum_rate)
-        self.tree = Tree(self.subject.lm, job.shared, root=seed.root if seed else {})
+        self.tree = Tree(self.subject.lm, job.shared)
         """What its trials share."""
-        self._before, self._baseline_tokens = (
-            (seed.before, seed.tokens) if seed else self._baseline(held_out=False)
-        )
+        self._untouched: tuple[Measurement, int] | None = None
         self._prompts = _prompts(self.data)
+        self._own = 0
+        if seed is not None:
+            self.adopt(seed)
 
     def seed(self) -> Seed:
         """Return what other benches can begin with."""
-        return Seed(self.tree.portable(), self._before, self._baseline_tokens)
+        before, tokens = self._ready()
+        return Seed(self.tree.portable(), before, tokens)
+
+    def adopt(self, seed: Seed) -> None:
+        """Begin with what another bench prepared."""
+        self.tree.adopt(seed.root)
+        self._untouched = (seed.before, seed.tokens)
+
+    def _ready(self) -> tuple[Measurement, int]:
+        """Return the untouched model's validation measures and their tokens; no edit may be in force."""
+        if self._untouched is None:
+            self._untouched = self._baseline(held_out=False)
+        return self._untouched
+
+    @property
+    def _before(self) -> Measurement:
+        assert self._untouched is not None
+        return self._untouched[0]
+
+    def part(self, share: Share) -> dict[str, Kept]:
+        """Read this worker's share of the prompts that the first pass probes, for `about` to join.
+
+        The parts lie on disk where there is a shared folder; where there is none they are returned.
+        """
+        start = self.subject.lm.work.tokens
+        for look in self._shared_out(share.of):
+            self._part(look, share)
+        self._own = self.subject.lm.work.tokens - start
+        parts = self.tree.parts()
+        if self._on_disk:
+            self.tree.drop_parts(disk=False)
+        return {} if self._on_disk else parts
+
+    def _part(self, look: Look, share: Share) -> Part:
+        work = partial(look.part, self.subject.lm, share, self._progress)
+        return self.tree((PART, "", share, *look.key()), work)
+
+    def _joined(self, look: Look, of: int) -> Activations:
+        return join([self._part(look, Share(i, of)) for i in range(of)])
+
+    def _shared_out(self, of: int) -> list[Look]:
+        """Return what so many workers probe together: what is not there yet and makes batches for all."""
+        lm, base = self.subject.lm, self.base
+        writers = self.subject.edited(base)
+        looks = first_looks(lm, writers, self.watch.selecting, base.probe, base.edit)
+        return [
+            look
+            for look in looks
+            if not self.tree.has(look.key())
+            and sum(len(e.ids) for e in encode(lm, look.prompts.texts)) >= of * TOKENS_PER_BATCH
+        ]
+
+    def _join(self, of: int) -> int:
+        """Make one result of the workers' parts, of which those that are missing are read here.
+
+        Returns the tokens that other workers spent on them.
+        """
+        saved = self.tree.saved
+        for look in self._shared_out(of):
+            self.tree(look.key(), partial(self._joined, look, of))
+        self.tree.drop_parts()
+        return self.tree.saved - saved - self._own
 
     def _opening(self) -> Readout:
         """Return what tells, by one token, whether an answer opens with the behaviour."""
         sides = []
         for chosen in (self.watch.selecting.target, self.watch.selecting.neutral):
             # The key under which the first pass of an orthogonal edit looks it up.
-            key = ("probe", "", chosen.fingerprint(), self.base.probe, (), ())
-            work = partial(probe, self.subject.lm, chosen, self.base.probe, first_token=True)
-            sides.append(self.tree(key, work).first_token)
+            look = Look(chosen, self.base.probe)
+            sides.append(self.tree(look.key(), partial(look.read, self.subject.lm)).first_token)
         target, neutral = sides
         assert target is not None
         assert neutral is not None
@@ -125,23 +189,30 @@ class Bench:
             progress=self._progress,
         )
 
-    def about(self) -> dict[str, Any]:
+    def about(
+        self, of: int = 1, parts: Mapping[str, Kept] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """Return what makes trials comparable, and the untouched model's validation measures.
 
-        What the untouched model gives is computed first, so that others can begin with it.
+        What the untouched model gives is computed first, so that others can begin with it: from the
+        parts of `of` workers where they probed together.
         """
+        before, baseline_tokens = self._ready()
         start = self.subject.lm.work.tokens
+        self.tree.adopt(parts)
+        elsewhere = self._join(of) if of > 1 else 0
         self._prepare()
+        tokens = self.subject.lm.work.tokens + elsewhere
         return {
             "model": describe_model(self.subject.lm, self.subject.mark),
             "config": resolved(self.base),
             "judge": self._judged_by,
             "prompts": self._prompts,
             "version": __version__,
-            "baseline": summarise(self._before),
-            "baseline_tokens": self._baseline_tokens,
-            "tokens": self.subject.lm.work.tokens,
-            "prepared": self.subject.lm.work.tokens - start,
+            "baseline": summarise(before),
+            "baseline_tokens": baseline_tokens,
+            "tokens": tokens,
+            "prepared": tokens - start + self._own,
         }
 
     def _prepare(self) -> None:
@@ -161,6 +232,7 @@ class Bench:
         An edit that cannot be made or is of no use gives a row that says so.
         """
         lm, start = self.subject.lm, perf_counter()
+        self._ready()
         tokens, saved = lm.work.tokens, self.tree.saved
         found: dict[str, Any] = {"state": "done"}
         try:
