@@ -1,17 +1,23 @@
 """Trials on a Ray cluster of several nodes, all of them on this machine."""
 
+import dataclasses
 import os
 import signal
 
 import pytest
+import torch
 from test_sweep import config_of
-from test_sweep_workers import GRID, told, whole_base, world  # noqa: F401
+from test_sweep_workers import GRID, large, told, whole_base, world  # noqa: F401
 
+from saber import codec
 from saber.errors import UsageError
 from saber.sweep.cluster import Cluster
 from saber.sweep.drive import Plan, sweep
 from saber.sweep.grid import grid, read_axis
-from saber.sweep.trial import Job
+from saber.sweep.trial import Bench, Job
+
+CORES = torch.get_num_threads()
+"""Of each node and worker: as many as the process whose digits it must give."""
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,11 +36,11 @@ def test_several_nodes_do_what_one_process_does_and_survive_deaths(world, tmp_pa
 
     folder, config, whole = world
     monkeypatch.setenv("SABER_CACHE", str(tmp_path / "cache"))
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
     try:
-        nodes.add_node(num_cpus=1)
+        nodes.add_node(num_cpus=CORES)
         job = Job(str(folder / "pico"), whole_base(config), None, force=True)
-        crew = Cluster(job, 2, nodes.address)
+        crew = Cluster(job, 2, nodes.address, CORES)
         expected = {row["number"]: row for row in told(whole.folder)}
         try:
             assert crew.about()["model"]["fingerprint"]
@@ -55,3 +61,50 @@ def test_several_nodes_do_what_one_process_does_and_survive_deaths(world, tmp_pa
             assert row.measured == expected[row.number]["measured"]
     finally:
         nodes.shutdown()
+
+
+@pytest.mark.long
+def test_actors_probe_a_large_prompt_set_together(world, large, tmp_path, monkeypatch):  # noqa: F811
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster as Nodes
+
+    monkeypatch.setenv("SABER_CACHE", str(tmp_path / "cache"))
+    job = Job(str(world[0] / "pico"), large, None, force=True)
+    alone = Bench(job)
+    expected = alone.about()
+    first, second = grid(job.base, [read_axis(job.base, "edit.alpha=0.5,1")])
+    row = alone.trial(first)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=CORES)
+        crew = Cluster(job, 2, nodes.address, CORES)
+        try:
+            found = crew.about()
+            assert expected["prepared"] <= found["prepared"] < 1.01 * expected["prepared"]
+            seed, root = ray.get(crew._seed), alone.seed().root
+            assert seed.root.keys() == root.keys()
+            for name, kept in root.items():
+                assert codec.digest(*flat(kept.value)) == codec.digest(*flat(seed.root[name].value))
+            assert len(crew.nodes()) == 2
+            # Either worker does trials with what the first prepared.
+            crew.start(second)
+            crew.start(first)
+            rows = {done.number: done for done in (crew.wait(), crew.wait())}
+        finally:
+            crew.close()
+    finally:
+        nodes.shutdown()
+    done = rows[first.number]
+    assert (done.plan, done.measured) == (row.plan, row.measured)
+    assert done.tokens == row.tokens
+
+
+def flat(value):
+    """The tensors of a result, and its other fields."""
+    if dataclasses.is_dataclass(value):
+        return [part for f in dataclasses.fields(value) for part in flat(getattr(value, f.name))]
+    if isinstance(value, (list, tuple)):
+        return [part for item in value for part in flat(item)]
+    if isinstance(value, dict):
+        return [part for item in value.values() for part in flat(item)]
+    return [value]
