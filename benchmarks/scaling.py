@@ -1,12 +1,15 @@
 """What a sweep gains by more workers: measured with two, planned for as many as are wanted (Markdown).
 
     python benchmarks/scaling.py measure [--model demo] [--workers 1 2] [--ray] [OPTIONS]
+    python benchmarks/scaling.py probe [--model demo] [--workers 1 2] [--openings 8]
     python benchmarks/scaling.py plan SWEEP [--trials 12 640] [--gpus 1 2 4 8 16 32 64]
 
 `measure` makes the same small grid with each number of workers, one thread each, in new folders and with
-nothing kept from before; OPTIONS go to `saber sweep`. `plan` takes a finished sweep's own times, measures
-what a worker costs before its first trial and how many bytes go through the object store, and
-replays the driver's rule (the next setting to the next free worker) on a clock: no trial is made.
+nothing kept from before; OPTIONS go to `saber sweep`. `probe` times what workers that have loaded the
+model take to read a large prompt set together: the bundled prompts, each behind several openings. `plan`
+takes a finished sweep's own times, measures what a worker costs before its first trial and how many
+bytes go through the object store, and replays the driver's rule (the next setting to the next free
+worker) on a clock: no trial is made.
 With --start and --trial seconds of one's own machine take the place of the measured ones.
 """
 
@@ -23,12 +26,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import SimpleQueue, get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
 
-from saber import preset
+from saber import preset, prompts
 from saber.config import override
+from saber.lm.forward import Share
+from saber.prompts.splits import NAMES, split
 from saber.sweep.journal import TRIALS, Journal
 from saber.sweep.trial import Bench, Job
 
@@ -177,6 +184,67 @@ def measure(given: argparse.Namespace, options: Sequence[str]) -> None:
         print(f"| {workers} | {count} | {times} | {rate:.0f} | {rate / base:.2f} |", flush=True)
 
 
+OPENINGS = ("", "Tell me: ", "Please answer. ", "A question. ", "Be brief. ", "Hello! ", "One more: ", "So, ")
+
+
+def probe(given: argparse.Namespace) -> None:
+    """Print how long each number of workers, of one thread each, reads a large prompt set."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["SABER_CACHE"] = str(folder / "cache")
+        base = override(preset("card"), {"data": _many(folder, given.openings)})
+        print("| workers | prompts | tokens | seconds | ratio |\n|---:|---:|---:|---:|---:|", flush=True)
+        alone, context = None, get_context("spawn")
+        for workers in given.workers:
+            job = Job(given.model, base, folder / f"shared{workers}")
+            together, told = context.Barrier(workers), context.SimpleQueue()
+            hands = [
+                context.Process(target=_read, args=(job, Share(i, workers), together, told))
+                for i in range(workers)
+            ]
+            for hand in hands:
+                hand.start()
+            for hand in hands:
+                hand.join()
+                if hand.exitcode:
+                    raise SystemExit(f"a worker ended with {hand.exitcode}")
+            count, tokens, seconds = told.get()
+            alone = alone or seconds
+            print(f"| {workers} | {count} | {tokens} | {seconds:.1f} | {alone / seconds:.2f} |", flush=True)
+
+
+def _read(job: Job, share: Share, together: Barrier, told: SimpleQueue[tuple[int, int, float]]) -> None:
+    """Load the model, wait for the others, read a share; the first joins the parts and tells the time."""
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    bench = Bench(job)
+    before = bench.subject.lm.work.tokens
+    together.wait()
+    begin = time.perf_counter()
+    bench.part(share)
+    together.wait()
+    if share.index == 0:
+        elsewhere = bench._join(share.of)
+        seconds = time.perf_counter() - begin
+        selecting = bench.watch.selecting
+        count = len(selecting.target) + len(selecting.neutral)
+        told.put((count, bench.subject.lm.work.tokens - before + elsewhere, seconds))
+
+
+def _many(folder: Path, openings: int) -> dict[str, str]:
+    """Write the bundled prompts behind so many openings, the fit split alone made larger."""
+    files = {}
+    for kind, bundled in (("target", prompts.target()), ("neutral", prompts.neutral())):
+        lines = []
+        parts = split(bundled, seed=0)
+        for part in NAMES:
+            for opening in OPENINGS[: openings if part == "fit" else 1]:
+                lines += [{"prompt": opening + p.text, "split": part} for p in getattr(parts, part)]
+        files[kind] = str(folder / f"{kind}.jsonl")
+        Path(files[kind]).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return files
+
+
 def main() -> None:
     """Measure, or plan."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -185,6 +253,10 @@ def main() -> None:
     one.add_argument("--model", default="demo")
     one.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     one.add_argument("--ray", action="store_true")
+    three = commands.add_parser("probe")
+    three.add_argument("--model", default="demo")
+    three.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    three.add_argument("--openings", type=int, default=8, choices=range(1, len(OPENINGS) + 1))
     two = commands.add_parser("plan")
     two.add_argument("sweep", type=Path)
     two.add_argument("--model", default="demo")
@@ -195,8 +267,12 @@ def main() -> None:
     two.add_argument("--trial", type=float, default=0.0, help="mean seconds of a trial")
     given, options = parser.parse_known_args()
     torch.set_grad_enabled(False)
+    if options and given.command != "measure":
+        parser.error(f"unknown: {' '.join(options)}")
     if given.command == "plan":
         plan(given)
+    elif given.command == "probe":
+        probe(given)
     else:
         measure(given, options)
 

@@ -81,7 +81,9 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
         assert key in record["baseline"]
         assert key in record["edited"]
     assert record["baseline"]["kl"]["sequence"] == 0.0
-    assert record["edited"]["kl"]["sequence"] > 0.0
+    kl = record["edited"]["kl"]
+    assert 0.0 < kl["sequence_low"] < kl["sequence"] < kl["sequence_high"]
+    assert 0.0 < kl["first_token_low"] < kl["first_token"] < kl["first_token_high"]
     assert (
         record["comparison"]["perplexity_ratio"]["low"]
         <= record["comparison"]["perplexity_ratio"]["high"]

@@ -109,6 +109,8 @@ def measure(edited: bool) -> dict[str, Any]:
                      "by_category": {c: v - 0.05 * edited * (k == 2) for k, (c, v) in
                                      enumerate(zip(CATEGORIES, HITS, strict=True))}},
         "kl": {"first_token": 0.19 * edited, "sequence": 0.0135 * edited,
+               "first_token_low": 0.12 * edited, "first_token_high": 0.31 * edited,
+               "sequence_low": 0.011 * edited, "sequence_high": 0.0174 * edited,
                "sequence_p95": 0.08 * edited, "sequence_max": 1.4 * edited},
     }  # fmt: skip
 
@@ -355,7 +357,8 @@ def test_the_card_holds_the_numbers_and_settings_of_the_run(folder: Path) -> Non
         "97.3% [92.4, 99.1], 109/112", "0.9% [0.2, 4.9], 1/112", "−96.4 points",
         "incoherent answers, target prompts | 0.0% [0.0, 3.3], 0/112 | 1.8%",
         "| 12.3 | 12.5 | +1.2% |", "| 498 | 486 |", "factual recall | 18.6 | 19.3",
-        "0.0135 (p95 0.08, max 1.40)", "108 prompts refused by the base alone, 0 by",
+        "0.19 [0.12, 0.31]", "0.0135 [0.011, 0.0174] (p95 0.08, max 1.40)",
+        "108 prompts refused by the base alone, 0 by",
         "1.012, 95% interval 0.994 to 1.031", "sha256:feedbeef", "model organism",
         "96 fit, 32 validation, 112 held out", "`evaluation.judge = phrases`", "2406.11717",
         "saber run demo --preset card",

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from saber.errors import DataError
-from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
+from saber.evaluation.statistics import bootstrap_mean, mcnemar_exact, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,17 @@ def test_bootstrap_refuses_what_is_not_paired():
         paired_bootstrap([1.0], [1.0], tokens=[0])
     with pytest.raises(DataError):
         paired_bootstrap([], [])
+
+
+def test_a_mean_comes_with_an_interval_that_its_spread_and_number_set():
+    rng = np.random.default_rng(5)
+    values = rng.exponential(0.02, 400)
+    found = bootstrap_mean(values, n_resamples=4000)
+    assert found.estimate == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    few = bootstrap_mean(values[:25])
+    assert few.high - few.low > 2 * (found.high - found.low)
+    with pytest.raises(DataError, match="at least one item"):
+        bootstrap_mean([])

@@ -398,6 +398,16 @@ def test_a_sweep_leaves_table_plots_and_a_trial_that_can_be_built(
     ]
     assert len(cells) == 4
     assert sum(line[0] == "best" for line in cells) == 1
+    for line, row in zip(cells, result.record["trials"], strict=True):
+        told = dict(zip(names, line, strict=True))
+        kl, ratio = row["kl"], row["perplexity_ratio"]
+        ends = f"{kl['sequence_low']:.4f}-{kl['sequence_high']:.4f}"
+        assert told["KL"] == f"{kl['sequence']:.4f} ({ends})"
+        assert kl["sequence_low"] < kl["sequence"] < kl["sequence_high"]
+        assert f"{abs(100 * (ratio['high'] - 1)):.1f})" in told["PPL \u0394"]
+        assert ratio["low"] < ratio["estimate"] < ratio["high"]
+        whole_change = row["perplexity"] / result.record["baseline"]["perplexity"]["overall"]
+        assert ratio["estimate"] == pytest.approx(whole_change)
     page = made.card.read_text()
     assert f"setting {result.record['best']['number']}" in page
     assert "Held-out prompts had no say" in page
@@ -406,6 +416,8 @@ def test_a_sweep_leaves_table_plots_and_a_trial_that_can_be_built(
     table = pyarrow.parquet.read_table(out / "trials.parquet").to_pylist()
     assert sorted(r["set.refine.top_k"] for r in table) == [1, 1, 2, 2]
     assert sum(r["best"] for r in table) == 1
+    assert all(r["kl_sequence_low"] < r["kl_sequence"] < r["kl_sequence_high"] for r in table)
+    assert all(r["perplexity_ratio_low"] < r["perplexity_ratio_high"] for r in table)
     capsys.readouterr()
     arguments = ["run", str(model_folder), "--from-sweep", str(out), "--force", "--json"]
     arguments += ["--export", "none", "--trial", "3", "--out", str(tmp_path / "built")]

@@ -23,7 +23,13 @@ from saber.evaluation.divergence import (
 from saber.evaluation.judge import Judge, Label, excerpt
 from saber.evaluation.judging import label_all
 from saber.evaluation.lengths import Cut, by_length
-from saber.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson
+from saber.evaluation.statistics import (
+    Interval,
+    bootstrap_mean,
+    mcnemar_exact,
+    paired_bootstrap,
+    wilson,
+)
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, Request, answer, greedy_starts
 from saber.lm.model import LanguageModel
@@ -284,13 +290,20 @@ def _rate_or_none(flags: Sequence[bool]) -> dict[str, Any] | None:
 
 
 def _kl(d: Divergence | None) -> dict[str, float]:
+    """Return means over prompts with their 95% intervals, and how far single tokens go, nats."""
     if d is None:
-        return {"first_token": 0.0, "sequence": 0.0, "sequence_p95": 0.0, "sequence_max": 0.0}
+        found = dict.fromkeys(("first_token", "sequence"), Interval(0.0, 0.0, 0.0))
+    else:
+        found = {
+            "first_token": bootstrap_mean(d.first_token.tolist()),
+            "sequence": bootstrap_mean(d.sequence.tolist()),
+        }
     return {
-        "first_token": float(d.first_token.mean()),
-        "sequence": float(d.sequence.mean()),
-        "sequence_p95": float(np.quantile(d.per_token, 0.95)),
-        "sequence_max": float(d.per_token.max()),
+        **{name: mean.estimate for name, mean in found.items()},
+        **{f"{name}_low": mean.low for name, mean in found.items()},
+        **{f"{name}_high": mean.high for name, mean in found.items()},
+        "sequence_p95": float(np.quantile(d.per_token, 0.95)) if d else 0.0,
+        "sequence_max": float(d.per_token.max()) if d else 0.0,
     }
 
 
@@ -303,14 +316,6 @@ def compare(
         test = mcnemar_exact(a, b)
         return {"b": test.b, "c": test.c, "p_value": test.p_value}
 
-    ratio = paired_bootstrap(
-        before.scores.answers.nll,
-        after.scores.answers.nll,
-        statistic="perplexity_ratio",
-        tokens=before.scores.answers.tokens,
-        n_resamples=resamples,
-        seed=seed,
-    )
     over = None
     if before.borderline and after.borderline:
         over = paired(before.borderline.flags("refusal"), after.borderline.flags("refusal"))
@@ -323,8 +328,24 @@ def compare(
         "refusal": paired(before.target.flags("refusal"), after.target.flags("refusal")),
         "over_refusal": over,
         "accuracy": paired(before.correct, after.correct),
-        "perplexity_ratio": {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high},
+        "perplexity_ratio": perplexity_ratio(before, after, seed=seed, resamples=resamples),
     }
+
+
+def perplexity_ratio(
+    before: Measurement, after: Measurement, *, seed: int = 0, resamples: int = 2000
+) -> dict[str, float]:
+    """Return perplexity of reference answers, after over before, with its 95% interval."""
+    old, new = before.scores.answers, after.scores.answers
+    ratio = paired_bootstrap(
+        old.nll,
+        new.nll,
+        statistic="perplexity_ratio",
+        tokens=old.tokens,
+        n_resamples=resamples,
+        seed=seed,
+    )
+    return {"estimate": ratio.estimate, "low": ratio.low, "high": ratio.high}
 
 
 def examples(before: Measurement, after: Measurement | None, count: int = 5) -> dict[str, Any]:

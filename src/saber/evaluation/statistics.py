@@ -119,6 +119,14 @@ def paired_bootstrap(
     return Interval(float(estimate), float(low), float(high))
 
 
+def bootstrap_mean(values: Values, *, n_resamples: int = 2000, seed: int = 0) -> Interval:
+    """Return the mean of one value an item with its 95% percentile interval, in the values' unit.
+
+    DataError: no items. Efron and Tibshirani (1993), chapter 13.
+    """
+    return paired_bootstrap(np.zeros(len(values)), values, n_resamples=n_resamples, seed=seed)
+
+
 def _check_paired(n_before: int, n_after: int) -> None:
     if n_before != n_after:
         raise DataError(

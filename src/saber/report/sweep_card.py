@@ -69,10 +69,10 @@ def _cells(record: Mapping[str, Any], row: Mapping[str, Any], axes: list[str]) -
         *head,
         _rate(row["refusal"]),
         fixed(row["perplexity"], 2),
-        relative(before, row["perplexity"]),
+        _change(row) or relative(before, row["perplexity"]),
         str(row["layers"]),
         str(row["directions"]),
-        fixed(dig(row, "kl", "sequence"), 4),
+        _divergence(row["kl"]),
         percent(dig(row, "incoherent", "rate"), 1),
         percent(dig(row, "accuracy", "overall"), 0),
     ]
@@ -87,6 +87,23 @@ def _rate(value: Any) -> str:
     """A rate with its interval: `3.1% (0.6-15.7)`."""
     low, high = 100 * value["low"], 100 * value["high"]
     return f"{percent(value['rate'], 1)} ({low:.1f}-{high:.1f})"
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    """The change of perplexity with its interval: `+1.2% (-0.3 to +2.7)`; empty where none was taken."""
+    ratio = row.get("perplexity_ratio")
+    if not ratio:
+        return ""
+    low, high = (relative(1.0, ratio[end]).removesuffix("%") for end in ("low", "high"))
+    return f"{relative(1.0, ratio['estimate'])} ({low} to {high})"
+
+
+def _divergence(kl: Mapping[str, Any]) -> str:
+    """The KL along answers with its interval, where one was taken: `0.0141 (0.0112-0.0180)`."""
+    text = fixed(kl["sequence"], 4)
+    if "sequence_low" not in kl:
+        return text
+    return f"{text} ({fixed(kl['sequence_low'], 4)}-{fixed(kl['sequence_high'], 4)})"
 
 
 def shrinkage(record: Mapping[str, Any]) -> str:
@@ -119,7 +136,8 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         f"# Sweep of {reading.model_name(record)}",
         "",
-        f"{count(len(cells), 'setting')} on {count(prompts, 'validation target')}; 95% Wilson intervals. "
+        f"{count(len(cells), 'setting')} on {count(prompts, 'validation target')}; 95% intervals: "
+        "Wilson's for rates, bootstrap over prompts for perplexity and KL. "
         "Sorted by what is left amiss, then by KL from the untouched model along its own answers; "
         "\\* marks the Pareto front of the two. "
         f"PPL is that of reference answers to half of the battery ({_before(record)} untouched), "

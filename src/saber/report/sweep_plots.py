@@ -187,7 +187,7 @@ def front(record: Mapping[str, Any]) -> Figure:
     style.headed(
         drawn,
         f"{len(on)} of {reading.count(len(rows), 'setting')} are not beaten by another",
-        f"Each on {n} validation prompts, with 95% Wilson intervals; dashed: the aim",
+        f"Each on {n} validation prompts, with 95% intervals; dashed: the aim",
     )
     return drawn
 
@@ -196,6 +196,9 @@ def _points(axes: Axes, rows: Rows, colour: str, label: str) -> None:
     for row in rows:
         x, y = row["kl"]["sequence"], row["amiss"]
         axes.plot([x, x], [y["low"], y["high"]], color=colour, lw=1.2, alpha=0.55, zorder=2)
+        if "sequence_low" in row["kl"]:
+            ends = [row["kl"]["sequence_low"], row["kl"]["sequence_high"]]
+            axes.plot(ends, [y["rate"]] * 2, color=colour, lw=1.2, alpha=0.55, zorder=2)
     axes.plot(
         [r["kl"]["sequence"] for r in rows],
         [r["amiss"]["rate"] for r in rows],

@@ -82,11 +82,17 @@ def results(run: Run) -> Table:
         add(f"· {plain(name)}", lambda x: percent(x, 1), points, "accuracy", "by_category", name)
     kl = dig(run, "edited", "kl")
     if kl is not None:
-        first = number(kl.get("first_token"))
+
+        def mean_of(name: str) -> str:
+            low, high = known(kl.get(f"{name}_low")), known(kl.get(f"{name}_high"))
+            ends = f" [{number(low)}, {number(high)}]" if low is not None else ""
+            return number(kl.get(name)) + ends
+
+        first = mean_of("first_token")
         rows.append(("KL(base ‖ edited), first token, nats", "0", first, ""))
         ends = (("p95", "sequence_p95"), ("max", "sequence_max"))
         tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
-        mean = number(kl.get("sequence")) + (f" ({', '.join(tail)})" if tail else "")
+        mean = mean_of("sequence") + (f" ({', '.join(tail)})" if tail else "")
         rows.append(("KL(base ‖ edited), per token of the base's answers, nats", "0", mean, ""))
     return Table(("metric", "base", "edited", "change"), tuple(rows))
 

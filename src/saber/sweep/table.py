@@ -33,6 +33,7 @@ def row_of(row: Row, mode: str) -> dict[str, Any]:
     for name in ("refusal", "incoherent", "over_refusal", "accuracy", "kl"):
         found[name] = m[name] if m else None
     found["perplexity"] = m["perplexity"]["overall"] if m else None
+    found["perplexity_ratio"] = m.get("perplexity_ratio") if m else None
     found["amiss"] = asdict(amiss(m, mode)) if m else None
     return found
 
@@ -47,9 +48,13 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
         for part in ("rate", "low", "high", "successes", "n"):
             found[f"{name}_{part}"] = row[name][part] if row[name] else None
     found["perplexity"] = row["perplexity"]
+    ratio = row["perplexity_ratio"] or {}
+    found["perplexity_ratio"] = ratio.get("estimate")
+    found.update({f"perplexity_ratio_{end}": ratio.get(end) for end in ("low", "high")})
     found["accuracy"] = row["accuracy"]["overall"] if row["accuracy"] else None
     for part in ("first_token", "sequence"):
-        found[f"kl_{part}"] = row["kl"][part] if row["kl"] else None
+        for end in ("", "_low", "_high"):
+            found[f"kl_{part}{end}"] = row["kl"].get(part + end) if row["kl"] else None
     for name in ("layers", "directions", "passes", "tokens", "shared", "seconds", "error"):
         found[name] = row[name]
     return found

@@ -21,7 +21,13 @@ from saber.errors import SaberError, UsageError
 from saber.evaluation.baseline import baseline
 from saber.evaluation.divergence import diverge
 from saber.evaluation.judging import describe, make_judge
-from saber.evaluation.measure import Measurement, compare, measure, summarise
+from saber.evaluation.measure import (
+    Measurement,
+    compare,
+    measure,
+    perplexity_ratio,
+    summarise,
+)
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.chat import encode
 from saber.lm.forward import TOKENS_PER_BATCH, Progress, Share, silent
@@ -292,16 +298,16 @@ class Bench:
         """Measure the model as it stands on validation prompts."""
 
         def compute() -> dict[str, Any]:
-            return summarise(
-                measure(
-                    self.subject.lm,
-                    self.data.validation,
-                    self.base.evaluation,
-                    self._judge,
-                    untouched=self._before,
-                    progress=self._progress,
-                )
+            after = measure(
+                self.subject.lm,
+                self.data.validation,
+                self.base.evaluation,
+                self._judge,
+                untouched=self._before,
+                progress=self._progress,
             )
+            ratio = perplexity_ratio(self._before, after, seed=self.base.seed)
+            return {**summarise(after), "perplexity_ratio": ratio}
 
         found = self.tree(("measured", plan.digest()), compute)
         for name, value in (
