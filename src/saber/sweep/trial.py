@@ -84,9 +84,10 @@ class Bench:
     def __init__(
         self, job: Job, progress: Progress[Any] = silent, seed: Seed | None = None
     ) -> None:
-        """Load the model, find whether it shows the behaviour, and measure it untouched."""
+        """Load the model and find whether it shows the behaviour."""
         base, self._progress = job.base, progress
-        self.base, self._on_disk = base, job.shared is not None
+        self._on_disk = job.shared is not None
+        self.base = base
         """What all settings have in common."""
         self.data = gather(base)
         """All prompts."""
