@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,8 @@ from saber.sweep.journal import TRIALS, Journal, Row, read_study
 
 SHOWN = 30
 """Rows of the table that the terminal shows."""
+SHORT = {"Dirs ablated": "Dirs", "Incoherent": "Incoh.", "Accuracy": "Acc."}
+"""Names of columns with which the card's grid fits into 80 characters."""
 
 
 def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
@@ -117,10 +120,11 @@ def _hearing(console: Console) -> Iterator[Hearing]:
 def _table(record: dict[str, Any]) -> Table:
     rows = record["trials"]
     title = f"{len(rows)} settings, validation prompts, 95% intervals; * Pareto front"
-    table = Table(title=title + (f" (first {SHOWN})" if len(rows) > SHOWN else ""))
-    names, cells = columns(record)
+    title += f" (first {SHOWN})" if len(rows) > SHOWN else ""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    names, cells = columns(record, intervals=False)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(SHORT.get(name, name), justify="right", no_wrap=True)
     for line in cells[:SHOWN]:
         table.add_row(*line)
     return table

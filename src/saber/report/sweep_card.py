@@ -48,17 +48,24 @@ def build_sweep(folder: Path) -> Report:
     return Report(tuple(plots), card, None)
 
 
-def columns(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns and the cells of each setting, best first: the card's, and what it lacks."""
+def columns(
+    record: Mapping[str, Any], *, intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns and the cells of each setting, best first: the card's, and what it lacks.
+
+    Without `intervals`, for a terminal, only the behaviour's own has one.
+    """
     axes = list(dict.fromkeys(f for row in record["trials"] for f in row["values"]))
     name = reading.behaviour(record)
     names = ["", "#", *(axis_name(axis) for axis in axes), name[:1].upper() + name[1:]]
     names += ["PPL", "PPL \N{GREEK CAPITAL LETTER DELTA}", "Layers", "Dirs ablated"]
     names += ["KL", "Incoherent", "Accuracy"]
-    return names, [_cells(record, row, axes) for row in record["trials"]]
+    return names, [_cells(record, row, axes, intervals) for row in record["trials"]]
 
 
-def _cells(record: Mapping[str, Any], row: Mapping[str, Any], axes: list[str]) -> list[str]:
+def _cells(
+    record: Mapping[str, Any], row: Mapping[str, Any], axes: list[str], intervals: bool
+) -> list[str]:
     mark = "best" if row["best"] else "*" if row["front"] else ""
     values = [_value(row["values"].get(axis)) for axis in axes]
     head = [mark, str(row["number"]), *values]
@@ -69,10 +76,10 @@ def _cells(record: Mapping[str, Any], row: Mapping[str, Any], axes: list[str]) -
         *head,
         _rate(row["refusal"]),
         fixed(row["perplexity"], 2),
-        _change(row) or relative(before, row["perplexity"]),
+        (_change(row) if intervals else "") or relative(before, row["perplexity"]),
         str(row["layers"]),
         str(row["directions"]),
-        _divergence(row["kl"]),
+        _divergence(row["kl"]) if intervals else fixed(row["kl"]["sequence"], 4),
         percent(dig(row, "incoherent", "rate"), 1),
         percent(dig(row, "accuracy", "overall"), 0),
     ]
