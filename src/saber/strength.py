@@ -17,7 +17,7 @@ from saber.lm.model import LanguageModel
 from saber.probing import ProbeSpec, probe
 from saber.prompts import PromptSet
 
-LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+LAMBDAS = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0)
 """What is tried where lambda is left open, from the weakest edit to the strongest."""
 ANSWER_TOKENS = 32
 """Length of the untouched model's answers along which divergence is measured, tokens."""
@@ -154,26 +154,17 @@ def search(
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
     all where the search is `direct`. If more than `aim` of these are left as they should not be, one
-    stronger edit is tried (`FURTHER`). Where no opening is rare enough, as with borderline prompts beside
-    kept harmful ones, the strongest is confirmed, and weaker ones from there on for as long as fewer
-    answers are amiss. Of those confirmed, the one with fewest answers amiss is taken, the weaker of equals.
+    stronger edit is tried (`FURTHER`); of those confirmed, the one with fewest answers amiss is taken,
+    the weaker of equals.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
-
-    def judged(trial: Trial) -> Trial:
-        return replace(ruler.cost(trial), shown=behaviour())
-
-    def amiss(index: int) -> float:
-        shown = trials[index].shown
-        assert shown is not None
-        return shown.amiss
-
     for lambda_ in progress(lambdas, "line search", len(lambdas)):
+        last = lambda_ == lambdas[-1]
         with applied(lm.model, make(lambda_)):
             trial = ruler.openings(lambda_)
-            if direct or confirmed or trial.opening <= ruler.usual + MARGIN:
-                trial = judged(trial)
+            if direct or confirmed or last or trial.opening <= ruler.usual + MARGIN:
+                trial = replace(ruler.cost(trial), shown=behaviour())
                 confirmed.append(len(trials))
         trials.append(trial)
         if confirmed and (trials[-1].shown or Shown(1.0)).left <= aim:
@@ -181,12 +172,11 @@ def search(
         if len(confirmed) > FURTHER:
             break
 
-    for index in reversed(range(len(trials) if not confirmed else 0)):
-        with applied(lm.model, make(trials[index].lambda_)):
-            trials[index] = judged(trials[index])
-        confirmed.append(index)
-        if len(confirmed) > 1 and amiss(index) >= amiss(index + 1):
-            break
-    best = min(confirmed, key=lambda index: (amiss(index), index))
+    def amiss(index: int) -> float:
+        shown = trials[index].shown
+        assert shown is not None
+        return shown.amiss
+
+    best = min(confirmed, key=amiss)
     trials[best] = replace(trials[best], chosen=True)
     return make(trials[best].lambda_), tuple(trials)
