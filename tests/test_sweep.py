@@ -20,7 +20,7 @@ from saber.config import override, preset
 from saber.errors import DataError, OutputError, UnknownName, UsageError
 from saber.evaluation import baseline as baselines
 from saber.evaluation.judging import make_judge
-from saber.evaluation.measure import EvaluationSpec, measure, summarise
+from saber.evaluation.measure import EvaluationSpec, measure, perplexity_ratio, summarise
 from saber.pipeline import gather, run
 from saber.prompts import PromptSet
 from saber.report import build_sweep, read_sweep
@@ -276,7 +276,8 @@ def test_a_trial_is_the_same_edit_as_a_run_and_leaves_the_model_alone(
     with applied(lm.model, plan):
         spec, before = config.evaluation, bench._before
         found = measure(lm, bench.data.validation, spec, make_judge("phrases"), untouched=before)
-    assert summarise(found) == row.measured
+    ratio = perplexity_ratio(before, found, seed=config.seed)
+    assert {**summarise(found), "perplexity_ratio": ratio} == row.measured
     assert row.measured["kl"]["sequence"] > 0
     assert EditPlan.load(tmp_path / "run" / "plan").digest() == row.plan
     assert row.directions == record["directions_ablated"]
