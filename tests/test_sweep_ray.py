@@ -5,9 +5,8 @@ import os
 import signal
 
 import pytest
-import torch
 from test_sweep import config_of
-from test_sweep_workers import GRID, large, told, whole_base, world  # noqa: F401
+from test_sweep_workers import GRID, large, one_thread, told, whole_base, world  # noqa: F401
 
 from saber import codec
 from saber.errors import UsageError
@@ -15,9 +14,6 @@ from saber.sweep.cluster import Cluster
 from saber.sweep.drive import Plan, sweep
 from saber.sweep.grid import grid, read_axis
 from saber.sweep.trial import Bench, Job
-
-CORES = torch.get_num_threads()
-"""Of each node and worker: as many as the process whose digits it must give."""
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,11 +32,11 @@ def test_several_nodes_do_what_one_process_does_and_survive_deaths(world, tmp_pa
 
     folder, config, whole = world
     monkeypatch.setenv("SABER_CACHE", str(tmp_path / "cache"))
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        nodes.add_node(num_cpus=CORES)
+        nodes.add_node(num_cpus=1)
         job = Job(str(folder / "pico"), whole_base(config), None, force=True)
-        crew = Cluster(job, 2, nodes.address, CORES)
+        crew = Cluster(job, 2, nodes.address)
         expected = {row["number"]: row for row in told(whole.folder)}
         try:
             assert crew.about()["model"]["fingerprint"]
@@ -70,14 +66,15 @@ def test_actors_probe_a_large_prompt_set_together(world, large, tmp_path, monkey
 
     monkeypatch.setenv("SABER_CACHE", str(tmp_path / "cache"))
     job = Job(str(world[0] / "pico"), large, None, force=True)
-    alone = Bench(job)
-    expected = alone.about()
-    first, second = grid(job.base, [read_axis(job.base, "edit.alpha=0.5,1")])
-    row = alone.trial(first)
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
+    with one_thread():
+        alone = Bench(job)
+        expected = alone.about()
+        first, second = grid(job.base, [read_axis(job.base, "edit.alpha=0.5,1")])
+        row = alone.trial(first)
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        nodes.add_node(num_cpus=CORES)
-        crew = Cluster(job, 2, nodes.address, CORES)
+        nodes.add_node(num_cpus=1)
+        crew = Cluster(job, 2, nodes.address)
         try:
             found = crew.about()
             assert expected["prepared"] <= found["prepared"] < 1.01 * expected["prepared"]
