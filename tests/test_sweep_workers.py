@@ -67,6 +67,11 @@ def drive(world, out, workers=1):
     sweep(str(folder / "pico"), out, config, plan, resume=True, force=True)
 
 
+def written(out):
+    """Bytes of the journal."""
+    return (out / TRIALS).stat().st_size if (out / TRIALS).exists() else 0
+
+
 def killed_at_random(world, out, kills, rng, workers=1):
     """Kill the driver `kills` times, then let one finish; return how many deaths were amid trials."""
     context = get_context("forkserver")
@@ -75,7 +80,13 @@ def killed_at_random(world, out, kills, rng, workers=1):
     for turn in range(kills + 1):
         child = context.Process(target=drive, args=((*world[:2], None), out, workers))
         child.start()
-        child.join(rng.uniform(0.5, 4.0) if turn < kills else None)
+        if turn < kills and rng.random() < 0.7:  # amid trials, however long it takes to load
+            size = written(out)
+            while child.is_alive() and written(out) == size:
+                child.join(0.01)
+            child.join(rng.uniform(0.0, 0.5))
+        else:
+            child.join(rng.uniform(0.5, 4.0) if turn < kills else None)
         if child.is_alive():
             cut += (out / TRIALS).exists()
             os.kill(child.pid, signal.SIGKILL)
