@@ -72,9 +72,7 @@ class Cluster:
             asked = self._worker(slot).part.options(num_returns=2)
             return asked.remote(Share(slot, of))
 
-        parts = [part(slot) for slot in range(1, of)]
-        if parts:
-            self._asked(part(0)[0])
+        parts = [part(slot) for slot in range(of)] if of > 1 else []
         found: dict[str, Any] = self._asked(first.about.remote(of, *self._arrived(parts)))
         self._seed = first.seed.remote()
         for slot, actor in self._actors.items():
@@ -83,9 +81,9 @@ class Cluster:
         return found
 
     def _arrived(self, parts: Sequence[Any]) -> list[Any]:
-        """Wait for the parts of further workers; return those whose worker lived to make them."""
+        """Wait for the workers' parts; return those whose worker lived to make them."""
         errors, arrived = self._ray.exceptions, []
-        for slot, (done, part) in enumerate(parts, start=1):
+        for slot, (done, part) in enumerate(parts):
             try:
                 self._ray.get(done)
                 arrived.append(part)

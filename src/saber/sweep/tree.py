@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from saber import codec
@@ -53,10 +52,9 @@ class Tree:
         lm: LanguageModel,
         folder: Path | None = None,
         memory: float = 2 * 2**30,
-        root: Mapping[str, Kept] = MappingProxyType({}),
     ) -> None:
         self._lm, self._folder, self._memory = lm, folder, memory
-        self._root: dict[str, Kept] = dict(root)
+        self._root: dict[str, Kept] = {}
         self._later: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
         self.saved = 0

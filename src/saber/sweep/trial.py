@@ -138,8 +138,7 @@ class Bench:
             self._part(look, share)
         self._own = self.subject.lm.work.tokens - start
         parts = self.tree.parts()
-        if self._on_disk:
-            self.tree.drop_parts(disk=False)
+        self.tree.drop_parts(disk=False)
         return {} if self._on_disk else parts
 
     def _part(self, look: Look, share: Share) -> Part:
