@@ -153,6 +153,25 @@ def test_streamed_equals_in_memory_bit_for_bit(family, dtype, tmp_path):
     assert applied.tensors > 3
 
 
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be synced there")
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_written_reaches_the_disk_unless_that_is_left_to_the_system(
+    sharded, tmp_path, monkeypatch, linked
+):
+    """The same files both ways; with `sync` each of them is brought to the disk, without it none."""
+    brought = set()
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda h: (brought.add(os.fstat(h).st_ino), real(h)))
+    sharded.apply(tmp_path / "fast", sync=False, copy=not linked)
+    assert not brought
+    sharded.apply(tmp_path / "sure", copy=not linked)
+    new = {p.stat().st_ino for p in (tmp_path / "sure").iterdir()}
+    new -= {p.stat().st_ino for p in sharded.model.iterdir()}
+    assert len(new) > 3
+    assert new <= brought
+    assert contents(tmp_path / "fast") == contents(tmp_path / "sure")
+
+
 def test_a_computed_dtype_that_holds_the_stored_one_gives_the_same_bits(tmp_path):
     """On a CPU a bfloat16 checkpoint is computed in float32, edited there and rounded once."""
     saved(tmp_path / "base", MODELS["llama"]().to(torch.bfloat16))
@@ -444,7 +463,7 @@ def test_a_truncated_shard(sharded, damaged, tmp_path):
     data = first_shard(damaged).read_bytes()
     for length in (0, 5, 100, len(data) - 1):
         first_shard(damaged).write_bytes(data[:length])
-        refused(sharded, tmp_path, "truncated or damaged", model=damaged)
+        refused(sharded, tmp_path, "truncated, damaged", model=damaged)
         assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
@@ -452,7 +471,7 @@ def test_a_corrupt_header(sharded, damaged, tmp_path):
     data = bytearray(first_shard(damaged).read_bytes())
     data[12] = 0xFF
     first_shard(damaged).write_bytes(data)
-    refused(sharded, tmp_path, "truncated or damaged", model=damaged)
+    refused(sharded, tmp_path, "truncated, damaged", model=damaged)
 
 
 def test_a_shard_that_shrinks_while_it_is_read(sharded, damaged, tmp_path, monkeypatch):
@@ -463,7 +482,7 @@ def test_a_shard_that_shrinks_while_it_is_read(sharded, damaged, tmp_path, monke
             os.truncate(path, path.stat().st_size - 500)
 
     monkeypatch.setattr(module, "_check_space", cut)
-    with pytest.raises(SaberError, match=r"truncated or damaged|ended early|SHA"):
+    with pytest.raises(SaberError, match=r"truncated, damaged|ended early|SHA"):
         apply_to_files(sharded.run, str(damaged), tmp_path / "out", replace(HERE, copy=True))
     assert not (tmp_path / "out").exists()
 

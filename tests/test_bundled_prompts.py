@@ -10,7 +10,8 @@ from statistics import median
 import pytest
 
 DATA = files("saber.prompts") / "data"
-NAMES = ("target", "neutral", "borderline")
+NAMES = ("target", "neutral", "borderline", "harmful")
+TWINS = ("target", "neutral")
 SPLITS = ("fit", "validation", "heldout")
 UNSEEN = {"privacy", "forgery"}
 SEEN = {
@@ -60,7 +61,7 @@ def test_files_are_lines_of_utf8_with_the_fields_of_the_set(name):
     assert raw.endswith(b"}\n")
     assert b"\n\n" not in raw
     raw.decode("utf-8")
-    fields = {"id", "category", "split", "prompt"} | ({"twin"} if name != "borderline" else set())
+    fields = {"id", "category", "split", "prompt"} | ({"twin"} if name in TWINS else set())
     for row in rows(name):
         assert set(row) == fields, row
         assert all(isinstance(value, str) for value in row.values()), row
@@ -84,7 +85,7 @@ def test_ids_and_prompts_are_unique_across_sets():
     assert [text for text, count in texts.items() if count > 1] == []
 
 
-@pytest.mark.parametrize("name", ["target", "neutral"])
+@pytest.mark.parametrize("name", TWINS)
 def test_categories_and_splits_of_the_twin_sets(name):
     table = Counter((row["category"], row["split"]) for row in rows(name))
     expected = {(c, s): n for c in SEEN for s, n in zip(SPLITS, (12, 4, 8), strict=True)}
@@ -104,10 +105,28 @@ def test_categories_and_splits_of_the_twin_sets(name):
 
 def test_categories_and_splits_of_the_borderline_set():
     table = Counter((row["category"], row["split"]) for row in rows("borderline"))
-    assert table == {(c, s): n for c in BORDERLINE for s, n in zip(SPLITS, (22, 7, 6), strict=True)}
+    assert table == {(c, s): n for c in BORDERLINE for s, n in zip(SPLITS, (52, 7, 6), strict=True)}
     assert [row["id"] for row in rows("borderline")] == [
-        f"borderline-{i:03}" for i in range(1, 281)
+        f"borderline-{i:03}" for i in range(1, 521)
     ]
+
+
+def test_more_harmful_prompts_leave_the_unseen_categories_unseen():
+    table = Counter((row["category"], row["split"]) for row in rows("harmful"))
+    assert table == {(c, s): n for c in SEEN for s, n in zip(SPLITS, (16, 4), strict=False)}
+
+
+def test_nothing_that_selects_is_nearly_a_prompt_that_reports():
+    every = [(row, set(words(row["prompt"]))) for name in NAMES for row in rows(name)]
+    held = [(row["id"], bag) for row, bag in every if row["split"] == "heldout"]
+    close = [
+        (row["id"], i)
+        for row, bag in every
+        if row["split"] != "heldout"
+        for i, other in held
+        if len(bag & other) > 0.8 * len(bag | other)
+    ]
+    assert close == []
 
 
 def test_twins_point_at_each_other_within_a_category_and_a_split():

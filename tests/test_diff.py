@@ -505,7 +505,7 @@ def test_a_shard_that_is_cut_short(pair, capsys):
     code, error = failing(capsys, "diff", base, edited)
     assert code == 2
     assert file.name in error
-    assert "cut short" in error
+    assert "truncated" in error
 
 
 def test_an_index_that_names_a_missing_shard(pair, capsys):
@@ -514,7 +514,7 @@ def test_an_index_that_names_a_missing_shard(pair, capsys):
     file.unlink()
     error = failing(capsys, "diff", base, edited, "--json")[1]
     assert file.name in error
-    assert "not there" in error
+    assert "which is not in" in error
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])

@@ -415,17 +415,19 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
 def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
     config = override(PRESETS["default"], {"data": {"mode": "over-refusal"}})
     data, usual = gather(config), gather(PRESETS["default"])
-    assert data.selecting.keep == (usual.selecting.target,)
-    assert data.selecting.keep_validation == (usual.selecting.target_validation,)
+    for part, name in (("keep", "fit"), ("keep_validation", "validation")):
+        (kept,) = getattr(data.selecting, part)
+        known = prompts.target().where(split=name), prompts.harmful().where(split=name)
+        assert kept.texts == [text for chosen in known for text in chosen.texts]
     assert {p.id for p in data.selecting.target} == {
         p.id for p in prompts.borderline().where(split="fit")
     }
     assert data.reporting == usual.reporting
-    labels = ["refusal"] * 20 + ["answer"] * 156
+    labels = ["refusal"] * 20 + ["answer"] * 396
     wrong = wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 46)
-    assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 156)
-    with pytest.raises(WeakBehaviour, match="7 of 176"):
-        wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 169, ["refusal"] * 56)
+    assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 396)
+    with pytest.raises(WeakBehaviour, match="7 of 416"):
+        wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 409, ["refusal"] * 56)
     with pytest.raises(UsageError, match="keeps all targets"):
         gather(override(config, {"data": {"retain": "fraud"}}))
 

@@ -35,13 +35,14 @@ def staged_file(final: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write `text` to `path` whole or not at all, and bring it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with staged_file(path) as part, part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,9 +69,10 @@ def require_writable(out: Path) -> None:
         ) from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any], *, sync: bool = True) -> None:
     """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, sync=sync)
 
 
 def read_json(path: Path) -> dict[str, Any]:

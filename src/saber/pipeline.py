@@ -307,8 +307,13 @@ def gather(config: RunConfig) -> RunData:
             raise UsageError(
                 "--mode over-refusal keeps all targets; --retain has no meaning there."
             )
+        refused = targets
+        if not spec.target:
+            more = prompts.harmful()
+            check_disjoint(borderline.fit, more)
+            refused = _with_more(targets, more)
         check_disjoint(borderline.fit, target)
-        wrong, kept = borderline, [targets, *kept]
+        wrong, kept = borderline, [refused, *kept]
     else:
         wrong, retained = _without(targets, spec.retain, config.seed)
         if retained is not None:
@@ -361,6 +366,15 @@ def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
     loaded = prompts.load(name)
     check_disjoint(loaded, target)
     return split(loaded, seed=seed)
+
+
+def _with_more(targets: Splits, more: PromptSet) -> Splits:
+    """Add prompts to what is fitted and chosen on; what is reported stays."""
+    fit, validation = (
+        _joined([part, more.where(split=name)])
+        for name, part in (("fit", targets.fit), ("validation", targets.validation))
+    )
+    return replace(targets, fit=fit, validation=validation)
 
 
 def halves(battery: PromptSet) -> tuple[PromptSet, PromptSet]:

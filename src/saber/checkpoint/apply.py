@@ -40,6 +40,8 @@ class ApplySpec:
     """Whether to copy untouched shards instead of linking them."""
     allow_pickle: bool = False
     """Whether to convert pickled weights first."""
+    sync: bool = True
+    """Whether to bring what is written to the disk, so that a power cut cannot take it back."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def apply_to_files(
     begun = perf_counter()
     plan = DiskPlan.read(plan_folder(run))
     folder = model_folder(model)
-    stage = Stage(out, out.with_name(f".{out.name}.part"))
+    stage = Stage(out, out.with_name(f".{out.name}.part"), spec.sync)
     _check_places(folder, out, stage)
     with stage.locked():
         source_folder = folder
@@ -200,6 +202,7 @@ def _jobs(
             edit=shard.path.name in changed,
             added=dict(origin),
             link=not spec.copy or converted,
+            sync=spec.sync,
         )
         for shard in order
     ]
@@ -232,11 +235,11 @@ def _finish(
         target = stage.files / name
         with blocks.writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        digest = blocks.copy(folder / name, target)
+        digest = blocks.copy(folder / name, target, sync=stage.sync)
         marks[name] = FileMark(digest, target.stat().st_size)
     if source.folder != folder:
         for name in pickled.indexes(source.folder):
-            digest = blocks.copy(source.folder / name, stage.files / name)
+            digest = blocks.copy(source.folder / name, stage.files / name, sync=stage.sync)
             marks[name] = FileMark(digest, (stage.files / name).stat().st_size)
     rounding: dict[str, float] = {}
     for file in source.shards:
@@ -246,9 +249,10 @@ def _finish(
         rounding |= done.rounding
     base_card = folder / CARD
     old = base_card.read_text("utf-8", "replace") if base_card.is_file() else ""
-    artifacts.write_text(stage.files / CARD, provenance.card(old, origin, rounding))
+    text = provenance.card(old, origin, rounding)
+    artifacts.write_text(stage.files / CARD, text, sync=stage.sync)
     marks[CARD] = FileMark(blocks.sha256(stage.files / CARD), (stage.files / CARD).stat().st_size)
     files = dict(sorted(marks.items()))
     record = Record(origin, touched(source, edits), files, cards.skipped, rounding)
-    record.save(stage.files)
+    record.save(stage.files, sync=stage.sync)
     return record

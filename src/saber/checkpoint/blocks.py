@@ -51,6 +51,8 @@ class Sink:
     """Where to write; None to hash alone."""
     check: Callable[[], None] = lambda: None
     """Called before each block; raises to stop."""
+    sync: bool = True
+    """Whether to bring it to the disk; otherwise the system does, when it sees fit."""
     size: int = 0
     """Bytes written so far."""
     _digest: Any = field(default_factory=hashlib.sha256)
@@ -86,7 +88,7 @@ class Sink:
                     done += os.write(self._handle, view[done:])
         self.size += len(view)
         idle = self._syncing is None or self._syncing.done()
-        if self._handle >= 0 and idle and self.size - self._synced >= SYNC:
+        if self._handle >= 0 and self.sync and idle and self.size - self._synced >= SYNC:
             self._synced = self.size
             self._syncing = self._pool.submit(os.fsync, self._handle)
 
@@ -95,9 +97,9 @@ class Sink:
             self._hashing.result()
 
     def finish(self) -> str:
-        """Bring everything to the disk and return the SHA-256 of it."""
+        """Bring everything to the disk, where that is asked for, and return the SHA-256 of it."""
         self._settle()
-        if self._handle >= 0:
+        if self._handle >= 0 and self.sync:
             with writing(self.path):
                 if self._syncing is not None:
                     self._syncing.result()
@@ -156,11 +158,11 @@ def sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
         return sink.finish()
 
 
-def copy(source: Path, target: Path, check: Callable[[], None] = lambda: None) -> str:
+def copy(
+    source: Path, target: Path, check: Callable[[], None] = lambda: None, *, sync: bool = True
+) -> str:
     """Copy a file, bring it to the disk and return its SHA-256."""
-    with opened(source) as reader, Sink(target, check) as sink:
+    with opened(source) as reader, Sink(target, check, sync) as sink:
         for chunk in reader.chunks(0, os.fstat(reader.file.fileno()).st_size):
             sink.write(chunk)
         return sink.finish()
-
-

@@ -48,7 +48,12 @@ def cargo(source: Source, own: Collection[str]) -> Cargo:
 
 
 def link_or_copy(
-    source: Path, target: Path, *, link: bool, check: Callable[[], None] = lambda: None
+    source: Path,
+    target: Path,
+    *,
+    link: bool,
+    check: Callable[[], None] = lambda: None,
+    sync: bool = True,
 ) -> str:
     """Put a file at `target` by a hard link, or by a copy where there can be none; return its SHA-256."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -60,7 +65,7 @@ def link_or_copy(
         # A link to the file itself, where the folder holds a symbolic one (a hub cache).
         os.link(source.resolve(), part)
     except OSError:
-        digest = blocks.copy(source, part, check)
+        digest = blocks.copy(source, part, check, sync=sync)
     else:
         digest = blocks.sha256(part, check)
     with blocks.writing(target):

@@ -71,7 +71,7 @@ class Record:
     rounding: Mapping[str, float] = field(default_factory=dict)
     """By 8-bit tensor: norm of the rounding error as a share of the edit's."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, sync: bool = True) -> None:
         """Write the record."""
         artifacts.write_json(
             folder / FILE,
@@ -84,6 +84,7 @@ class Record:
                 "skipped": list(self.skipped),
                 "rounding": dict(self.rounding),
             },
+            sync=sync,
         )
 
     @classmethod

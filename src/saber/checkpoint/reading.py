@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saber import artifacts
+from saber.checkpoint.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_index, read_shard
 from saber.errors import ModelError
 
-INDEX = "model.safetensors.index.json"
 OPEN_FILES = 4
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {code: dtype for code, dtype in DTYPES.items() if dtype.itemsize > 1}
 """Stored dtypes whose values are plain numbers, by their name in the files."""
 
 
@@ -101,8 +100,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(f"{name} is no .safetensors file.", _file_hint(path))
-        config = path.parent / "config.json"
-        return Checkpoint(name, _headers([path]), _config(config) if config.is_file() else {})
+        config = path.parent / CONFIG
+        return Checkpoint(
+            name, _headers([path]), artifacts.read_json(config) if config.is_file() else {}
+        )
     if path.is_dir():
         return _folder(name, path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith((".", "/", "~")):
@@ -136,9 +137,9 @@ def _folder(name: str, folder: Path) -> Checkpoint:
                 f"the run {name} has no exported model.", "Run it with --export merged."
             )
         folder = folder / "model"
-    config = folder / "config.json"
+    config = folder / CONFIG
     tensors = _headers(_shards(folder))
-    return Checkpoint(name, tensors, _config(config) if config.is_file() else {})
+    return Checkpoint(name, tensors, artifacts.read_json(config) if config.is_file() else {})
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -148,23 +149,12 @@ def _shards(folder: Path) -> list[Path]:
         others = sorted(folder.glob("*.safetensors.index.json"))
         index = others[0] if others else index
     if index.is_file():
-        listed = _config(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise ModelError(f"{index} has no weight_map.", "Download the checkpoint again.")
-        names = sorted({str(shard) for shard in listed.values()})
-        missing = [n for n in names if not (folder / n).is_file()]
-        if missing:
-            raise ModelError(
-                f"{index.name} of {folder} names {missing[0]}, which is not there"
-                f"{f' (nor are {len(missing) - 1} more)' if missing[1:] else ''}.",
-                "Download the missing files.",
-            )
-        return [folder / n for n in names]
+        return [folder / name for name in sorted(set(read_index(index).values()))]
     files = sorted(folder.glob("*.safetensors"))
     if [f.name for f in files] == ["adapter_model.safetensors"]:
         raise ModelError(f"{folder} holds a LoRA adapter, no model.", "Merge it into its base.")
     files = [f for f in files if f.name != "adapter_model.safetensors"]
-    whole = [f for f in files if f.name == "model.safetensors"]
+    whole = [f for f in files if f.name == WEIGHTS]
     if files:
         return whole or files
     pickled = [f for pattern in PICKLED for f in folder.glob(pattern)]
@@ -175,30 +165,14 @@ def _shards(folder: Path) -> list[Path]:
 
 def _headers(files: list[Path]) -> dict[str, Stored]:
     """Return all tensors of some files from their headers; each file is checked to be whole."""
-    found: dict[str, Stored] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                for key in list(handle.keys()):
-                    part = handle.get_slice(key)
-                    found[key] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} is cut short or no safetensors file ({error}).", "Download it again."
-            ) from error
+    found = {
+        name: Stored(t.dtype, t.shape, file)
+        for file in files
+        for name, t in sorted(read_shard(file).tensors.items())
+    }
     if not found:
         raise ModelError(f"{files[0]} holds no tensors.", "Download it again.")
     return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}.", "Download it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object.", "Download it again.")
-    return value
 
 
 def _fetched(name: str) -> Path:

@@ -74,7 +74,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """Read and check a shard's header; raises `ModelError` when the file is truncated or damaged."""
+    """Read and check a shard's header; raises `ModelError` when it is damaged or none."""
     try:
         with safe_open(path, "pt"):
             pass  # checks lengths, offsets and dtypes against the size of the file
@@ -83,7 +83,8 @@ def read_shard(path: Path) -> Shard:
             head = json.loads(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise ModelError(
-            f"{path} is truncated or damaged ({error}).", "Download or copy it again."
+            f"{path} is truncated, damaged or no safetensors file ({error}).",
+            "Download or copy it again.",
         ) from error
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}.") from error
@@ -95,6 +96,23 @@ def read_shard(path: Path) -> Shard:
     ]
     rows.sort(key=lambda t: (t.begin, t.end))
     return Shard(path, metadata, {t.name: t for t in rows}, data, path.stat().st_size)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return an index's file name for each tensor; raises `ModelError` where a file is not beside it."""
+    listed = artifacts.read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f"{path} has no weight_map.", "Download it again.")
+    files = {str(file) for file in listed.values()}
+    # A name that leads out of the folder would be written outside --out as well.
+    missing = sorted(f for f in files if Path(f).name != f or not (path.parent / f).is_file())
+    if missing:
+        more = f" (nor are {len(missing) - 1} more)" if missing[1:] else ""
+        raise ModelError(
+            f"{path.name} names {missing[0]}, which is not in {path.parent}{more}.",
+            "Download what is missing.",
+        )
+    return {str(name): str(file) for name, file in listed.items()}
 
 
 @dataclass(frozen=True)
@@ -133,17 +151,8 @@ def read_source(folder: Path) -> Source:
         raise ModelError(f"{folder} has no {CONFIG}, so it is no model folder.")
     config = artifacts.read_json(folder / CONFIG)
     if (folder / INDEX).is_file():
-        index = artifacts.read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ModelError(f"{folder / INDEX} has no weight_map.", "Download it again.")
-        files = sorted(set(map(str, index.values())))
-        for file in files:
-            # A name that leads out of the folder would be written outside --out as well.
-            if Path(file).name != file or not (folder / file).is_file():
-                raise ModelError(
-                    f"{INDEX} names {file}, which is not in {folder}.",
-                    "Download the missing shard.",
-                )
+        index = read_index(folder / INDEX)
+        files = sorted(set(index.values()))
     else:
         index, files = {}, [WEIGHTS]
         if not (folder / WEIGHTS).is_file():

@@ -38,6 +38,8 @@ class Stage:
     """What --out names."""
     folder: Path
     """The folder beside it."""
+    sync: bool = True
+    """Whether to bring what is written to the disk."""
 
     @property
     def files(self) -> Path:
@@ -91,7 +93,7 @@ class Stage:
             if not state.exists() or artifacts.read_json(state) != identity:
                 for folder in (self.files, self.folder / MARKS):
                     shutil.rmtree(folder, ignore_errors=True)
-                artifacts.write_json(state, identity)
+                artifacts.write_json(state, identity, sync=self.sync)
             self.files.mkdir(exist_ok=True)
             (self.folder / MARKS).mkdir(exist_ok=True)
             for part in self.files.rglob(".*.part"):
@@ -108,7 +110,8 @@ class Stage:
 
     def mark(self, done: Done) -> None:
         """Note that a shard is finished."""
-        artifacts.write_json(self.folder / MARKS / f"{done.file}.json", asdict(done))
+        path = self.folder / MARKS / f"{done.file}.json"
+        artifacts.write_json(path, asdict(done), sync=self.sync)
 
     def marked(self, file: str) -> Done | None:
         """Return what was noted of a finished shard."""
@@ -128,9 +131,11 @@ class Stage:
     def publish(self) -> None:
         """Move the whole folder to --out, and clear up."""
         with blocks.writing(self.out):
-            artifacts.sync_folder(self.files)
+            if self.sync:
+                artifacts.sync_folder(self.files)
             if self.out.exists():
                 self.out.rmdir()
             os.replace(self.files, self.out)
-            artifacts.sync_folder(self.out.parent)
+            if self.sync:
+                artifacts.sync_folder(self.out.parent)
             shutil.rmtree(self.folder)

@@ -47,11 +47,15 @@ def write_shard(
     factors: Factors,
     added: Mapping[str, str],
     check: Callable[[], None] = lambda: None,
+    *,
+    sync: bool = True,
 ) -> Written:
     """Write a shard to `target` (or hash it alone) with its edits made and `added` in its metadata.
 
     Bytes that no edit touches are copied as they are. An edited tensor is read, changed in float32,
     rounded once and written in blocks, so that memory stays at some MiB and the factor.
+
+    With `sync` all of it is on the disk on return.
 
     Raises `ModelError` when the source cannot be read, `NonFinite` when an edited tensor holds NaN or
     infinity, `OutputError` when the target cannot be written.
@@ -59,7 +63,7 @@ def write_shard(
     shard = source.shards[file]
     scales = fp8.scales(source, edits)
     rounding: dict[str, fp8.Rounding] = {}
-    with opened(shard.path) as reader, Sink(target, check) as sink:
+    with opened(shard.path) as reader, Sink(target, check, sync) as sink:
         sink.write(shard.header(added))
         at = shard.data
         for name, stored in shard.tensors.items():

@@ -56,6 +56,8 @@ class Job:
     """What goes into its metadata."""
     link: bool = True
     """Whether an untouched shard may be a hard link."""
+    sync: bool = True
+    """Whether to bring what is written to the disk."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,19 @@ def do(job: Job, check: Callable[[], None] = lambda: None) -> Done:
     target = Path(job.target) if job.target else None
     if not job.edit:
         assert target is not None
-        digest = link_or_copy(source, target, link=job.link, check=check)
+        digest = link_or_copy(source, target, link=job.link, check=check, sync=job.sync)
         return Done(job.file, digest, target.stat().st_size)
     checkpoint, edits, factors = _shared(job)
     part = target.with_name(f".{target.name}.{os.getpid()}.part") if target else None
-    made = write_shard(checkpoint, job.file, part, edits, factors, job.added, check)
+    made = write_shard(checkpoint, job.file, part, edits, factors, job.added, check, sync=job.sync)
     if part is not None and target is not None:
         with blocks.writing(target):
             if part.stat().st_size != made.size:
                 raise errors.OutputError(f"{part} has another size than what was written to it.")
             check()
             os.replace(part, target)
-            artifacts.sync_folder(target.parent)
+            if job.sync:
+                artifacts.sync_folder(target.parent)
     lost = {name: r.lost for name, r in made.rounding.items()}
     return Done(job.file, made.sha256, made.size, lost)
 

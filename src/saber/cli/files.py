@@ -31,7 +31,13 @@ def apply_command(arguments: argparse.Namespace) -> int:
     if arguments.workers < 0:
         raise UsageError("--workers must be at least 0 (0: one a core).")
     target = push.destination(arguments)
-    spec = ApplySpec(arguments.workers, arguments.force, arguments.copy, arguments.allow_pickle)
+    spec = ApplySpec(
+        arguments.workers,
+        arguments.force,
+        arguments.copy,
+        arguments.allow_pickle,
+        arguments.sync,
+    )
     with _bytes(Console(stderr=True, quiet=arguments.json), "writing") as watch:
         made = apply_to_files(arguments.run, arguments.model, arguments.out, spec, watch)
     if not arguments.json:

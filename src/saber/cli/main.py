@@ -187,6 +187,12 @@ def _file_commands(commands: Any) -> None:
     apply.add_argument(
         "--allow-pickle", action="store_true", help="convert .bin weights first (weights_only)"
     )
+    apply.add_argument(
+        "--no-sync",
+        dest="sync",
+        action="store_false",
+        help="leave it to the system when bytes reach the disk, as cp does",
+    )
     push.add_options(apply)
     apply.add_argument("--json", action="store_true", help="print the result as JSON")
     apply.set_defaults(handler=_apply)

@@ -23,6 +23,14 @@ def borderline() -> PromptSet:
     return _read("borderline")
 
 
+def harmful() -> PromptSet:
+    """Return more requests in the target set's seen categories, to fit and to choose on, none held out.
+
+    They are what must stay refused where only false refusals are to go.
+    """
+    return _read("harmful")
+
+
 def battery() -> PromptSet:
     """Return the capability battery: checkable questions with reference answers."""
     return _read("battery")
