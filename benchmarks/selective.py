@@ -2,9 +2,11 @@
 
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
-Parts: `sweep` over lambda; `rules` that set strengths from purity; `order` in which writers are
-solved (all at once, or by depth with inputs read again); `baseline` the orthogonal edit on the same
-prompts. Held-out prompts are not touched.
+Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity;
+`order` in which writers are solved (all at once, or by depth with inputs read again); `positions` at which
+the behaviour is said to be decided. All with the same directions, those of a first pass. Answers to
+validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts
+are not touched.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from saber.candidates import choose
 from saber.config import RunConfig, preset
 from saber.entanglement import entangle
 from saber.evaluation.judge import named_judge
+from saber.evaluation.judging import label_all
 from saber.evaluation.readout import derive_readout
-from saber.lm.chat import encode, encode_answers
+from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.writers import find_writers
@@ -34,8 +37,10 @@ from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
 from saber.spectral import extract
-from saber.strength import ANSWER_TOKENS, Ruler, Shown
+from saber.strength import ANSWER_TOKENS, Ruler, Shown, Trial
 
+SHORT, LONG = 32, 100
+"""Lengths of judged answers, tokens."""
 SWEEP = (1000.0, 500.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
 HEADER = (
     "| edit | log-odds | opens with refusal | KL, first token | KL, sequence | refusals | incoherent |\n"
@@ -107,29 +112,24 @@ class Bench:
         rows = choose(found, measured, [None] * len(found), config.edit, config.refine)
         return [c for c in rows if c.status in ("ablated", "weakened")]
 
-    def behaviour(self) -> Shown:
+    def behaviour(self, tokens: int) -> Shown:
         """Judge the answers to validation targets."""
         texts = self.data.target_validation.texts
-        found = [
-            self.judge.label(c.text)
-            for c in generate(self.lm, texts, 32, settled=self.judge.settled)
-        ]
+        answers = generate(self.lm, texts, tokens, settled=self.judge.settled)
+        found = label_all(self.judge, texts, [c.text for c in answers])
         return Shown(found.count("refusal") / len(found), found.count("incoherent") / len(found))
 
-    def row(self, name: str, plan: EditPlan, *, answers: bool = True) -> tuple[str, Any]:
-        """Measure a plan; return its row of the table and the trial."""
+    def row(self, name: str, plan: EditPlan, tokens: int = SHORT) -> tuple[Trial, Shown]:
+        """Measure a plan and print its row of the table."""
         trial = self.ruler(plan)
-        shown = None
-        if answers:
-            with applied(self.lm.model, plan):
-                shown = self.behaviour()
-        told = ("", "") if shown is None else (f"{shown.rate:.0%}", f"{shown.incoherent:.0%}")
-        text = (
+        with applied(self.lm.model, plan):
+            shown = self.behaviour(tokens)
+        print(
             f"| {name} | {trial.log_odds:+.2f} | {trial.opening:.3f} | {trial.kl_first:.4f} | "
-            f"{trial.kl_sequence:.4f} | {told[0]} | {told[1]} |"
+            f"{trial.kl_sequence:.4f} | {shown.rate:.0%} | {shown.incoherent:.0%} |",
+            flush=True,
         )
-        print(text, flush=True)
-        return text, (trial, shown)
+        return trial, shown
 
     def solved(self, candidates: Sequence[Any]) -> Selective:
         """Solve for all writers at once."""
@@ -163,7 +163,7 @@ def sweep(bench: Bench, plot: Path | None) -> None:
     for lam in SWEEP:
         alphas = each(chosen, lambda c: c.strength)
         plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
-        points.append((lam, *bench.row(f"lambda {lam:g}", plan)[1]))
+        points.append((lam, *bench.row(f"lambda {lam:g}", plan)))
     if plot:
         draw(points, plot)
 
@@ -207,8 +207,35 @@ def order(bench: Bench) -> None:
         bench.row(f"by depth, lambda {lam:g} ({perf_counter() - start:.0f} s)", plan)
 
 
+def positions(bench: Bench) -> None:
+    """The last prompt token alone, all template tokens, and the first tokens of the model's own answers."""
+    chosen = bench.candidates(bench.config)
+    alphas = each(chosen, lambda c: c.strength)
+    template = measure_template(bench.lm).suffix_length
+    sides = [
+        (s.texts, [c.ids for c in generate(bench.lm, s.texts, 8)])
+        for s in (bench.data.target, bench.data.neutral)
+    ]
+
+    def decisions(answered: int, last: int) -> Any:
+        encoded = (encode(bench.lm, texts, [a[:answered] for a in own]) for texts, own in sides)
+        return read_decisions(bench.lm, bench.writers, *encoded, positions=last)
+
+    for name, answered, last in (
+        ("last prompt token", 0, 1),
+        (f"all {template} template tokens", 0, template),
+        ("last prompt token and 3 of the answer", 3, 4),
+        ("last prompt token and 7 of the answer", 7, 8),
+        ("3 tokens of the answer alone", 3, 3),
+    ):
+        found = solve(bench.lm, patterns(chosen), decisions(answered, last), bench.preserved)
+        for lam in (100.0, 30.0):
+            plan = found.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+            bench.row(f"{name}, lambda {lam:g}", plan, LONG)
+
+
 def baseline(bench: Bench) -> None:
-    """The orthogonal edit with the same directions, and with its own preset's."""
+    """The orthogonal edit with the same directions, and with the best of them alone."""
     chosen = bench.candidates(bench.config)
     for name, picks in (("one direction a layer", chosen), ("the best alone", chosen[:1])):
         removals = [removal(c) for c in picks]
@@ -256,15 +283,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", default="baseline,sweep,rules,order")
+    parser.add_argument("--only", default="baseline,sweep,rules,order,positions")
     given = parser.parse_args()
+    parts = {
+        "baseline": baseline,
+        "sweep": lambda bench: sweep(bench, given.plot),
+        "rules": rules,
+        "order": order,
+        "positions": positions,
+    }
     bench = Bench.build(given.model)
     for name in given.only.split(","):
         print(f"\n{name}\n\n{HEADER}", flush=True)
-        if name == "sweep":
-            sweep(bench, given.plot)
-        else:
-            {"rules": rules, "order": order, "baseline": baseline}[name](bench)
+        parts[name](bench)
 
 
 if __name__ == "__main__":
