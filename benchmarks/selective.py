@@ -3,10 +3,10 @@
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity;
-`order` in which writers are solved (all at once, or by depth with inputs read again); `positions` at which
-the behaviour is said to be decided. All with the same directions, those of a first pass. Answers to
-validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts
-are not touched.
+`ridge` from none to much; `order` in which writers are solved (all at once, or by depth with inputs read
+again); `positions` at which the behaviour is said to be decided. All with the same directions, those of a
+first pass. Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal
+off. Held-out prompts are not touched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.writers import find_writers
-from saber.moments import Preserved, read_decisions
+from saber.moments import RIDGE, Preserved, read_decisions
 from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
@@ -131,9 +131,9 @@ class Bench:
         )
         return trial, shown
 
-    def solved(self, candidates: Sequence[Any]) -> Selective:
+    def solved(self, candidates: Sequence[Any], ridge: float = RIDGE) -> Selective:
         """Solve for all writers at once."""
-        return solve(self.lm, patterns(candidates), self.decisions(), self.preserved)
+        return solve(self.lm, patterns(candidates), self.decisions(), self.preserved, ridge=ridge)
 
     def decisions(self, writers: Any = None) -> Any:
         """Read what goes into writers at the last prompt token."""
@@ -186,6 +186,17 @@ def rules(bench: Bench) -> None:
             ("lambda / purity", over, ones),
         ):
             bench.row(f"{name}, lambda {lam:g}", solved.plan(lambdas, alphas))
+
+
+def ridge(bench: Bench) -> None:
+    """How much of the mean eigenvalue is added to the preserved inputs' second moment."""
+    chosen = bench.candidates(bench.config)
+    alphas = each(chosen, lambda c: c.strength)
+    for amount in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        found = bench.solved(chosen, amount)
+        for lam in (300.0, 100.0, 30.0):
+            plan = found.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+            bench.row(f"ridge {amount:g}, lambda {lam:g}", plan)
 
 
 def order(bench: Bench) -> None:
@@ -283,12 +294,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", default="baseline,sweep,rules,order,positions")
+    parser.add_argument("--only", default="baseline,sweep,rules,ridge,order,positions")
     given = parser.parse_args()
     parts = {
         "baseline": baseline,
         "sweep": lambda bench: sweep(bench, given.plot),
         "rules": rules,
+        "ridge": ridge,
         "order": order,
         "positions": positions,
     }
