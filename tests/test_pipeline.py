@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from saber.errors import (
     WeakBehaviour,
 )
 from saber.evaluation import judge as judges
+from saber.passes import Refinement
 from saber.pipeline import gather, run
-from saber.subject import wrongly
+from saber.subject import NARROW_RIDGE, Subject, Watch, in_mode, refined, wrongly
 
 SMALL = {
     "data": {"limit": 4},
@@ -430,6 +432,25 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
         wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 409, ["refusal"] * 56)
     with pytest.raises(UsageError, match="keeps all targets"):
         gather(override(config, {"data": {"retain": "fraud"}}))
+
+
+def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
+    usual = PRESETS["default"]
+    narrow = override(usual, {"data": {"mode": "over-refusal"}})
+    given = override(narrow, {"edit": {"ridge": 0.5}})
+    assert [in_mode(config).ridge for config in (usual, narrow, given)] == [0, NARROW_RIDGE, 0.5]
+    assert replace(in_mode(narrow), ridge=0.0) == narrow.edit
+
+
+def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
+    refine = Mock(return_value=Mock(spec=Refinement))
+    monkeypatch.setattr("saber.subject.refine", refine)
+    for mode in ("removal", "over-refusal"):
+        config = override(PRESETS["default"], {"data": {"mode": mode}})
+        refined(
+            Mock(spec=Subject, lm=None), Mock(spec=Watch, selecting=None, untouched=None), config
+        )
+    assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 
 
 def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(model_folder, tmp_path):

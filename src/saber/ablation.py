@@ -34,8 +34,9 @@ class EditSpec:
     lambda_: float = 0.0
     """lambda: weight of preserved inputs against targets, above 0; 0 lets validation prompts choose
     (selective only)."""
-    ridge: float = 1e-3
-    """Least shrinkage of the preserved moments, as a share of their mean eigenvalue (selective only)."""
+    ridge: float = 0.0
+    """Least shrinkage of the preserved moments, as a share of their mean eigenvalue; 0 takes 0.001, and
+    0.01 where false refusals alone go (selective only)."""
     memory: float = 4.0
     """Memory that second moments may take, GiB; with less, the prompts are read more often."""
     scope: Scope = "nearest"

@@ -121,7 +121,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "entanglement.null_draws": (20, 100_000),
     "edit.alpha": (0, 1),
     "edit.lambda": (0, 1e9),
-    "edit.ridge": (1e-12, 1),
+    "edit.ridge": (0, 1),
     "edit.memory": (0.001, 1e6),
     "edit.skip_below": (0, 1),
     "refine.passes": (1, 100),

@@ -20,7 +20,7 @@ from saber.lm.generate import Request, answer
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
-from saber.moments import Decisions, Preserved, read_decisions
+from saber.moments import RIDGE, Decisions, Preserved, read_decisions
 from saber.openings import Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec
@@ -163,7 +163,7 @@ class SelectiveEditor:
                     stacked,
                     self._decisions(sides, opening),
                     self.preserved,
-                    ridge=self.edit.ridge,
+                    ridge=self.edit.ridge or RIDGE,
                     progress=self.progress,
                 ),
             )

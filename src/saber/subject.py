@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from saber.ablation import EditSpec
 from saber.config import RunConfig
 from saber.errors import WeakBehaviour
 from saber.evaluation.judge import Judge, Label
@@ -22,6 +23,9 @@ from saber.passes import Pass, RefineData, Refinement
 from saber.prompts import PromptSet
 from saber.refinement import refine
 from saber.strength import Shown
+
+NARROW_RIDGE = 1e-2
+"""What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def refined(
         probing=config.probe,
         spectral=config.spectral,
         entanglement=config.entanglement,
-        edit=config.edit,
+        edit=in_mode(config),
         spec=config.refine,
         seed=config.seed,
         behaviour=behaviour or watch.shown,
@@ -141,6 +145,13 @@ def refined(
         memo=memo,
         self_repair=self_repair,
     )
+
+
+def in_mode(config: RunConfig) -> EditSpec:
+    """A configuration's edit, with the ridge of its mode where none is set."""
+    if config.data.mode == "over-refusal" and not config.edit.ridge:
+        return replace(config.edit, ridge=NARROW_RIDGE)
+    return config.edit
 
 
 def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]) -> RefineData:
