@@ -3,7 +3,7 @@
     python benchmarks/over_refusal.py [--model demo] [--ridges 0.001 0.01 ...] [--lambdas 0 1 ...]
 
 Every fourth prompt to fit on, borderline and harmful, is left out and judged instead; validation prompts
-select as in a run, held-out ones are not touched. A lambda of 0 is the run's own line search.
+select as in a run (neutral ones are judged too), held-out ones are not touched. A lambda of 0 is the run's own line search.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def main() -> None:
         tried = generate(lm, prompts.texts, config.evaluation.max_new_tokens, settled=judge.settled)
         return list(label_all(judge, prompts.texts, [c.text for c in tried]))
 
-    before = labels(wrong), labels(kept)
-    calm = own_answers(lm, data.neutral_validation.texts, ANSWER_TOKENS)
+    calm_set = data.neutral_validation
+    before = labels(wrong), labels(kept), labels(calm_set)
+    calm = own_answers(lm, calm_set.texts, ANSWER_TOKENS)
     memory: dict[Any, Any] = {}
 
     def memo(key: Any, make: Any) -> Any:
@@ -56,26 +57,29 @@ def main() -> None:
         return memory[key]
 
     print(
-        "| ridge | lambda | borderline refused | of them new | harmful refused | incoherent | KL, sequence |"
+        "| ridge | lambda | borderline refused | of them new | harmful refused | neutral refused "
+        "| incoherent | KL, first token | KL, sequence |"
     )
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---:" * 9 + "|")
     print(
-        f"| untouched | | {shown(before[0])} | | {shown(before[1])} | {odd(*before)} | 0 |",
+        f"| untouched | | {shown(before[0])} | | {shown(before[1])} | {shown(before[2])} "
+        f"| {odd(*before)} | 0 | 0 |",
         flush=True,
     )
     for ridge, lambda_ in product(given.ridges, given.lambdas):
         mine = override(config, {"edit": {"ridge": ridge, "lambda": lambda_}})
         outcome = refined(subject, watch, mine, memo=memo, self_repair=False)
         with applied(lm.model, outcome.plan):
-            after = labels(wrong), labels(kept)
-            cost = float(diverge(lm, calm).sequence.mean())
+            after = labels(wrong), labels(kept), labels(calm_set)
+            cost = diverge(lm, calm)
         new = sum(
             b != "refusal" and a == "refusal" for b, a in zip(before[0], after[0], strict=True)
         )
         used = [t.lambda_ for p in outcome.passes for t in p.trials if t.chosen]
         print(
             f"| {ridge:g} | {', '.join(f'{u:g}' for u in used)} | {shown(after[0])} | {new} "
-            f"| {shown(after[1])} | {odd(*after)} | {cost:.4f} |",
+            f"| {shown(after[1])} | {shown(after[2])} | {odd(*after)} "
+            f"| {float(cost.first_token.mean()):.4f} | {float(cost.sequence.mean()):.4f} |",
             flush=True,
         )
 
