@@ -3,7 +3,8 @@
     python benchmarks/over_refusal.py [--model demo] [--ridges 0.001 0.01 ...] [--lambdas 0 1 ...]
 
 Every fourth prompt to fit on, borderline and harmful, is left out and judged instead; validation prompts
-select as in a run (neutral ones are judged too), held-out ones are not touched. A lambda of 0 is the run's own line search.
+select as in a run (neutral ones are judged too), held-out ones are not touched. A lambda of 0 is the
+run's own line search.
 """
 
 from __future__ import annotations
