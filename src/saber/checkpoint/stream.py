@@ -17,7 +17,7 @@ from saber.checkpoint.shards import DTYPES, Shard, Source, Stored
 from saber.errors import NonFinite
 from saber.products import on_grid
 
-BLOCK = 1 << 19
+BLOCK = 1 << 17
 """Entries edited at once."""
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
+
 from saber import artifacts, errors
 from saber.checkpoint import blocks
 from saber.checkpoint.carry import link_or_copy
@@ -206,6 +208,9 @@ def do_all(
             free.put(hand)
 
     pool = ThreadPoolExecutor(len(hands))
+    threads = torch.get_num_threads()
+    # Blocks are small: more threads for one would wait for each other while others hash and write.
+    torch.set_num_threads(1)
     pending = {pool.submit(one, job) for job in jobs}
     try:
         while pending:
@@ -214,6 +219,7 @@ def do_all(
             for future in done:
                 future.result()
     finally:
+        torch.set_num_threads(threads)
         for future in pending:
             future.cancel()
         for hand in hands:
@@ -230,8 +236,6 @@ def _answer(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Do the jobs that come in, until the input ends or the parent is gone."""
-    import torch
-
     torch.set_num_threads(1)
     parent = os.getppid()
 
