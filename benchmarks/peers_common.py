@@ -17,6 +17,8 @@ SETTING = {
     "HF_DATASETS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
+    # Nothing is taken from an earlier run.
+    "SABER_CACHE": "off",
     # One thread each: processor time is then what a tool takes, whatever else the machine does. The limit
     # holds for tools that set the number of threads themselves.
     "OMP_NUM_THREADS": "1",
