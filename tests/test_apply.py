@@ -20,7 +20,7 @@ import tiny
 
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
-from saber.checkpoint import plan_on_disk, save_merged
+from saber.checkpoint import plan_on_disk, save_merged, workers
 from saber.checkpoint.apply import ApplySpec, apply_to_files
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
@@ -276,6 +276,23 @@ def test_shards_are_mirrored_and_untouched_ones_linked(sharded, tmp_path):
             assert not os.path.samefile(base / name, out / name)
     assert not list(tmp_path.glob(".*"))
     assert_same(out, sharded.merged)
+
+
+def test_blocks_are_made_by_one_thread_and_others_have_theirs_back(sharded, tmp_path, monkeypatch):
+    seen, write = [], workers.write_shard
+    monkeypatch.setattr(
+        workers,
+        "write_shard",
+        lambda *a, **k: seen.append(torch.get_num_threads()) or write(*a, **k),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        sharded.apply(tmp_path / "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 @pytest.mark.slow
