@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
-from saber import pipeline, prompts
+from saber import editors, pipeline, prompts
 from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
@@ -453,11 +453,22 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
     assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 
 
-def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(model_folder, tmp_path):
+def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
+    model_folder, tmp_path, monkeypatch
+):
+    deciding = []
+
+    class Watched(editors.Preserved):
+        def __init__(self, lm, writers, sets, decisions, **settings):
+            deciding.append([len(encoded) for encoded in decisions])
+            super().__init__(lm, writers, sets, decisions, **settings)
+
+    monkeypatch.setattr(editors, "Preserved", Watched)
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
     config = small("default", data={"keep": [str(file)], "retain": ["fraud"]})
     record = run(str(model_folder), tmp_path / "k", config, force=True, export=()).record
+    assert deciding == [[96, 15, 12]]  # neutral ones, and both keep sets
     assert set(record["baseline"]["kept"]) == {"mine/heldout", "retained/heldout"}
     for name, row in record["edited"]["kept"].items():
         assert row["refusal"]["n"] == 4

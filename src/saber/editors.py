@@ -115,7 +115,8 @@ class SelectiveEditor:
                 *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
                 encode(lm, data.capability.texts, references),
             ],
-            [encode(lm, p.texts) for p in data.keep],
+            # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
+            [encode(lm, p.texts) for p in kept] if data.keep else [],
             positions=self.probing.positions,
             memory=self.edit.memory * 2**30,
             progress=progress,
