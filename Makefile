@@ -18,12 +18,14 @@ export TOKENIZERS_PARALLELISM = false
 demo: .make/installed
 	$(BIN)/saber run demo --out runs/demo --overwrite
 
-test: check fast
-	$(BIN)/python -m pytest -m slow
-
 # Pico models gain nothing from threads: one process a core, each of one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test: check
+	$(PYTEST) -m "not long"
+
 fast: .make/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long"
+	$(PYTEST) -m "not slow and not long"
 
 long: .make/installed
 	$(BIN)/python -m pytest -m long

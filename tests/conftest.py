@@ -23,6 +23,11 @@ SHARED_CACHE = os.environ["SABER_CACHE"]
 """Where runs that several tests look at keep what they measured; each test has a folder of its own."""
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests come first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_unconfigure():
     shutil.rmtree(SHARED_CACHE, ignore_errors=True)
 
