@@ -69,8 +69,14 @@ def test_the_weakest_edit_that_does_is_taken_and_nothing_stronger_is_tried(monke
 
 
 def test_stronger_edits_are_tried_when_answers_are_amiss_and_the_best_is_taken(monkeypatch):
-    amiss = {**dict.fromkeys(LAMBDAS, 0.5), 30.0: 0.2}
+    amiss = {100.0: 0.5, 30.0: 0.3, 10.0: 0.2, 3.0: 0.17, 1.0: 0.0}
     fake = Fake(openings(100), amiss, monkeypatch)
+    assert fake.run()[0] == 3.0
+    assert fake.generated == [100.0, 30.0, 10.0, 3.0]  # 3.0 set 3 points right: no more
+
+
+def test_a_stronger_edit_that_sets_nothing_right_is_the_last(monkeypatch):
+    fake = Fake(openings(100), {**dict.fromkeys(LAMBDAS, 0.0), 100.0: 0.3, 30.0: 0.28}, monkeypatch)
     assert fake.run()[0] == 30.0
     assert fake.generated == [100.0, 30.0]
 

@@ -25,9 +25,9 @@ MARGIN = 0.01
 """How much more likely than a neutral prompt's answer a target's may be to open with the behaviour."""
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
-FURTHER = 1
-"""How many stronger edits are confirmed by answers when the first does not do: what they leave shows
-late, and is the next pass's matter."""
+WORTH = 0.05
+"""What share of answers a stronger edit has to set right, of those amiss, for a still stronger one to be
+tried: what is left otherwise shows late, and is the next pass's matter."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,19 @@ def search(
 
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
-    all where the search is `direct`. If more than `aim` of these are left as they should not be, one
-    stronger edit is tried (`FURTHER`); of those confirmed, the one with fewest answers amiss is taken,
-    the weaker of equals.
+    all where the search is `direct`. If more than `aim` of these are left as they should not be, a
+    stronger edit is tried, and then another as long as each sets some right (`WORTH`): where both kinds of
+    answers open with like words, openings tell little. Of those confirmed, the one with fewest answers
+    amiss is taken, the weaker of equals.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
+
+    def amiss(index: int) -> float:
+        shown = trials[index].shown
+        assert shown is not None
+        return shown.amiss
+
     for lambda_ in progress(lambdas, "line search", len(lambdas)):
         last = lambda_ == lambdas[-1]
         with applied(lm.model, make(lambda_)):
@@ -169,13 +176,8 @@ def search(
         trials.append(trial)
         if confirmed and (trials[-1].shown or Shown(1.0)).left <= aim:
             break
-        if len(confirmed) > FURTHER:
+        if len(confirmed) > 1 and amiss(confirmed[-1]) > min(map(amiss, confirmed[:-1])) - WORTH:
             break
-
-    def amiss(index: int) -> float:
-        shown = trials[index].shown
-        assert shown is not None
-        return shown.amiss
 
     best = min(confirmed, key=amiss)
     trials[best] = replace(trials[best], chosen=True)
