@@ -26,8 +26,8 @@ MARGIN = 0.01
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
-"""What share of all answers a stronger edit has to set right for a still stronger one to be tried, about two of
-the usual 32: what is left otherwise shows late, and is the next pass's matter."""
+"""What share of all answers a stronger edit has to set right for a still stronger one to be tried, about two
+of the usual 32: what is left otherwise shows late, and is the next pass's matter."""
 
 
 @dataclass(frozen=True)
