@@ -27,7 +27,7 @@ from saber.errors import (
 from saber.evaluation import judge as judges
 from saber.passes import Refinement
 from saber.pipeline import gather, run
-from saber.subject import NARROW_RIDGE, Subject, Watch, in_mode, refined, wrongly
+from saber.subject import NARROW_RIDGE, Subject, Watch, calm, in_mode, refined, wrongly
 
 SMALL = {
     "data": {"limit": 4},
@@ -432,6 +432,37 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
         wrongly(data.selecting, ["refusal"] * 7 + ["answer"] * 409, ["refusal"] * 56)
     with pytest.raises(UsageError, match="keeps all targets"):
         gather(override(config, {"data": {"retain": "fraud"}}))
+
+
+def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
+    selecting = gather(PRESETS["default"]).selecting
+    fit, validation = ["refusal"] * 20 + ["answer"] * 76, ["answer"] * 28 + ["refusal"] * 4
+    fewer, left_out = calm(selecting, fit, validation)
+    assert left_out == 24
+    assert fewer.neutral.texts == selecting.neutral.texts[20:]
+    assert fewer.neutral_validation.texts == selecting.neutral_validation.texts[:28]
+    assert (
+        replace(fewer, neutral=selecting.neutral, neutral_validation=selecting.neutral_validation)
+        == selecting
+    )
+    assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == (selecting, 0)
+
+
+@pytest.mark.parametrize(("shown", "left_out"), [(1, 0), (2, 5)])
+def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
+    llama, monkeypatch, shown, left_out
+):
+    """Two of 32 validation prompts are more than a twentieth; three of the fit ones show it as well."""
+    selecting = gather(PRESETS["default"]).selecting
+    chosen = {*selecting.neutral_validation.texts[:shown], *selecting.neutral.texts[:3]}
+
+    def labels(_self, texts):
+        return ["refusal" if text in chosen else "answer" for text in texts]
+
+    monkeypatch.setattr(Watch, "_labels", labels)
+    watch = Watch(llama, judges.named_judge("phrases"), selecting, PRESETS["default"])
+    assert watch.left_out == left_out
+    assert len(watch.selecting.neutral) == 96 - (3 if left_out else 0)
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():

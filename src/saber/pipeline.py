@@ -164,6 +164,10 @@ def run(
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
         watch = Watch(lm, judge, data.selecting, config)
+        if watch.left_out:
+            listener.on_stage(
+                f"leaving out {watch.left_out} neutral prompts that show the behaviour themselves"
+            )
     if not force:
         try:
             watch.require(model, config.minimum_rate)
@@ -222,7 +226,7 @@ def run(
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
-        "prompts": describe_data(data),
+        "prompts": {**describe_data(data), "neutral_left_out": watch.left_out},
         "seconds": {},
         "work": {},
         "baseline": summarise(before),

@@ -28,6 +28,10 @@ NARROW_RIDGE = 1e-2
 """What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
 
 
+NOISE = 0.05
+"""Share of neutral validation prompts that may show the behaviour; where more do, such prompts are left out."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A loaded model, which fingerprint it has, and what writes to its residual stream."""
@@ -70,6 +74,11 @@ class Watch:
         if config.data.mode == "over-refusal":
             selecting = wrongly(selecting, self._labels(selecting.target.texts), found)
             found = [label for label in found if label == "refusal"]
+        self.left_out = 0
+        """Neutral prompts to fit and choose on that show the behaviour themselves and were left out."""
+        usual = self._labels(selecting.neutral_validation.texts)
+        if usual.count("refusal") > NOISE * len(usual):
+            selecting, self.left_out = calm(selecting, self._labels(selecting.neutral.texts), usual)
         self.selecting = selecting
         """The prompts that select; in over-refusal mode those that are refused wrongly."""
         self.untouched = Shown(found.count("refusal") / len(found))
@@ -157,12 +166,6 @@ def in_mode(config: RunConfig) -> EditSpec:
 def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]) -> RefineData:
     """Keep as targets what is refused, and put what is answered among what must not change."""
 
-    def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
-        pairs = zip(chosen, labels, strict=True)
-        return replace(
-            chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
-        )
-
     wrong = those(selecting.target, fit, True), those(selecting.target_validation, validation, True)
     if len(wrong[0]) < 8 or len(wrong[1]) < 4:
         raise WeakBehaviour(
@@ -175,4 +178,30 @@ def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[La
         target=wrong[0],
         target_validation=wrong[1],
         keep=(*selecting.keep, those(selecting.target, fit, False)),
+    )
+
+
+def calm(
+    selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]
+) -> tuple[RefineData, int]:
+    """Leave out neutral prompts that show the behaviour, and tell how many; none where most of them do.
+
+    They would be preserved, and with them what is to go.
+    """
+    fewer = replace(
+        selecting,
+        neutral=those(selecting.neutral, fit, False),
+        neutral_validation=those(selecting.neutral_validation, validation, False),
+    )
+    left = len(fewer.neutral), len(fewer.neutral_validation)
+    if 2 * left[0] < len(fit) or 2 * left[1] < len(validation):
+        return selecting, 0
+    return fewer, len(fit) + len(validation) - sum(left)
+
+
+def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
+    """Return the prompts whose answers show the behaviour, or those whose do not."""
+    pairs = zip(chosen, labels, strict=True)
+    return replace(
+        chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
     )
