@@ -29,7 +29,7 @@ NARROW_RIDGE = 1e-2
 
 
 NOISE = 0.05
-"""Share of neutral validation prompts that may show the behaviour; where more do, such prompts are left out."""
+"""Share of neutral validation prompts that may show the behaviour; where more do, such are left out."""
 
 
 @dataclass(frozen=True)
