@@ -501,3 +501,11 @@ def test_each_row_of_a_table_is_as_wide_as_its_header() -> None:
         table = make(run)
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_prompts_that_were_left_out_are_told() -> None:
+    run = fake_run()
+    run["prompts"]["neutral"]["left_out"] = 7
+    sizes = {row[0]: row[1] for row in tables.prompts(run).rows}
+    assert "7 left out" in sizes["neutral"]
+    assert "left out" not in sizes["target"]

@@ -226,7 +226,7 @@ def run(
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
-        "prompts": {**describe_data(data), "neutral_left_out": watch.left_out},
+        "prompts": describe_data(data, watch.left_out),
         "seconds": {},
         "work": {},
         "baseline": summarise(before),
@@ -580,8 +580,8 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
     }
 
 
-def describe_data(data: RunData) -> dict[str, Any]:
-    """Return the prompt sets as they stand in `run.json`."""
+def describe_data(data: RunData, left_out: int = 0) -> dict[str, Any]:
+    """Return the prompt sets as they stand in `run.json`, and how many neutral ones were not used."""
     chosen, held = data.selecting, data.reporting
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
@@ -604,7 +604,10 @@ def describe_data(data: RunData) -> dict[str, Any]:
 
     return {
         "target": splits(chosen.target, chosen.target_validation, held.target),
-        "neutral": splits(chosen.neutral, chosen.neutral_validation, held.neutral),
+        "neutral": {
+            **splits(chosen.neutral, chosen.neutral_validation, held.neutral),
+            "left_out": left_out,
+        },
         "borderline": one(held.borderline) if held.borderline else None,
         "capability": one(chosen.capability),
         "battery": one(held.battery),

@@ -242,6 +242,8 @@ def prompts(run: Run) -> Table:
         if "fit" in one:
             size = (f"{one['fit']} fit, {one.get('validation', 0)} validation, "
                     f"{one.get('heldout', 0)} held out")  # fmt: skip
+            if one.get("left_out"):
+                size += f"; {one['left_out']} left out, as they show the behaviour themselves"
         else:
             size = number(one.get("n"))
             inside = one.get("categories")
