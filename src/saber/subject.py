@@ -26,8 +26,6 @@ from saber.strength import Shown
 
 NARROW_RIDGE = 1e-2
 """What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
-
-
 NOISE = 0.05
 """Share of neutral validation prompts that may show the behaviour; where more do, such are left out."""
 
@@ -157,7 +155,7 @@ def refined(
 
 
 def in_mode(config: RunConfig) -> EditSpec:
-    """A configuration's edit, with the ridge of its mode where none is set."""
+    """Return a configuration's edit, with the ridge of its mode where none is set."""
     if config.data.mode == "over-refusal" and not config.edit.ridge:
         return replace(config.edit, ridge=NARROW_RIDGE)
     return config.edit
