@@ -7,6 +7,7 @@ from conftest import make_lm
 from transformers import DynamicCache
 
 from saber.evaluation.divergence import diverge, exact, keep_reference, own_answers
+from saber.lm import cache
 from saber.lm.cache import RoomyLayer, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
 from saber.lm.forward import cacheable, forward, plan_batches
@@ -91,21 +92,22 @@ def test_a_start_ends_with_the_first_token_that_is_another():
     assert agreed([], []) == ()
 
 
-def test_a_roomy_cache_holds_what_a_plain_one_does():
+def test_a_roomy_cache_holds_what_a_plain_one_does(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     plain = DynamicCache()
     first = torch.randn(3, 2, 4, 8, generator=generator)
     plain.update(first, -first, 0)
     roomy = copy.deepcopy(plain)
-    make_room(roomy, 2)
+    monkeypatch.setattr(cache, "ROOM", 2)
+    make_room(roomy)
     assert type(roomy.layers[0]) is RoomyLayer
     for step in range(4):  # two more than there is room for
         new = torch.randn(len(plain.layers[0].keys), 2, 1, 8, generator=generator)
         for expected, found in zip(plain.update(new, -new, 0), roomy.update(new, -new, 0), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
         if step == 1:
-            for cache in (plain, roomy):
-                cache.batch_select_indices(torch.tensor([2, 0]))
+            for kind in (plain, roomy):
+                kind.batch_select_indices(torch.tensor([2, 0]))
     assert roomy.get_seq_length() == plain.get_seq_length() == 8
 
 

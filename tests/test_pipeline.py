@@ -456,7 +456,7 @@ def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
     selecting = gather(PRESETS["default"]).selecting
     chosen = {*selecting.neutral_validation.texts[:shown], *selecting.neutral.texts[:3]}
 
-    def labels(_self, texts):
+    def labels(_self, texts, stay=False):
         return ["refusal" if text in chosen else "answer" for text in texts]
 
     monkeypatch.setattr(Watch, "_labels", labels)

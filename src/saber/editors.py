@@ -16,7 +16,7 @@ from saber.evaluation.divergence import exact, reference_of
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.chat import encode, encode_answers
 from saber.lm.forward import Progress
-from saber.lm.generate import Request, answer
+from saber.lm.generate import Completion, Request, answer
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
@@ -76,12 +76,13 @@ class SelectiveEditor:
         behaviour: Callable[[], Shown],
         late: Late,
         progress: Progress[Any],
+        own: Mapping[str, Completion],
         memo: Memo = forgetful,
     ) -> None:
         self.late, self.memo = late, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
-        edited = tuple(w.name for w in writers)
+        self.own, edited = own, tuple(w.name for w in writers)
         self.ruler, self.preserved = memo(
             ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
         )
@@ -91,12 +92,12 @@ class SelectiveEditor:
         lm, data, progress = self.lm, self.data, self.progress
         watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
         kept = (data.neutral, *data.keep)
-        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in watched]
+        missing = [text for text in watched if text not in self.own]
+        asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in missing]
         asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
         written = iter(answer(lm, asked, progress=progress, label="own answers"))
-        reference = reference_of(
-            lm, watched, list(islice(written, len(watched))), progress=progress
-        )
+        own = {**self.own, **dict(zip(missing, islice(written, len(missing)), strict=True))}
+        reference = reference_of(lm, watched, [own[text] for text in watched], progress=progress)
         ruler = Ruler(
             lm,
             data.target_validation,

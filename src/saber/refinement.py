@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from saber.entanglement import EntanglementSpec, entangle
 from saber.evaluation.readout import derive_readout
 from saber.hydra import compensation
 from saber.lm.forward import Progress, silent
+from saber.lm.generate import Completion
 from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
@@ -65,6 +67,7 @@ def refine(
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
     late: Late = lambda _rows: {},
+    own: Mapping[str, Completion] = MappingProxyType({}),
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
     done: Sequence[Pass] = (),
@@ -75,7 +78,8 @@ def refine(
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
     `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind a start that `late` finds: of the three commonest, the likeliest over all targets.
+    looks behind a start that `late` finds: of the three commonest, the likeliest over all targets. `own`
+    holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
 
@@ -115,7 +119,7 @@ def refine(
     if edit.kind == "selective":
         with clock("moments"):
             editor = SelectiveEditor(
-                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress, memo
+                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress, own, memo
             )
     else:
         editor = OrthogonalEditor(lm, writers, edit, [r for p in passes for r in p.removals])

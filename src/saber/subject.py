@@ -9,11 +9,12 @@ from typing import Any
 from saber.ablation import EditSpec
 from saber.config import RunConfig
 from saber.errors import WeakBehaviour
+from saber.evaluation.divergence import exact
 from saber.evaluation.judge import Judge, Label
 from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import generate
+from saber.lm.generate import Completion, generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
@@ -22,7 +23,7 @@ from saber.openings import Opening, late_openings
 from saber.passes import Pass, RefineData, Refinement
 from saber.prompts import PromptSet
 from saber.refinement import refine
-from saber.strength import Shown
+from saber.strength import ANSWER_TOKENS, Shown
 
 NARROW_RIDGE = 1e-2
 """What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
@@ -74,7 +75,9 @@ class Watch:
             found = [label for label in found if label == "refusal"]
         self.left_out = 0
         """Neutral prompts to fit and choose on that show the behaviour themselves and were left out."""
-        usual = self._labels(selecting.neutral_validation.texts)
+        self.own: dict[str, Completion] = {}
+        """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
+        usual = self._labels(selecting.neutral_validation.texts, stay=True)
         if usual.count("refusal") > NOISE * len(usual):
             selecting, self.left_out = calm(selecting, self._labels(selecting.neutral.texts), usual)
         self.selecting = selecting
@@ -82,7 +85,7 @@ class Watch:
         self.untouched = Shown(found.count("refusal") / len(found))
         """What these show before any edit."""
         self._kept = [p.text for kept in selecting.keep_validation for p in kept]
-        self._kept_labels = self._labels(self._kept)
+        self._kept_labels = self._labels(self._kept, stay=True)
 
     def require(self, model: str, least: float) -> None:
         """Raise `WeakBehaviour` where fewer than this share of validation targets show it."""
@@ -93,8 +96,13 @@ class Watch:
                 "Give other --target prompts, or --force.",
             )
 
-    def _labels(self, texts: Sequence[str]) -> list[Label]:
-        tried = generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+    def _labels(self, texts: Sequence[str], *, stay: bool = False) -> list[Label]:
+        """Answer prompts and label the answers; keep those that are to stay, where a ruler can use them."""
+        whole = stay and self._tokens == ANSWER_TOKENS
+        settled, look = (None, exact(self._lm)) if whole else (self._judge.settled, False)
+        tried = generate(self._lm, texts, self._tokens, settled=settled, look=look)
+        if whole:
+            self.own.update(zip(texts, tried, strict=True))
         return list(label_all(self._judge, texts, [c.text for c in tried]))
 
     def shown(self) -> Shown:
@@ -146,6 +154,7 @@ def refined(
         behaviour=behaviour or watch.shown,
         shown=watch.untouched,
         late=watch.late,
+        own=watch.own,
         progress=progress,
         finished=finished,
         done=done,

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from saber.lm.device import give_back_memory
 from saber.passes import Pass
 from saber.pipeline import Listener
 
@@ -41,6 +42,7 @@ def listening(console: Console) -> Iterator[Listener]:
                 bars.advance(task)
         finally:
             bars.remove_task(task)
+            give_back_memory()
 
     def stage(text: str) -> None:
         bars.console.print(f"[bold cyan]>[/] {text}")

@@ -7,19 +7,22 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+ROOM = 16
+"""Tokens for which memory is taken at a time."""
+
 
 class RoomyLayer(DynamicLayer):
-    """A layer's cache that grows into memory taken beforehand; beyond that it grows as any other."""
+    """A layer's cache that grows by `ROOM` tokens at a time and writes new ones into what is there."""
 
-    def __init__(self, filled: DynamicLayer, room: int) -> None:
-        """Take over a filled layer, with room for so many more tokens."""
+    def __init__(self, filled: DynamicLayer) -> None:
+        """Take over a filled layer."""
         super().__init__()
         keys, values = filled.keys, filled.values
         assert keys is not None
         assert values is not None
         self.lazy_initialization(keys, values)
         self._used = keys.shape[-2]
-        self._space = (_longer(keys, room), _longer(values, room))
+        self._space = (_longer(keys, ROOM), _longer(values, ROOM))
         self._show()
 
     def _show(self) -> tuple[Tensor, Tensor]:
@@ -36,7 +39,8 @@ class RoomyLayer(DynamicLayer):
         lacking = self._used - self._space[0].shape[-2]
         if lacking > 0:
             keys, values = self._space
-            self._space = (_longer(keys, lacking), _longer(values, lacking))
+            more = max(lacking, ROOM)
+            self._space = (_longer(keys, more), _longer(values, more))
         for space, new in zip(self._space, (key_states, value_states), strict=True):
             space[..., start : self._used, :] = new
         return self._show()
@@ -58,11 +62,11 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
-def make_room(cache: Any, tokens: int) -> None:
-    """Let the plain layers of a filled cache take so many more tokens without copying the old ones."""
+def make_room(cache: Any) -> None:
+    """Let the plain layers of a filled cache take most new tokens without copying the old ones."""
     for index, layer in enumerate(getattr(cache, "layers", None) or []):
         if type(layer) is DynamicLayer and layer.get_seq_length():
-            cache.layers[index] = RoomyLayer(layer, tokens)
+            cache.layers[index] = RoomyLayer(layer)
 
 
 def _longer(states: Tensor, room: int) -> Tensor:

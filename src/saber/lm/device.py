@@ -51,6 +51,15 @@ def keep_freed_memory() -> None:
     set_option(trim_threshold, (1 << 31) - 1)
 
 
+def give_back_memory() -> None:
+    """Give what was kept by `keep_freed_memory` back to the system, so that peaks do not add up."""
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)
+
+
 def share_keys_on_cpu(device: torch.device) -> None:
     """Let attention on the CPU read grouped keys and values where they lie, unless the user has chosen.
 

@@ -22,8 +22,8 @@ T = TypeVar("T")
 Progress = Callable[[Iterable[T], str, int], Iterator[T]]
 """Wraps an iterable of `total` steps, under a label, to show how far it is."""
 
-TOKENS_PER_BATCH = 2048
-LOGITS_PER_BATCH = 25_000_000
+TOKENS_PER_BATCH = 1024
+LOGITS_PER_BATCH = 12_500_000
 
 
 @dataclass(frozen=True)

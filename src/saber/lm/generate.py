@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,12 +177,22 @@ def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], lab
 
 
 def _grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Group rows of like length in the end, as evenly as `ROWS_PER_BATCH` and memory allow."""
+    """Group rows of like length in the end, into as few batches as memory allows, and as even ones."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    room = min(ROWS_PER_BATCH, max(1, CACHED_PER_BATCH // lengths[order[-1]]))
-    parts = -(-len(order) // room)
-    size = -(-len(order) // parts)
-    return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def filled(room: int) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        for row in order:
+            rows = len(groups[-1]) + 1
+            if groups[-1] and (rows > ROWS_PER_BATCH or rows * lengths[row] > room):
+                groups.append([])
+            groups[-1].append(row)
+        return groups
+
+    fewest = len(filled(CACHED_PER_BATCH))
+    rooms = range(lengths[order[-1]], CACHED_PER_BATCH)
+    even = bisect_left(rooms, True, key=lambda room: len(filled(room)) <= fewest)
+    return filled(rooms[even] if even < len(rooms) else CACHED_PER_BATCH)
 
 
 def _write_batch(
@@ -210,7 +221,7 @@ def _write_batch(
             )
         state = carried(lm, out) if piecewise else None
         if step == 0:
-            make_room(state, steps)
+            make_room(state)
         tokens = out.logits[0].argmax(-1)
         inputs = seen[0].float().cpu() if looking else None
         nll = _surprise(out.logits[0]) if looking else None
