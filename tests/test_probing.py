@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_lm
 
+from saber.errors import NonFinite
 from saber.lm import forward as forwards
 from saber.lm.forward import Share
 from saber.lm.writers import find_writers
@@ -21,7 +22,7 @@ def lm():
 @pytest.fixture
 def several():
     """Prompts of many lengths, which make several batches."""
-    texts = [f"Say {'word ' * (7 * i % 31)}number {i}." for i in range(300)]
+    texts = [f"Say {'word ' * (7 * i % 31)}number {i}." for i in range(150)]
     return PromptSet(
         "many", tuple(Prompt(f"many-{i}", "ab"[i % 2], text) for i, text in enumerate(texts))
     )
@@ -66,3 +67,19 @@ def test_shares_are_whole_batches_and_each_is_in_one():
         assert [b for cut in cuts for b in cut] == batches
         assert max(map(len, cuts)) - min(map(len, cuts)) <= 1
     assert forwards.WHOLE.cut(batches) == batches
+
+
+def test_a_layer_that_gives_nan_at_any_token_is_named(lm):
+    """Not only at the positions that are read."""
+    prompts = PromptSet("two", (Prompt("a", "a", "one"), Prompt("b", "a", "a longer one")))
+
+    def spoil(_module, _args, output):
+        output = output.clone()
+        output[0, 1, 3] = float("nan")
+        return output
+
+    handle = lm.layers[2].register_forward_hook(spoil)
+    with pytest.raises(NonFinite, match="output of layer 2"):
+        probe(lm, prompts, ProbeSpec())
+    handle.remove()
+    probe(lm, prompts, ProbeSpec())

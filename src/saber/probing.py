@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -222,8 +222,14 @@ def _read(
     logprobs: dict[int, Tensor] = {}
     wanted = [[w[-1]] if first_token else [] for w in where]
     earliest = min(min(w) for w in where)
-    axis = streams_axis(lm)
-    with _streams(lm) as captured:
+    streams = _Streams(where, streams_axis(lm))
+
+    def next_batch(rows: list[int], offset: int, width: int) -> None:
+        streams.ready(rows, offset, width)
+        if ready is not None:
+            ready(rows, offset, width)
+
+    with streams.of(lm):
         for batch, _ in forward(
             lm,
             [e.ids for e in encoded],
@@ -231,20 +237,16 @@ def _read(
             progress=progress,
             label=label,
             earliest=earliest,
-            ready=ready,
+            ready=next_batch,
             share=share,
         ):
-            depth = torch.stack([_one(c, axis).float().cpu() for c in captured], dim=2)
-            captured.clear()
-            pieces = batch.split(batch.logits)
-            for line, row in enumerate(batch.rows):
-                rows[row] = depth[line, [p - batch.offset for p in where[row]]]
-                if first_token:
-                    logprobs[row] = pieces[line][0].log_softmax(-1).cpu()
-            _check_finite(depth, batch.lengths)
+            rows.update(zip(batch.rows, streams.taken(batch.lengths), strict=True))
+            if first_token:
+                chances = [piece[0].log_softmax(-1).cpu() for piece in batch.split(batch.logits)]
+                logprobs.update(zip(batch.rows, chances, strict=True))
     order = sorted(rows)
-    chances = torch.stack([logprobs[r] for r in order]) if logprobs else None
-    return {row: rows[row] for row in order}, chances
+    first = torch.stack([logprobs[r] for r in order]) if logprobs else None
+    return {row: rows[row] for row in order}, first
 
 
 def _one(hidden: Tensor, axis: int | None) -> Tensor:
@@ -252,28 +254,53 @@ def _one(hidden: Tensor, axis: int | None) -> Tensor:
     return hidden.mean(axis) if axis is not None and hidden.ndim > 3 else hidden
 
 
-def _check_finite(depth: Tensor, lengths: Sequence[int]) -> None:
-    for line, length in enumerate(lengths):
-        bad = ~torch.isfinite(depth[line, :length]).all(-1).all(0)
-        if bool(bad.any()):
-            index = int(bad.nonzero()[0])
-            raise NonFinite("the embeddings" if index == 0 else f"the output of layer {index - 1}")
+class _Streams:
+    """Takes the residual stream of a forward pass at some positions of each sequence, at every depth."""
 
+    def __init__(self, where: Sequence[Sequence[int]], axis: int | None) -> None:
+        self._where, self._axis = where, axis
+        self._flat = torch.zeros(0, dtype=torch.long)
+        self._counts: list[int] = []
+        self._taken: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
-@contextmanager
-def _streams(lm: LanguageModel) -> Any:
-    """Collect the input of the first layer and every layer's output of a forward, in order."""
-    captured: list[Tensor] = []
+    def ready(self, rows: list[int], offset: int, width: int) -> None:
+        """Hear which sequences come next, each of so many tokens behind the shared prefix."""
+        flat = [
+            line * width + p - offset for line, row in enumerate(rows) for p in self._where[row]
+        ]
+        self._flat, self._counts = torch.tensor(flat), [len(self._where[row]) for row in rows]
 
-    def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.clear()  # what the shared prefix's own pass left
-        captured.append(args[0] if args else kwargs["hidden_states"])
+    def _take(self, hidden: Tensor) -> None:
+        hidden = _one(hidden, self._axis)
+        if len(self._flat):  # not of the shared prefix's own pass
+            chosen = hidden.reshape(-1, hidden.shape[-1])[self._flat.to(hidden.device)]
+            self._taken.append(chosen.float().cpu())
+            # NaN and infinities, of any coordinate, are in the sum.
+            self._sums.append(hidden.sum(-1, dtype=torch.float32))
 
-    def each(_m: nn.Module, _a: Any, output: Any) -> None:
-        captured.append(stream(output))
+    def taken(self, lengths: Sequence[int]) -> list[Tensor]:
+        """Return (positions, depth, d) of each sequence of the pass that ended; raises `NonFinite`."""
+        found, sums = torch.stack(self._taken, 1), [s.cpu() for s in self._sums]
+        self._taken, self._sums = [], []
+        real = torch.arange(sums[0].shape[1]) < torch.tensor(lengths)[:, None]
+        for depth, total in enumerate(sums):
+            if not bool(torch.isfinite(total[real]).all()):
+                raise NonFinite("the embeddings" if depth == 0 else f"the output of layer {depth - 1}")
+        return list(found.split(self._counts))
 
-    with ExitStack() as stack:
-        stack.callback(lm.layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
-        for layer in lm.layers:
-            stack.callback(layer.register_forward_hook(each).remove)
-        yield captured
+    @contextmanager
+    def of(self, lm: LanguageModel) -> Iterator[None]:
+        """Look at the first layer's input and at every layer's output."""
+
+        def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._take(args[0] if args else kwargs["hidden_states"])
+
+        def each(_m: nn.Module, _a: Any, output: Any) -> None:
+            self._take(stream(output))
+
+        with ExitStack() as stack:
+            stack.callback(lm.layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+            for layer in lm.layers:
+                stack.callback(layer.register_forward_hook(each).remove)
+            yield
