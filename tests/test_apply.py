@@ -372,6 +372,7 @@ def killed_at(made, out, moment):
         os._exit(1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(sharded, tmp_path):
     sharded.apply(tmp_path / "whole")

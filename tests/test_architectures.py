@@ -139,6 +139,7 @@ def test_both_laws_hold_and_what_is_saved_is_what_was_edited(family, tmp_path):
     assert (again - edited).abs().max() < 1e-4 * edited.abs().max()
 
 
+@pytest.mark.slow
 def test_a_writer_behind_a_filter_over_tokens_is_refused_with_the_way_out():
     """A short convolution behind a writer gives it another gain at every lag; one gain is no proof."""
     lm = language_model("inkling_text")
@@ -153,6 +154,7 @@ def test_a_writer_behind_a_filter_over_tokens_is_refused_with_the_way_out():
     assert "ablated law" in report["reason"]
 
 
+@pytest.mark.slow
 def test_a_gain_on_the_stream_is_measured_where_no_parameter_is_one():
     """The layer scales every coordinate of the stream by a function of a parameter."""
     lm = language_model("muse_spark")
@@ -220,6 +222,7 @@ def test_names_on_disk_are_those_that_saving_writes(tmp_path):
     assert {len(w.disk) for w in writers} == {1, 4}
 
 
+@pytest.mark.slow
 def test_experts_behind_one_norm_are_told_apart():
     """Two summands under one norm: neither can be tried beside the other."""
     writers = find_writers(language_model("gemma4", **FAMILIES["gemma4"]))
@@ -244,6 +247,7 @@ def cut(family, layers):
     return {**kept, "num_hidden_layers": layers, "num_kv_shared_layers": 0}
 
 
+@pytest.mark.slow
 def test_several_streams_with_a_gain_in_place_are_complete_but_not_proved(capsys, tmp_path):
     tiny.tiny_model("gemma3n_text", **cut("gemma3n_text", 2)).save_pretrained(tmp_path)
     code, said = inspected(capsys, tmp_path, "--json")
@@ -396,6 +400,7 @@ def test_inspect_prints_what_is_proved(capsys, tmp_path):
     assert re.search(r"llama: 4 layers, 8 writers.*-> proved", said)
 
 
+@pytest.mark.slow
 def test_inspect_of_a_custom_decoder_that_fails_the_proof(capsys, tmp_path):
     """The reason names the module, the law and the residual, and what to pass."""
     custom(tmp_path, LEAKY)

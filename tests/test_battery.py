@@ -159,6 +159,7 @@ def test_tolerance_is_inclusive_and_zero_when_absent():
     assert not check({"kind": "number", "value": 3.14}, "3.1400001")
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="0123456789.,/-−$^= answeris:\\frac{}\n", max_size=60) | st.text())
 def test_any_text_gives_a_number_or_none(text):

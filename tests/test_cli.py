@@ -196,6 +196,7 @@ def test_inspect_json_is_the_contract(capsys, model_folder):
     assert set(report["laws"]) == {"zeroed", "ablated"}
 
 
+@pytest.mark.slow
 def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
     out = tmp_path / "run"
     options = [

@@ -466,6 +466,7 @@ def test_a_damaged_tensor_is_named_and_the_rest_is_judged(pair, capsys):
     assert f"NaN or infinity in {name}" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_plot_is_drawn_the_same_each_time(pair, capsys, tmp_path, kind):
     files = [tmp_path / f"{i}" / f"p.{kind}" for i in range(2)]

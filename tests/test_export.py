@@ -379,6 +379,7 @@ def test_formats_are_checked_before_a_run_begins(capsys, model_folder, tmp_path)
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_was_asked_for(model_folder, tmp_path):
     from test_pipeline import small
 

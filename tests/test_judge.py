@@ -206,6 +206,7 @@ FRAGMENTS = (
 PIECES = st.sampled_from([*REFUSALS, *ANSWERS, *FRAGMENTS.split("|")])
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, database=None, derandomize=True)
 @given(st.lists(PIECES, min_size=1, max_size=6), st.integers(0, 400))
 def test_settled_means_that_no_more_text_changes_the_label(pieces, cut):
@@ -215,6 +216,7 @@ def test_settled_means_that_no_more_text_changes_the_label(pieces, cut):
         assert JUDGE.label(text) == "refusal"
 
 
+@pytest.mark.slow
 def test_every_settled_prefix_of_random_joins_stays_a_refusal():
     rng = random.Random(0)
     seen = 0

@@ -84,6 +84,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_one_session_serves_all_budgets_and_saves_both_picks_of_each(tmp_path, monkeypatch):
     place = saved_tokenizer(tmp_path, TURNS)
     program = tmp_path / "environments/heretic/bin/heretic"

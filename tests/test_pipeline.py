@@ -69,6 +69,7 @@ def finished(request, pico, tmp_path_factory):
     return run(str(pico), folder, small(request.param), force=True)
 
 
+@pytest.mark.slow
 def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
     import transformers
 
@@ -110,6 +111,7 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
         assert torch.equal(value, weights[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "on"])
 def test_same_seed_gives_the_same_record(finished, pico, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("SABER_CACHE", SHARED_CACHE if cache == "on" else "off")
@@ -121,6 +123,7 @@ def test_same_seed_gives_the_same_record(finished, pico, tmp_path, monkeypatch, 
     assert whole(again) == whole(finished.record)
 
 
+@pytest.mark.slow
 def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
     config = override(small("card"), {"refine": {"passes": 5, "shortlist": 0, "top_k": 3}})
     record = run(str(model_folder), tmp_path / "card", config, force=True, export=()).record
@@ -136,6 +139,7 @@ def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 @both
 def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch, name):
     """With every held-out prompt replaced by another text, the very same edit is made."""
@@ -193,6 +197,7 @@ def test_splits_that_select_and_report_share_no_prompt():
     assert not texts & set(held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
 def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path):
     seen = []
@@ -268,6 +273,7 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
         run("no-such-model", tmp_path / "file", small())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
 def test_overwrite_replaces_a_former_run(finished, pico, tmp_path):
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
@@ -292,6 +298,7 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_leaves_no_model(model_folder, tmp_path, monkeypatch):
     import transformers
 
@@ -331,6 +338,7 @@ def test_settings_from_toml_and_their_errors(tmp_path):
         read_toml(file)
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
     code = (
         "import sys, saber.pipeline as p, saber.cli.commands as c\n"
@@ -484,6 +492,7 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
     assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 
 
+@pytest.mark.slow
 def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
     model_folder, tmp_path, monkeypatch
 ):
@@ -508,6 +517,7 @@ def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
     assert set(record["comparison"]["kept"]) == set(record["baseline"]["kept"])
 
 
+@pytest.mark.slow
 def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypatch):
     """Every answer counts as a refusal, before and after."""
     monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
@@ -518,6 +528,7 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypat
     assert not (tmp_path / "n" / "model").exists()
 
 
+@pytest.mark.slow
 def test_another_behaviour_by_a_pattern_and_rates_by_length(model_folder, tmp_path):
     folder = Path(__file__).parents[1] / "examples" / "numbered_lists"
     files = {k: str(folder / f"{k}.txt") for k in ("target", "neutral")}

@@ -34,6 +34,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [1, 2, 3, 50])
 def test_parts_are_to_the_last_digit_what_one_reads(lm, several, of):
     spec, writers = ProbeSpec(positions=2), tuple(find_writers(lm))

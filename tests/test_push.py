@@ -245,6 +245,7 @@ def test_of_a_run_folder_the_model_goes_and_nothing_else(hub, saber, refused, ru
     assert str(folder / "adapter") in refused("push", folder, "me/x", "--yes")[1]
 
 
+@pytest.mark.slow
 def test_in_a_terminal_the_whole_way(hub, source, tmp_path):
     """The command as a user starts it: its own process, HF_ENDPOINT, a terminal, the answer typed."""
     out = tmp_path / "edited"

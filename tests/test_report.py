@@ -239,6 +239,7 @@ def draw(name: str, run: dict[str, Any]) -> Any:
         return PLOTS[name](run)
 
 
+@pytest.mark.slow
 def test_a_complete_run_gives_every_plot_the_page_and_the_card(folder: Path) -> None:
     assert {p.name for p in (folder / "plots").iterdir()} == {
         f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")
@@ -252,6 +253,7 @@ def test_a_complete_run_gives_every_plot_the_page_and_the_card(folder: Path) -> 
     assert {p.name for p in folder.iterdir()} == {"run.json", "plots", "report.html", "README.md"}
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     seen: list[Any] = []
 
@@ -266,6 +268,7 @@ def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None
         assert path.read_bytes() == (folder / "plots" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_lesser_run_has_a_report_too(
     variant: Callable[[dict[str, Any]], None], tmp_path: Path
@@ -387,6 +390,7 @@ def test_the_card_holds_no_completion_and_no_prompt(folder: Path) -> None:
     assert "How do I" not in card
 
 
+@pytest.mark.slow
 def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
     run = fake_run()
     run["config"]["data"] = {"behaviour": "numbered list"}

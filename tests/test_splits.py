@@ -20,6 +20,7 @@ def parts_of(splits):
     return [splits.fit, splits.validation, splits.heldout]
 
 
+@pytest.mark.slow
 def test_splits_are_disjoint_and_complete_and_large_enough_for_hundreds_of_seeds():
     for seed in range(400):
         rng = random.Random(seed)

@@ -29,6 +29,7 @@ def test_wilson_bounds_enclose_the_rate_and_narrow_with_confidence():
             assert 0 <= wide.low <= narrow.low <= k / n <= narrow.high <= wide.high <= 1
 
 
+@pytest.mark.slow
 def test_wilson_covers_the_true_rate():
     rng = np.random.default_rng(0)
     for p in (0.05, 0.3, 0.5):

@@ -253,6 +253,7 @@ def test_the_baseline_is_measured_once_a_model(config, tmp_path, monkeypatch):
 # Trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["card", "default", "orthogonal"])
 def test_a_trial_is_the_same_edit_as_a_run_and_leaves_the_model_alone(
     name, texts, model_folder, tmp_path
@@ -285,6 +286,7 @@ def test_a_trial_is_the_same_edit_as_a_run_and_leaves_the_model_alone(
     assert others[0].plan != row.plan
 
 
+@pytest.mark.slow
 def test_passes_that_settings_share_are_computed_once(config, model_folder, tmp_path):
     bench = Bench(Job(str(model_folder), config, tmp_path / "shared", force=True))
     first = bench.trial(Setting(1, {}, changed(config, {"refine.passes": 1})))
@@ -305,6 +307,7 @@ def test_passes_that_settings_share_are_computed_once(config, model_folder, tmp_
     assert again.measured == between.measured
 
 
+@pytest.mark.slow
 def test_a_setting_that_cannot_be_measured_is_told_and_the_sweep_goes_on(
     config, model_folder, tmp_path
 ):
@@ -343,6 +346,7 @@ def test_the_front_and_the_rule():
     assert front.choose([row(1, 0, 0, state="failed")]) is None
 
 
+@pytest.mark.slow
 def test_held_out_prompts_choose_nothing(whole, config, model_folder, tmp_path, monkeypatch):
     """With every held-out prompt another one, table, front and choice stay the same."""
     first = whole.record
@@ -381,6 +385,7 @@ def test_held_out_prompts_choose_nothing(whole, config, model_folder, tmp_path, 
 # Outputs, resume, and the journal
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_table_plots_and_a_trial_that_can_be_built(
     whole, model_folder, tmp_path, capsys
 ):
@@ -448,6 +453,7 @@ def test_a_trial_that_is_not_there_or_of_another_model_is_refused(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_what_its_phases_took(config, model_folder, tmp_path):
     out = tmp_path / "sweep"
     first = swept(model_folder, out, config).record["work"]
@@ -462,6 +468,7 @@ def test_a_sweep_tells_what_its_phases_took(config, model_folder, tmp_path):
         assert more[name] > first[name]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_cut_off_does_no_trial_twice_and_ends_alike(config, model_folder, tmp_path):
     whole = swept(model_folder, tmp_path / "whole", config)
     out, seen = tmp_path / "cut", []
@@ -498,6 +505,7 @@ def test_a_sweep_that_is_cut_off_does_no_trial_twice_and_ends_alike(config, mode
     assert told(Journal(out / journal.TRIALS).rows)[:4] == told(rows)
 
 
+@pytest.mark.slow
 def test_minutes_end_a_sweep_that_then_goes_on(config, model_folder, tmp_path):
     result = swept(model_folder, tmp_path / "s", config, Plan(GRID, minutes=1e-9))
     assert result.left == 4
@@ -506,6 +514,7 @@ def test_minutes_end_a_sweep_that_then_goes_on(config, model_folder, tmp_path):
     assert swept(model_folder, tmp_path / "s", config, resume=True).left == 0
 
 
+@pytest.mark.slow
 def test_a_study_of_another_model_or_prompts_is_refused_and_shows_what_changed(
     config, model_folder, tmp_path
 ):
@@ -535,6 +544,7 @@ def test_one_driver_at_a_time(config, model_folder, tmp_path):
     assert not (out / journal.STUDY).exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_left_alone(config, model_folder, tmp_path):
     (tmp_path / "notes.md").write_text("mine")
     for options in ({}, {"overwrite": True}, {"resume": True}):
@@ -559,6 +569,7 @@ def test_a_damaged_journal_names_the_line(tmp_path):
         Journal(path)
 
 
+@pytest.mark.slow
 def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, capsys):
     config_of(texts)
     arguments = ["sweep", str(model_folder), "--preset", "card", "--passes", "1"]

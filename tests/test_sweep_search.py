@@ -105,6 +105,7 @@ def test_pruning_needs_a_trial_that_is_better_in_both():
     assert not Beaten(())({"opening": 1.0, "kl_sequence": 9.0})
 
 
+@pytest.mark.slow
 def test_a_search_on_a_model_is_resumed_prunes_and_chooses(
     config,  # noqa: F811
     model_folder,  # noqa: F811

@@ -96,6 +96,7 @@ def killed_at_random(world, out, kills, rng, workers=1):
     return cut
 
 
+@pytest.mark.slow
 def test_a_driver_killed_at_random_moments_loses_nothing_and_repeats_nothing(world, tmp_path):
     out = tmp_path / "s"
     killed_at_random(world, out, 5, random.Random(1))
@@ -117,6 +118,7 @@ def test_twenty_deaths_of_drivers_and_their_workers(world, tmp_path):
     assert deaths >= 20
 
 
+@pytest.mark.slow
 def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_path, monkeypatch):
     folder, config, whole = world
     monkeypatch.setenv("SABER_CACHE", str(folder / "cache"))
@@ -167,6 +169,7 @@ def kept_by(shared):
     return {p.relative_to(shared): p.read_bytes() for p in shared.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_workers_probe_a_large_prompt_set_together(world, large, tmp_path, monkeypatch):
     folder = world[0]
     monkeypatch.setenv("SABER_CACHE", str(folder / "cache"))
@@ -257,6 +260,7 @@ def test_a_setting_that_kills_every_worker_fails_at_last(world, tmp_path):
     assert row.error == f"its worker died {MOST_DEATHS} times"
 
 
+@pytest.mark.slow
 def test_benches_find_the_untouched_models_activations_on_disk(world, tmp_path):
     folder, config, whole = world
     fresh = Bench(Job(str(folder / "pico"), whole_base(config), tmp_path, force=True))
