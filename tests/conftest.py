@@ -24,8 +24,14 @@ SHARED_CACHE = os.environ["SABER_CACHE"]
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests come first, so that no process is left with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Slow tests come first, the demo model's before all, so that no process is left with one at the end."""
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is None,
+            item.path.name != "test_demo.py",
+            item.name != "test_the_main_job_takes_the_refusals_out",
+        )
+    )
 
 
 def pytest_unconfigure():
