@@ -25,6 +25,9 @@ from saber.errors import (
     WeakBehaviour,
 )
 from saber.evaluation import judge as judges
+from saber.evaluation.readout import Readout
+from saber.lm.forward import silent
+from saber.lm.writers import find_writers
 from saber.passes import Refinement
 from saber.pipeline import gather, run
 from saber.subject import NARROW_RIDGE, Subject, Watch, calm, in_mode, refined, wrongly
@@ -473,6 +476,44 @@ def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
     assert len(watch.selecting.neutral) == 96 - (3 if left_out else 0)
 
 
+def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
+    """Those that tell what neutral prompts show are those by which divergence is measured."""
+    config, written = PRESETS["default"], editors.answer
+    some = gather(config).selecting
+    some = replace(some, neutral=replace(some.neutral, prompts=some.neutral.prompts[:4]))
+    watch = Watch(llama, judges.named_judge("phrases"), some, config)
+    asked = []
+
+    def counted(lm, requests, **settings):
+        asked.append([request.prompt for request in requests])
+        return written(lm, requests, **settings)
+
+    monkeypatch.setattr(editors, "answer", counted)
+    rulers = []
+    for own in (watch.own, {}):
+        editor = editors.SelectiveEditor(
+            llama,
+            find_writers(llama),
+            some,
+            config.edit,
+            config.refine,
+            config.probe,
+            Readout((5,)),
+            watch.shown,
+            watch.late,
+            silent,
+            own,
+        )
+        rulers.append(editor.ruler)
+    assert asked == [[*some.neutral.texts], [*some.neutral_validation.texts, *some.neutral.texts]]
+    spared, usual = (ruler._reference for ruler in rulers)
+    assert spared.answers == usual.answers
+    for a, b in zip(spared.head_inputs, usual.head_inputs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    shorter = override(config, {"evaluation": {"max_new_tokens": 8}})
+    assert Watch(llama, judges.named_judge("phrases"), some, shorter).own == {}
+
+
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
     usual = PRESETS["default"]
     narrow = override(usual, {"data": {"mode": "over-refusal"}})
@@ -487,7 +528,7 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
     for mode in ("removal", "over-refusal"):
         config = override(PRESETS["default"], {"data": {"mode": mode}})
         refined(
-            Mock(spec=Subject, lm=None), Mock(spec=Watch, selecting=None, untouched=None), config
+            Mock(spec=Subject, lm=None), Mock(spec=Watch, selecting=None, untouched=None, own={}), config
         )
     assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 
