@@ -161,6 +161,11 @@ def _probe(
     return Part(tuple(hidden), read)
 
 
+def _flat(where: Sequence[Sequence[int]], rows: Sequence[int], offset: int, width: int) -> Tensor:
+    """Return where the positions of some sequences lie in a batch (rows x width) behind a prefix."""
+    return torch.tensor([i * width + p - offset for i, row in enumerate(rows) for p in where[row]])
+
+
 class _Inputs:
     """Receives what goes into writers, and keeps the rows at some positions of each sequence."""
 
@@ -171,10 +176,7 @@ class _Inputs:
 
     def ready(self, rows: list[int], offset: int, width: int) -> None:
         """Hear which sequences come next, each of so many tokens behind the shared prefix."""
-        flat = [
-            line * width + p - offset for line, row in enumerate(rows) for p in self._where[row]
-        ]
-        self._rows = torch.tensor(flat)
+        self._rows = _flat(self._where, rows, offset, width)
 
     def __call__(self, key: Key, rows: Tensor) -> None:
         """Receive rows; those of the shared prefix come first and are left out."""
@@ -266,10 +268,8 @@ class _Streams:
 
     def ready(self, rows: list[int], offset: int, width: int) -> None:
         """Hear which sequences come next, each of so many tokens behind the shared prefix."""
-        flat = [
-            line * width + p - offset for line, row in enumerate(rows) for p in self._where[row]
-        ]
-        self._flat, self._counts = torch.tensor(flat), [len(self._where[row]) for row in rows]
+        self._flat = _flat(self._where, rows, offset, width)
+        self._counts = [len(self._where[row]) for row in rows]
 
     def _take(self, hidden: Tensor) -> None:
         hidden = _one(hidden, self._axis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -42,22 +43,24 @@ def keep_freed_memory() -> None:
     It gives large blocks back at once and gets them anew, zeroed page by page, for every intermediate
     tensor of a forward pass on the CPU.
     """
-    try:
-        set_option = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    set_option(mmap_threshold, 1 << 30)
-    set_option(trim_threshold, (1 << 31) - 1)
+    if set_option := _of_glibc("mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        set_option(mmap_threshold, 1 << 30)
+        set_option(trim_threshold, (1 << 31) - 1)
 
 
 def give_back_memory() -> None:
     """Give what was kept by `keep_freed_memory` back to the system, so that peaks do not add up."""
+    if trim := _of_glibc("malloc_trim"):
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """Return a function of GNU's C library; None where that is another one."""
     try:
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        return getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
-        return
-    trim(0)
+        return None
 
 
 def share_keys_on_cpu(device: torch.device) -> None:
