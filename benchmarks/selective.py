@@ -3,17 +3,17 @@
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity;
-`ridge` from none to much; `order` in which writers are solved (all at once, or by depth with inputs read
-again); `positions` at which the behaviour is said to be decided. All with the same directions, those of a
-first pass. Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal
-off. Held-out prompts are not touched.
+`ridge` from none to much; `layers` from which on directions are taken; `order` in which writers are solved
+(all at once, or by depth with inputs read again); `positions` at which the behaviour is said to be decided.
+All with the same directions, those of a first pass (in `layers` fewer of them). Answers to validation
+targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts are not touched.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -199,6 +199,19 @@ def ridge(bench: Bench) -> None:
             bench.row(f"ridge {amount:g}, lambda {lam:g}", plan)
 
 
+def layers(bench: Bench) -> None:
+    """All layers, or the upper ones alone."""
+    for low in (0.0, 0.5, 0.6, 0.66, 0.75):
+        spectral = replace(bench.config.spectral, depth_low=low)
+        chosen = bench.candidates(replace(bench.config, spectral=spectral))
+        solved = bench.solved(chosen)
+        alphas = each(chosen, lambda c: c.strength)
+        first = min(c.direction.layer for c in chosen)
+        for lam in (100.0, 30.0, 10.0):
+            plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+            bench.row(f"from layer {first}, lambda {lam:g}", plan)
+
+
 def order(bench: Bench) -> None:
     """All writers at once, or by depth with their inputs read again after earlier edits."""
     chosen = bench.candidates(bench.config)
@@ -294,13 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", default="baseline,sweep,rules,ridge,order,positions")
+    parser.add_argument("--only", default="baseline,sweep,rules,ridge,layers,order,positions")
     given = parser.parse_args()
     parts = {
         "baseline": baseline,
         "sweep": lambda bench: sweep(bench, given.plot),
         "rules": rules,
         "ridge": ridge,
+        "layers": layers,
         "order": order,
         "positions": positions,
     }
