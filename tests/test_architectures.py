@@ -410,6 +410,7 @@ def test_inspect_of_a_custom_decoder_that_fails_the_proof(capsys, tmp_path):
     assert re.search(r"\(residual \d.*--allow-unproven", said)
 
 
+@pytest.mark.slow
 def test_no_architecture_has_its_name_in_the_code():
     """Comments may give examples; what runs knows no family."""
     known = sorted({re.split(r"[\d_]", name)[0] for name in FAMILIES} - {"mamba"})

@@ -476,6 +476,7 @@ def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
     assert len(watch.selecting.neutral) == 96 - (3 if left_out else 0)
 
 
+@pytest.mark.slow
 def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
     """Those that tell what neutral prompts show are those by which divergence is measured."""
     config, written = PRESETS["default"], editors.answer

@@ -247,6 +247,7 @@ class _Deadly(Local):
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_setting_that_kills_every_worker_fails_at_last(world, tmp_path):
     folder, config, _ = world
     job = Job(str(folder / "pico"), whole_base(config), tmp_path / "shared", force=True)
