@@ -11,11 +11,14 @@ fits nor chooses on. Greedy answers, `phrases` judge; the table is Markdown, the
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from peers_ruler import count
+
 from saber import prompts
-from saber.config import preset
+from saber.config import RunConfig, preset
 from saber.evaluation.judge import Label, named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.statistics import mcnemar_exact, wilson
@@ -31,31 +34,27 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     given = parser.parse_args()
     config = preset("default")
-    sets = {
-        "held-out targets": gather(config).reporting.target.texts,
-        "bundled harmful requests": prompts.harmful().texts,
-    }
+    held_out, harmful = gather(config).reporting.target.texts, prompts.harmful().texts
+    both = (*held_out, *harmful)
     models = {
         "refusing": "demo",
         "edited": str(given.run / "model"),
         "without its adapter": str(base_gguf()),
     }
-    found = {
-        name: labels(model, [text for texts in sets.values() for text in texts])
-        for name, model in models.items()
-    }
+    found = {name: labels(model, both, config) for name, model in models.items()}
+
+    def flags(name: str, label: Label, texts: Sequence[str]) -> list[bool]:
+        return [found[name][text] == label for text in texts]
+
     print("| prompts | label | " + " | ".join(models) + " |")
     print("|---|---|" + "---:|" * len(models))
-    start, total = 0, sum(map(len, sets.values()))
-    for name, end in (*_ends(sets), ("both", total)):
-        start = 0 if name == "both" else start
+    sets = {"held-out targets": held_out, "bundled harmful requests": harmful, "both": both}
+    for title, texts in sets.items():
         for label in ("refusal", "incoherent"):
-            cells = [_share([x == label for x in found[model][start:end]]) for model in models]
-            print(f"| {name} ({end - start}) | {label} | " + " | ".join(cells) + " |")
-        start = end
-    now, usual = (
-        [x == "incoherent" for x in found[name]] for name in ("edited", "without its adapter")
-    )
+            shares = [flags(name, label, texts) for name in models]
+            cells = [count(asdict(wilson(sum(share), len(share)))) for share in shares]
+            print(f"| {title} | {label} | " + " | ".join(cells) + " |")
+    usual, now = (flags(name, "incoherent", both) for name in ("without its adapter", "edited"))
     test = mcnemar_exact(usual, now)
     print(
         f"\nincoherent, edited against without its adapter: {test.c} new, {test.b} gone, "
@@ -63,26 +62,12 @@ def main() -> None:
     )
 
 
-def labels(model: str, texts: Sequence[str]) -> Sequence[Label]:
-    """Label a model's answers as long as a run judges them."""
-    config = preset("default")
+def labels(model: str, texts: Sequence[str], config: RunConfig) -> dict[str, Label]:
+    """Label a model's answers to each text, as long as a run judges them."""
     judge = named_judge(config.evaluation.judge)
     lm = load(model, config.load)
     answers = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)
-    return label_all(judge, texts, [c.text for c in answers])
-
-
-def _ends(sets: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
-    ends, end = [], 0
-    for name, texts in sets.items():
-        end += len(texts)
-        ends.append((name, end))
-    return ends
-
-
-def _share(flags: Sequence[bool]) -> str:
-    found = wilson(sum(flags), len(flags))
-    return f"{sum(flags)} ({100 * found.low:.1f}-{100 * found.high:.1f}%)"
+    return dict(zip(texts, label_all(judge, texts, [c.text for c in answers]), strict=True))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,20 @@ class Bench:
         )
         return trial, shown
 
+    def rows(
+        self,
+        name: str,
+        solved: Selective,
+        candidates: Sequence[Any],
+        lambdas: Sequence[float],
+        tokens: int = SHORT,
+    ) -> None:
+        """Print a row for each lambda, at the default rule for alpha."""
+        alphas = each(candidates, lambda c: c.strength)
+        for lam in lambdas:
+            plan = solved.plan(each(candidates, lambda _c, lam=lam: lam), alphas)
+            self.row(f"{name}, lambda {lam:g}", plan, tokens)
+
     def solved(self, candidates: Sequence[Any], ridge: float = RIDGE) -> Selective:
         """Solve for all writers at once."""
         return solve(self.lm, patterns(candidates), self.decisions(), self.preserved, ridge=ridge)
@@ -191,12 +205,9 @@ def rules(bench: Bench) -> None:
 def ridge(bench: Bench) -> None:
     """How much of the mean eigenvalue is added to the preserved inputs' second moment."""
     chosen = bench.candidates(bench.config)
-    alphas = each(chosen, lambda c: c.strength)
     for amount in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        found = bench.solved(chosen, amount)
-        for lam in (300.0, 100.0, 30.0):
-            plan = found.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
-            bench.row(f"ridge {amount:g}, lambda {lam:g}", plan)
+        solved = bench.solved(chosen, amount)
+        bench.rows(f"ridge {amount:g}", solved, chosen, (300.0, 100.0, 30.0))
 
 
 def layers(bench: Bench) -> None:
@@ -204,12 +215,8 @@ def layers(bench: Bench) -> None:
     for low in (0.0, 0.5, 0.6, 0.66, 0.75):
         spectral = replace(bench.config.spectral, depth_low=low)
         chosen = bench.candidates(replace(bench.config, spectral=spectral))
-        solved = bench.solved(chosen)
-        alphas = each(chosen, lambda c: c.strength)
         first = min(c.direction.layer for c in chosen)
-        for lam in (100.0, 30.0, 10.0):
-            plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
-            bench.row(f"from layer {first}, lambda {lam:g}", plan)
+        bench.rows(f"from layer {first}", bench.solved(chosen), chosen, (100.0, 30.0, 10.0))
 
 
 def order(bench: Bench) -> None:
@@ -234,7 +241,6 @@ def order(bench: Bench) -> None:
 def positions(bench: Bench) -> None:
     """The last prompt token alone, all template tokens, and the first tokens of the model's own answers."""
     chosen = bench.candidates(bench.config)
-    alphas = each(chosen, lambda c: c.strength)
     template = measure_template(bench.lm).suffix_length
     sides = [
         (s.texts, [c.ids for c in generate(bench.lm, s.texts, 8)])
@@ -252,10 +258,8 @@ def positions(bench: Bench) -> None:
         ("last prompt token and 7 of the answer", 7, 8),
         ("3 tokens of the answer alone", 3, 3),
     ):
-        found = solve(bench.lm, patterns(chosen), decisions(answered, last), bench.preserved)
-        for lam in (100.0, 30.0):
-            plan = found.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
-            bench.row(f"{name}, lambda {lam:g}", plan, LONG)
+        solved = solve(bench.lm, patterns(chosen), decisions(answered, last), bench.preserved)
+        bench.rows(name, solved, chosen, (100.0, 30.0), LONG)
 
 
 def baseline(bench: Bench) -> None:
