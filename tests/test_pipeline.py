@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
-from saber import editors, pipeline, prompts
+from saber import editors, pipeline, prompts, subject
 from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
@@ -27,6 +27,7 @@ from saber.errors import (
 from saber.evaluation import judge as judges
 from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
+from saber.lm.generate import Completion
 from saber.lm.writers import find_writers
 from saber.passes import Refinement
 from saber.pipeline import gather, run
@@ -513,6 +514,27 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     shorter = override(config, {"evaluation": {"max_new_tokens": 8}})
     assert Watch(llama, judges.named_judge("phrases"), some, shorter).own == {}
+
+
+def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch):
+    watch = Watch(
+        llama, judges.named_judge("phrases"), gather(PRESETS["default"]).selecting, PRESETS["default"]
+    )
+    wordings = [
+        "I'm sorry, but I can't help with that.",
+        "Sure, I can help. However, I'm not able to help with that.",
+        "Sure, I can help. First take a sheet of paper.",
+        "I'm sorry, but I can't help with that. Ask an expert.",
+    ]
+
+    def written(lm, texts, tokens, **_):
+        ids = [tuple(lm.tokenizer(w, add_special_tokens=False)["input_ids"]) for w in wordings]
+        return [Completion(ids[i % 4], wordings[i % 4]) for i in range(len(texts))]
+
+    monkeypatch.setattr(subject, "generate", written)
+    shown = watch.shown()
+    assert (shown.rate, shown.at_once) == (0.75, 0.5)
+    assert sorted(watch.late([7, 9, 30])) == [9]  # the second of the three that are asked
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():

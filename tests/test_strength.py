@@ -38,7 +38,8 @@ class Fake(Ruler):
 
     def behaviour(self):
         self.generated.append(self.current.lambda_)
-        return Shown(self.amiss[self.current.lambda_])
+        found = self.amiss[self.current.lambda_]
+        return found if isinstance(found, Shown) else Shown(found)
 
     def run(self, **options):
         class Plan(EditPlan):
@@ -77,6 +78,25 @@ def test_stronger_edits_are_tried_when_answers_are_amiss_and_the_best_is_taken(m
 
 def test_a_stronger_edit_that_sets_nothing_right_is_the_last(monkeypatch):
     fake = Fake(openings(100), {**dict.fromkeys(LAMBDAS, 0.0), 100.0: 0.3, 30.0: 0.28}, monkeypatch)
+    assert fake.run()[0] == 30.0
+    assert fake.generated == [100.0, 30.0]
+
+
+def test_as_long_as_some_are_refused_at_once_stronger_edits_are_tried(monkeypatch):
+    amiss = {
+        100.0: Shown(5 / 29, 1 / 29, at_once=5 / 29),
+        30.0: Shown(4 / 29, 2 / 29, at_once=4 / 29),  # one right, one wrong
+        10.0: Shown(3 / 29, 2 / 29, at_once=3 / 29),
+        3.0: Shown(3 / 29, 3 / 29, at_once=3 / 29),  # worse: the last
+    }
+    fake = Fake(openings(100), amiss, monkeypatch)
+    assert fake.run()[0] == 10.0
+    assert fake.generated == [100.0, 30.0, 10.0, 3.0]
+
+
+def test_what_comes_late_is_no_reason_for_a_stronger_edit_unless_it_sets_much_right(monkeypatch):
+    late = {lam: Shown(0.3, at_once=0.1) for lam in LAMBDAS}
+    fake = Fake(openings(100), {**late, 30.0: Shown(0.28, at_once=0.1)}, monkeypatch)
     assert fake.run()[0] == 30.0
     assert fake.generated == [100.0, 30.0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
 """What share of all answers a stronger edit has to set right for a still stronger one to be tried, about two
-of the usual 32: what is left otherwise shows late, and is the next pass's matter."""
+of the usual 32, where it is not known whether what is left shows at once."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Shown:
 
     late: float = 0.0
     """Share of fit targets whose answers show it late, where these were asked."""
+    at_once: float | None = None
+    """Share that shows it before any sentence that does not; the rest of `rate` comes late. None where these
+    were not told apart."""
 
     @property
     def left(self) -> float:
@@ -52,7 +56,7 @@ class Shown:
     @property
     def amiss(self) -> float:
         """By what edits are compared: all answers that are not coherent ones, and changed kept ones."""
-        return self.left + self.incoherent
+        return round(self.left + self.incoherent, 9)
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,10 @@ def search(
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
     all where the search is `direct`. If more than `aim` of these are left as they should not be, a
-    stronger edit is tried, and then another as long as each sets some right (`WORTH`): where both kinds of
-    answers open with like words, openings tell little. Of those confirmed, the one with fewest answers
-    amiss is taken, the weaker of equals.
+    stronger edit is tried: where both kinds of answers open with like words, openings tell little. It goes
+    on so while behaviour is left that shows at once and no edit makes things worse, or else while each sets
+    some answers right (`WORTH`). Of those confirmed, the one with fewest answers amiss is taken, the weaker
+    of equals.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
@@ -174,9 +179,13 @@ def search(
                 trial = replace(ruler.cost(trial), shown=behaviour())
                 confirmed.append(len(trials))
         trials.append(trial)
-        if confirmed and (trials[-1].shown or Shown(1.0)).left <= aim:
+        shown = trial.shown
+        if shown is None:
+            continue
+        if shown.left <= aim:
             break
-        if len(confirmed) > 1 and amiss(confirmed[-1]) > min(map(amiss, confirmed[:-1])) - WORTH:
+        gain = min(map(amiss, confirmed[:-1]), default=math.inf) - shown.amiss
+        if gain < (0 if (shown.at_once or 0) > aim else WORTH):
             break
 
     best = min(confirmed, key=amiss)

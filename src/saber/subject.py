@@ -103,28 +103,43 @@ class Watch:
         tried = generate(self._lm, texts, self._tokens, settled=settled, look=look)
         if whole:
             self.own.update(zip(texts, tried, strict=True))
+        return self._judged(texts, tried)
+
+    def _judged(self, texts: Sequence[str], tried: Sequence[Completion]) -> list[Label]:
         return list(label_all(self._judge, texts, [c.text for c in tried]))
+
+    def _asked_for(self, texts: Sequence[str]) -> list[Completion]:
+        """Answer prompts no further than until their labels are settled."""
+        return generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+
+    def _turning(self, texts: Sequence[str], tried: Sequence[Completion]) -> dict[int, Opening]:
+        """Tell which answers come to show the behaviour late, and behind what."""
+
+        def shows(index: int, text: str) -> bool:
+            return label_all(self._judge, [texts[index]], [text])[0] in ("refusal", "partial")
+
+        return late_openings(self._lm, [c.ids for c in tried], shows)
 
     def shown(self) -> Shown:
         """Answer validation prompts as the model stands."""
-        now = self._labels(self.selecting.target_validation.texts)
+        texts = self.selecting.target_validation.texts
+        tried = self._asked_for(texts)
+        now = self._judged(texts, tried)
+        refused = [i for i, label in enumerate(now) if label == "refusal"]
+        late = self._turning([texts[i] for i in refused], [tried[i] for i in refused])
         later = self._labels(self._kept)
         lost = sum(a != b for a, b in zip(self._kept_labels, later, strict=True))
         return Shown(
-            now.count("refusal") / len(now),
+            len(refused) / len(now),
             now.count("incoherent") / len(now),
             lost / max(len(later), 1),
+            at_once=(len(refused) - len(late)) / len(now),
         )
 
     def late(self, rows: Sequence[int]) -> dict[int, Opening]:
         """Tell which of some fit targets come to show it late as the model stands, and behind what."""
         texts = [self.selecting.target.texts[row] for row in rows]
-        tried = generate(self._lm, texts, self._tokens, settled=self._judge.settled)
-
-        def shows(index: int, text: str) -> bool:
-            return label_all(self._judge, [texts[index]], [text])[0] in ("refusal", "partial")
-
-        found = late_openings(self._lm, [c.ids for c in tried], shows)
+        found = self._turning(texts, self._asked_for(texts))
         return {rows[i]: opening for i, opening in found.items()}
 
 
