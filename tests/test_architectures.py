@@ -188,6 +188,7 @@ def suffixes(writers):
     return {w.weight.split(".layers.")[1].partition(".")[2] for w in writers}
 
 
+@pytest.mark.slow
 def test_fused_experts_are_edited_along_the_axis_of_their_outputs():
     axes = {}
     for family in ("gpt_oss", "llama4_text", "mixtral"):
@@ -297,6 +298,7 @@ def written(lm, writers, r):
     ]
 
 
+@pytest.mark.slow
 def test_a_norm_on_the_stream_is_named_as_the_reason():
     lm = language_model("bart", encoder_layers=2, decoder_layers=2)
     with pytest.raises(

@@ -341,6 +341,7 @@ except RuntimeError:
     assert time.perf_counter() - start < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)"])
 def test_code_that_does_not_end_is_stopped(code):
     start = time.perf_counter()

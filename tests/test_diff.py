@@ -82,6 +82,7 @@ def test_ablations_of_many_makers_are_told(tmp_path, family, dtype, name):
     check(family, dtype, name, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype"), [("llama", F32), ("gpt2", BF16), ("mixtral", BF16), ("gemma2", F32)]
 )
@@ -127,6 +128,7 @@ def test_what_bfloat16_leaves_of_a_weak_ablation_is_said_with_care(tmp_path):
     assert lost.name == "rounding"
 
 
+@pytest.mark.slow
 def test_an_ablation_under_a_light_fine_tune_is_seen_and_said_to_be_mixed(tmp_path):
     v = check("llama", BF16, "healed", tmp_path)
     assert not v.pure

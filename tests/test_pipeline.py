@@ -240,6 +240,7 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
         run(str(pico), tmp_path / "cut", small(), resume=True)
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(
@@ -286,6 +287,7 @@ def test_overwrite_replaces_a_former_run(finished, pico, tmp_path):
     assert not (folder / "model").exists()
 
 
+@pytest.mark.slow
 def test_nan_weights_name_the_layer(model_folder, tmp_path):
     import transformers
 

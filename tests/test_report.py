@@ -308,6 +308,7 @@ def test_titles_state_the_finding() -> None:
         assert part in picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PLOTS))
 @pytest.mark.parametrize("variant", [lambda run: None, one_direction])
 def test_no_text_is_cut_off(name: str, variant: Callable[[dict[str, Any]], None]) -> None:

@@ -194,6 +194,7 @@ def test_the_plan_is_the_closed_form(make):
             )
 
 
+@pytest.mark.slow
 def test_a_small_lambda_takes_the_gap_off_the_targets_and_a_large_one_changes_nothing(llama):
     writers = find_writers(llama)
     for lam, low, high in ((1e-6, 0.98, 1.0), (1e9, 0.0, 1e-6)):
@@ -203,6 +204,7 @@ def test_a_small_lambda_takes_the_gap_off_the_targets_and_a_large_one_changes_no
             assert balance.collateral >= 0
 
 
+@pytest.mark.slow
 def test_the_expected_balance_is_the_one_measured(llama):
     writers = find_writers(llama)
     directions, target, neutral, sets, found, lambdas, alphas = solved(llama, writers, 1, 0.1)
@@ -241,6 +243,7 @@ def test_what_keeps_the_behaviours_inputs_costs_more_than_what_does_not(llama):
     assert removed(target) < 0.5 * removed(texts(6, 9))
 
 
+@pytest.mark.slow
 def test_moments_in_groups_give_the_same_plan(llama):
     writers = find_writers(llama)
     *_, found, lambdas, alphas = solved(llama, writers)

@@ -59,6 +59,7 @@ def test_mcnemar_known_values():
         mcnemar_exact([True], [])
 
 
+@pytest.mark.slow
 def test_mcnemar_holds_its_level():
     rng = np.random.default_rng(1)
     pairs = rng.random((800, 2, 60)) < 0.4
