@@ -268,3 +268,24 @@ def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
 
 def test_compare_needs_a_run(capsys, model_folder):
     assert "run folder" in failing(capsys, "chat", model_folder, "--compare", "--prompt", "x")[1]
+
+
+def test_chat_takes_the_runs_system_prompt_unless_one_is_given(monkeypatch, tmp_path):
+    from saber.ablation import EditPlan
+    from saber.cli import chat
+    from saber.errors import ModelError
+
+    seen = []
+
+    def loaded(name, spec):
+        seen.append((name, spec.system))
+        raise ModelError("that is enough")
+
+    model = {"name": "m", "fingerprint": "f"}
+    record = {"model": model, "config": {"load": {"system": "be brief"}}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    monkeypatch.setattr(chat.EditPlan, "load", lambda _folder: EditPlan())
+    monkeypatch.setattr(chat, "load", loaded)
+    for options in ([], ["--system", "be long"]):
+        assert main(["chat", str(tmp_path), "--prompt", "x", *options]) == 2
+    assert seen == [("m", "be brief"), ("m", "be long")]

@@ -1,5 +1,7 @@
 """Devices and dtypes by what is fast, chat templates, loading, fingerprints."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
@@ -57,6 +59,21 @@ def test_a_template_that_fails_is_one_clear_error():
     lm = make_lm("llama")
     lm.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ModelError, match=r"no system role.*--chat-template"):
+        render(lm, "x")
+
+
+def test_a_system_prompt_and_an_earlier_exchange_come_before_every_prompt(model_folder):
+    lm = load(str(model_folder), LoadSpec(device="cpu", system="be brief"))
+    assert render(lm, "x") == "<s><user> be brief<s><user> x <end> <bot>"
+    longer = replace(lm, before=(("user", "a?"), ("assistant", "b.")))
+    assert render(longer, "x") == "<s><user> a?<s><user> b.<s><user> x <end> <bot>"
+    assert encode(longer, ["x"])[0].prompt_length > encode(replace(lm, before=()), ["x"])[0].prompt_length
+
+
+def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
+    lm = replace(make_lm("llama"), before=(("system", "be brief"),))
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] }}"
+    with pytest.raises(ModelError, match=r"leaves out the system message.*--system"):
         render(lm, "x")
 
 

@@ -248,6 +248,8 @@ def test_the_baseline_is_measured_once_a_model(config, tmp_path, monkeypatch):
         meta.write_text("{")
     once(lm)
     assert len(measured) == 4
+    once(dataclasses.replace(lm, before=(("system", "be brief"),)))
+    assert len(measured) == 5
 
 
 # Trials

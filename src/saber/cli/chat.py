@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from saber.pipeline import PLAN, RUN
 
 def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -> int:
     """`saber chat`: each message is answered on its own."""
-    name, plan, mark = _resolve(arguments.model)
+    name, plan, mark, system = _resolve(arguments.model)
     if arguments.compare and plan is None:
         raise UsageError("--compare needs a run folder.", "Give the folder that saber run wrote.")
     console = Console()
     with Console(stderr=True, quiet=arguments.json).status(f"loading {name}"):
-        lm = load(name, config.load)
+        lm = load(name, replace(config.load, system=config.load.system or system))
     if mark is not None and fingerprint(lm.model) != mark:
         raise UsageError(f"{name} is not the model that the run was made on (another fingerprint).")
     for prompt in arguments.prompt or _typed(console):
@@ -56,13 +57,15 @@ def answer(
     return answers
 
 
-def _resolve(name: str) -> tuple[str, EditPlan | None, str | None]:
-    """Return the model to load, the run's plan, and the fingerprint it was made on."""
+def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
+    """Return the model to load, and a run's plan, the fingerprint it was made on and its system prompt."""
     folder = Path(name)
     if not (folder / RUN).is_file():
-        return name, None, None
+        return name, None, None, ""
     record = artifacts.read_json(folder / RUN)
-    return record["model"]["name"], EditPlan.load(folder / PLAN), record["model"]["fingerprint"]
+    model = record["model"]
+    system = record["config"].get("load", {}).get("system", "")
+    return model["name"], EditPlan.load(folder / PLAN), model["fingerprint"], system
 
 
 def _typed(console: Console) -> Any:

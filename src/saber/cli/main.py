@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
     )
+    _system_option(chat)
     chat.add_argument(
         "--prompt", action="append", help="ask this and leave; may be given more than once"
     )
@@ -264,6 +265,14 @@ def _load_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def _system_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt in front of every prompt (default: what the chat template puts there)",
+    )
+
+
 def _config_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", default=None, help="default, orthogonal, or card (the published settings)")
@@ -276,6 +285,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
         help="any setting, such as spectral.components=5",
     )
     add("--seed", type=int)
+    _system_option(parser)
     add(
         "--target",
         help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset",
@@ -349,6 +359,7 @@ FLAGS = {
     "dtype": "load.dtype",
     "device_map": "load.device_map",
     "chat_template": "load.chat_template",
+    "system": "load.system",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
     "allow_unproven": "load.allow_unproven",

@@ -87,7 +87,7 @@ def _key(
     named = [sets.target, sets.neutral, sets.borderline, sets.battery, *sets.kept]
     prompts = [None if s is None else (s.name, s.fingerprint()) for s in named]
     versions = (_code(), torch.__version__, transformers.__version__)
-    where = (lm.device.type, str(lm.dtype))
+    where = (lm.device.type, str(lm.dtype), lm.before)
     asked = sorted(described.items())
     return codec.digest(mark, str(prompts), sorted(sets.seen), spec, asked, versions, where)[:32]
 

@@ -65,6 +65,7 @@ def run_tasks(lm: LanguageModel, tasks: Any, *, limit: int = 0) -> dict[str, Any
                 model,
                 tasks,
                 limit=limit or None,
+                system_instruction=dict(lm.before).get("system"),
                 apply_chat_template=True,
                 fewshot_as_multiturn=True,
                 bootstrap_iters=1000,

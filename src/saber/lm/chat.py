@@ -38,18 +38,31 @@ class Template:
 
 
 def render(lm: LanguageModel, prompt: str) -> str:
-    """Return the templated text, ready for the answer; a thinking model gets an empty think block."""
+    """Return the templated text behind the messages that come `before`, ready for the answer.
+
+    A thinking model gets an empty think block. Raises `ModelError` where the template fails, or leaves
+    out a system prompt.
+    """
+    messages = [*lm.before, ("user", prompt)]
     try:
         text: str = lm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
+            [{"role": role, "content": content} for role, content in messages],
             add_generation_prompt=True,
             tokenize=False,
             enable_thinking=False,
         )
     except Exception as error:  # jinja raises its own family, and templates may raise anything
         raise ModelError(
-            f"the chat template of {lm.name!r} fails: {error}", "Pass another with --chat-template."
+            f"the chat template of {lm.name!r} fails: {error}",
+            "Pass another with --chat-template"
+            + (", or leave --system out." if lm.before else "."),
         ) from error
+    for role, content in lm.before:
+        if content.strip() not in text:
+            raise ModelError(
+                f"the chat template of {lm.name!r} leaves out the {role} message.",
+                "Pass another with --chat-template, or leave --system out.",
+            )
     if text.rstrip().endswith(_OPEN_THINK):
         text = f"{text.rstrip()}\n\n{_CLOSE_THINK}\n\n"
     return text

@@ -37,6 +37,8 @@ class LoadSpec:
     """Passed to transformers (auto, balanced, ...) to spread a model over several devices."""
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's chat template."""
+    system: str = ""
+    """System prompt in front of every prompt; empty leaves it to the chat template."""
     layers_path: str = ""
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
@@ -119,6 +121,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         stored_dtype=stored,
         layers_path=layers_path,
         allow_unproven=spec.allow_unproven,
+        before=(("system", spec.system),) if spec.system else (),
     )
 
 

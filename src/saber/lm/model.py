@@ -46,6 +46,8 @@ class LanguageModel:
     """Dotted path of the text decoder's layer list inside `model`."""
     allow_unproven: bool = False
     """Edit the writers that were found even where they cannot be proved to be all."""
+    before: tuple[tuple[str, str], ...] = ()
+    """Messages (role, text) that come before every prompt: a system prompt, an earlier exchange."""
     work: Work = field(default_factory=Work)
     """Forward work done so far."""
 

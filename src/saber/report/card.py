@@ -253,6 +253,7 @@ def _provenance(run: Run) -> str:
         ("SABER", run.get("saber_version")),
         ("command", run.get("command")),
         ("settings", _origin(run)),
+        ("system prompt", dig(config, "load", "system") or None),
         ("judge", _judge(run)),
         ("seed", config.get("seed")),
         ("started", environment.get("started")),
