@@ -11,7 +11,7 @@ from saber.evaluation.readout import Readout
 from saber.lm.chat import encode
 from saber.lm.forward import forward
 from saber.prompts import Prompt, PromptSet
-from saber.strength import LAMBDAS, Ruler, Shown, Trial, search
+from saber.strength import BOOSTS, LAMBDAS, Ruler, Shown, Trial, search
 
 
 class Fake(Ruler):
@@ -45,14 +45,15 @@ class Fake(Ruler):
         class Plan(EditPlan):
             pass
 
-        def make(lambda_):
+        def make(lambda_, boost):
             plan = Plan()
-            object.__setattr__(plan, "lambda_", lambda_)
+            object.__setattr__(plan, "lambda_", lambda_ if boost == 1 else (lambda_, boost))
             return plan
 
         plan, trials = search(make_lm(), make, self, self.behaviour, **options)
         chosen = [t.lambda_ for t in trials if t.chosen]
-        assert chosen == [plan.lambda_]
+        boosts = [t.boost for t in trials if t.chosen]
+        assert [plan.lambda_] in (chosen, [*zip(chosen, boosts, strict=True)])
         return plan.lambda_, trials
 
 
@@ -82,22 +83,28 @@ def test_a_stronger_edit_that_sets_nothing_right_is_the_last(monkeypatch):
     assert fake.generated == [100.0, 30.0]
 
 
-def test_as_long_as_some_are_refused_at_once_stronger_edits_are_tried(monkeypatch):
-    amiss = {
-        100.0: Shown(5 / 29, 1 / 29, at_once=5 / 29),
-        30.0: Shown(4 / 29, 2 / 29, at_once=4 / 29),  # one right, one wrong
-        10.0: Shown(3 / 29, 2 / 29, at_once=3 / 29),
-        3.0: Shown(3 / 29, 3 / 29, at_once=3 / 29),  # worse: the last
-    }
-    fake = Fake(openings(100), amiss, monkeypatch)
-    assert fake.run()[0] == 10.0
-    assert fake.generated == [100.0, 30.0, 10.0, 3.0]
+def at_once(lambda_, boosts, late=0.0):
+    """Shares by lambda, then by boost; all of it shows at once but for what is `late`."""
+    found = {**dict.fromkeys(LAMBDAS, 0.2), **{(lambda_, b): v for b, v in boosts.items()}}
+    return {k: Shown(v + late, at_once=v) for k, v in found.items()}
 
 
-def test_what_comes_late_is_no_reason_for_a_stronger_edit_unless_it_sets_much_right(monkeypatch):
-    late = {lam: Shown(0.3, at_once=0.1) for lam in LAMBDAS}
-    fake = Fake(openings(100), {**late, 30.0: Shown(0.28, at_once=0.1)}, monkeypatch)
-    assert fake.run()[0] == 30.0
+def test_where_behaviour_shows_at_once_more_is_taken_off(monkeypatch):
+    fake = Fake(openings(100), at_once(100.0, {1.5: 0.1, 2.0: 0.08, 3.0: 0.08}), monkeypatch)
+    assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 2.0)
+    assert fake.generated == [100.0, 30.0, (100.0, 1.5), (100.0, 2.0), (100.0, 3.0)]
+
+
+def test_more_is_taken_off_no_longer_than_needed(monkeypatch):
+    fake = Fake(openings(100), at_once(100.0, {1.5: 0.04}), monkeypatch)
+    assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 1.5)
+    assert fake.generated[-1] == (100.0, 1.5)
+
+
+@pytest.mark.parametrize("left", [Shown(0.3, at_once=0.04), Shown(0.3)])
+def test_what_comes_late_or_is_not_told_apart_is_no_reason_to_take_more_off(left, monkeypatch):
+    fake = Fake(openings(100), dict.fromkeys(LAMBDAS, left), monkeypatch)
+    assert fake.run(aim=0.05, boosts=BOOSTS)[0] == 100.0
     assert fake.generated == [100.0, 30.0]
 
 

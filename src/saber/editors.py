@@ -25,7 +25,7 @@ from saber.openings import Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec
 from saber.selective import solve
-from saber.strength import ANSWER_TOKENS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
+from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
@@ -169,7 +169,9 @@ class SelectiveEditor:
                     progress=self.progress,
                 ),
             )
-        alphas = {k: [c.strength for c in cs] for k, cs in by_layer.items()}
+
+        def alphas(boost: float = 1.0) -> dict[int, list[float]]:
+            return {k: [boost * c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
             if self.edit.strength != "lambda":
@@ -182,25 +184,32 @@ class SelectiveEditor:
         plan, trials = self.memo(
             (
                 "searched",
-                *(*where, digest(alphas, lambdas(1.0))),
+                *(*where, digest(alphas(), lambdas(1.0))),
                 *(self.spec.stop_rate, tuple(pending)),
             ),
             lambda: search(
                 self.lm,
-                lambda base: plan + solved.plan(lambdas(base), alphas),
+                lambda base, boost: plan + solved.plan(lambdas(base), alphas(boost)),
                 ruler,
                 shown,
                 lambdas=lambdas_tried,
                 aim=self.spec.stop_rate,
                 direct=bool(opening),
+                # What comes late is not for this position, and who sets lambda sets the strength.
+                boosts=() if opening or self.edit.lambda_ else BOOSTS,
                 progress=self.progress,
             ),
         )
-        used = lambdas(next(t.lambda_ for t in trials if t.chosen))
-        balance = solved.balance(used, alphas)
+        taken = next(t for t in trials if t.chosen)
+        used, strengths = lambdas(taken.lambda_), alphas(taken.boost)
+        balance = solved.balance(used, strengths)
         done = [
             replace(
-                c, lambda_=used[k][i], removed=balance[k].removed, collateral=balance[k].collateral
+                c,
+                strength=strengths[k][i],
+                lambda_=used[k][i],
+                removed=balance[k].removed,
+                collateral=balance[k].collateral,
             )
             for k, cs in by_layer.items()
             for i, c in enumerate(cs)

@@ -74,7 +74,7 @@ class Candidate:
     causal_kl: float | None
     """First-token KL on validation neutral prompts of that projection, nats."""
     strength: float
-    """Removed share."""
+    """Removed share; above 1 where a search took off more than was written."""
     status: Status
     """What became of it."""
     lambda_: float | None = None

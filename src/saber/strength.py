@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,9 @@ LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
 """What share of all answers a stronger edit has to set right for a still stronger one to be tried, about two
-of the usual 32, where it is not known whether what is left shows at once."""
+of the usual 32: less is no reason to move preserved inputs more."""
+BOOSTS = (1.5, 2.0, 3.0)
+"""How much more than the fit asks for is taken off, in turn, where behaviour is left that shows at once."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Trial:
     """What judged answers to targets show, where they were generated."""
     chosen: bool = False
     """Whether the pass ended with it."""
+    boost: float = 1.0
+    """Factor on what the fit takes off (on every alpha)."""
 
 
 class Ruler:
@@ -123,7 +126,7 @@ class Ruler:
         return other
 
     def openings(self, lambda_: float = 0.0) -> Trial:
-        """Measure, of the model as it stands, how answers to targets open."""
+        """Measure, of the model as it stands, how answers to targets open (`lambda_` is taken down)."""
         odds = self._readout.log_odds(self._first(self._target))
         return Trial(lambda_, float(odds.sigmoid().mean()), float(odds.mean()))
 
@@ -144,24 +147,26 @@ class Ruler:
 
 def search(
     lm: LanguageModel,
-    make: Callable[[float], EditPlan],
+    make: Callable[[float, float], EditPlan],
     ruler: Ruler,
     behaviour: Callable[[], Shown],
     *,
     lambdas: Sequence[float] = LAMBDAS,
     aim: float = 0.1,
     direct: bool = False,
+    boosts: Sequence[float] = (),
     progress: Progress[Any] = silent,
 ) -> tuple[EditPlan, tuple[Trial, ...]]:
-    """Return the weakest edit that does, and what was tried.
+    """Return the weakest edit `make(lambda, boost)` that does, and what was tried.
 
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
     all where the search is `direct`. If more than `aim` of these are left as they should not be, a
-    stronger edit is tried: where both kinds of answers open with like words, openings tell little. It goes
-    on so while behaviour is left that shows at once and no edit makes things worse, or else while each sets
-    some answers right (`WORTH`). Of those confirmed, the one with fewest answers amiss is taken, the weaker
-    of equals.
+    stronger edit is tried, and then another as long as each sets some right (`WORTH`): where both kinds of
+    answers open with like words, openings tell little. Of those confirmed, the one with fewest answers
+    amiss is taken, the weaker of equals. Where more than `aim` shows at once with it, its lambda is kept and
+    more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
+    answer right: what other writers make up for is gone then too.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
@@ -171,23 +176,30 @@ def search(
         assert shown is not None
         return shown.amiss
 
-    for lambda_ in progress(lambdas, "line search", len(lambdas)):
-        last = lambda_ == lambdas[-1]
-        with applied(lm.model, make(lambda_)):
-            trial = ruler.openings(lambda_)
-            if direct or confirmed or last or trial.opening <= ruler.usual + MARGIN:
+    def tried(lambda_: float, boost: float = 1.0, *, sure: bool = False) -> Shown | None:
+        """Try an edit; ask for answers where `sure`, or where openings are rare enough."""
+        with applied(lm.model, make(lambda_, boost)):
+            trial = replace(ruler.openings(lambda_), boost=boost)
+            if sure or trial.opening <= ruler.usual + MARGIN:
                 trial = replace(ruler.cost(trial), shown=behaviour())
                 confirmed.append(len(trials))
         trials.append(trial)
-        shown = trial.shown
-        if shown is None:
-            continue
-        if shown.left <= aim:
-            break
-        gain = min(map(amiss, confirmed[:-1]), default=math.inf) - shown.amiss
-        if gain < (0 if (shown.at_once or 0) > aim else WORTH):
-            break
+        return trial.shown
 
+    for lambda_ in progress(lambdas, "line search", len(lambdas)):
+        shown = tried(lambda_, sure=direct or bool(confirmed) or lambda_ == lambdas[-1])
+        if shown is not None and shown.left <= aim:
+            break
+        if len(confirmed) > 1 and amiss(confirmed[-1]) > min(map(amiss, confirmed[:-1])) - WORTH:
+            break
     best = min(confirmed, key=amiss)
+    for boost in progress(boosts, "taking more off", len(boosts)):
+        left = trials[best].shown
+        if left is None or (left.at_once or 0) <= aim:
+            break
+        tried(trials[best].lambda_, boost, sure=True)
+        if amiss(confirmed[-1]) >= amiss(best):
+            break
+        best = confirmed[-1]
     trials[best] = replace(trials[best], chosen=True)
-    return make(trials[best].lambda_), tuple(trials)
+    return make(trials[best].lambda_, trials[best].boost), tuple(trials)

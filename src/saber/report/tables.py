@@ -173,13 +173,14 @@ def search(run: Run) -> Table:
         for t in one.get("search") or []:
             shown = t.get("shown") or {}
             rows.append((
-                str(one.get("index", MISSING)), number(t.get("lambda")), percent(t.get("opening"), 1),
+                str(one.get("index", MISSING)), number(t.get("lambda")), number(t.get("boost")),
+                percent(t.get("opening"), 1),
                 number(t.get("kl_first")), number(t.get("kl_sequence")),
                 percent(shown.get("rate")), percent(shown.get("incoherent")),
                 percent(shown.get("lost")), "taken" if t.get("chosen") else "",
             ))  # fmt: skip
     return Table(
-        ("pass", "λ", reading.worded(run, "opens with a refusal", "opens with it"),
+        ("pass", "λ", "boost", reading.worded(run, "opens with a refusal", "opens with it"),
          "KL, first token", "KL, per token", reading.worded(run, "refusals", "show it"),
          "incoherent", "kept answers changed", ""), tuple(rows),
     )  # fmt: skip
