@@ -14,6 +14,7 @@ from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
 from saber import editors, pipeline, prompts, subject
+from saber.ablation import EditPlan
 from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
@@ -31,6 +32,7 @@ from saber.lm.generate import Completion
 from saber.lm.writers import find_writers
 from saber.passes import Refinement
 from saber.pipeline import gather, run
+from saber.strength import Shown
 from saber.subject import NARROW_RIDGE, Subject, Watch, calm, in_mode, refined, wrongly
 
 SMALL = {
@@ -581,6 +583,30 @@ def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
         assert row["kl"]["sequence"] > 0
         assert record["baseline"]["kept"][name]["kl"]["sequence"] == 0
     assert set(record["comparison"]["kept"]) == set(record["baseline"]["kept"])
+
+
+@pytest.mark.slow
+def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
+    model_folder, tmp_path, monkeypatch
+):
+    def edited(name, left, **edit):
+        asked = iter([0.5, 0.5, *left])
+        monkeypatch.setattr(Watch, "shown", lambda _self: Shown(x := next(asked), at_once=x))
+        config = small("default", refine={"passes": 1, "stop": "never", "max_q": 1}, edit=edit)
+        record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
+        return record["passes"][0], EditPlan.load(tmp_path / name / "plan")
+
+    this, plan = edited("boosted", [0.25, 0.25], **{"lambda": 0})
+    (taken,) = [t for t in this["search"] if t["chosen"]]
+    assert [t["boost"] for t in this["search"][-2:]] == [1.5, 2.0]
+    assert taken["boost"] == 1.5
+    for row in this["directions"]:
+        assert row["strength"] == pytest.approx(1.5 * row["purity"])
+    # Who sets lambda gets the fit as it is.
+    other, fitted = edited("fitted", [], **{"lambda": taken["lambda"]})
+    assert [t["boost"] for t in other["search"]] == [1.0]
+    for name, factor in fitted.factors.items():
+        torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
 
 
 @pytest.mark.slow
