@@ -3,7 +3,7 @@
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity;
-`ridge` from none to much; `layers` from which on directions are taken; `order` in which writers are solved
+`boosts` by which more is taken off than the fit asks for; `ridge` from none to much; `layers` from which on directions are taken; `order` in which writers are solved
 (all at once, or by depth with inputs read again); `positions` at which the behaviour is said to be decided.
 All with the same directions, those of a first pass (in `layers` fewer of them). Answers to validation
 targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts are not touched.
@@ -37,7 +37,7 @@ from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
 from saber.spectral import extract
-from saber.strength import ANSWER_TOKENS, Ruler, Shown, Trial
+from saber.strength import ANSWER_TOKENS, BOOSTS, Ruler, Shown, Trial
 
 SHORT, LONG = 32, 100
 """Lengths of judged answers, tokens."""
@@ -202,6 +202,17 @@ def rules(bench: Bench) -> None:
             bench.row(f"{name}, lambda {lam:g}", solved.plan(lambdas, alphas))
 
 
+def boosts(bench: Bench) -> None:
+    """More taken off than the fit asks for."""
+    chosen = bench.candidates(bench.config)
+    solved = bench.solved(chosen)
+    for boost in (1.0, *BOOSTS[:2]):
+        alphas = each(chosen, lambda c, boost=boost: boost * c.strength)
+        for lam in (1000.0, 300.0, 100.0, 30.0):
+            plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+            bench.row(f"boost {boost:g}, lambda {lam:g}", plan)
+
+
 def ridge(bench: Bench) -> None:
     """How much of the mean eigenvalue is added to the preserved inputs' second moment."""
     chosen = bench.candidates(bench.config)
@@ -311,12 +322,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", default="baseline,sweep,rules,ridge,layers,order,positions")
+    parser.add_argument("--only", default="baseline,sweep,rules,boosts,ridge,layers,order,positions")
     given = parser.parse_args()
     parts = {
         "baseline": baseline,
         "sweep": lambda bench: sweep(bench, given.plot),
         "rules": rules,
+        "boosts": boosts,
         "ridge": ridge,
         "layers": layers,
         "order": order,
