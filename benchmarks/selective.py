@@ -4,10 +4,10 @@
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity; `boosts`
 by which more is taken off than the fit asks for; `ridge` from none to much; `layers` from which on directions
-are taken; `order` in which writers are solved (all at once, or by depth with inputs read again); `positions` at
-which the behaviour is said to be decided. All with the same directions, those of a first pass (in `layers` fewer
-of them). Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal off.
-Held-out prompts are not touched.
+are taken; `order` in which writers are solved (all at once, or by depth with inputs read again); `positions`
+at which the behaviour is said to be decided. All with the same directions, those of a first pass (in `layers`
+fewer of them). Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal
+off. Held-out prompts are not touched.
 """
 
 from __future__ import annotations
