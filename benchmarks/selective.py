@@ -139,9 +139,10 @@ class Bench:
         candidates: Sequence[Any],
         lambdas: Sequence[float],
         tokens: int = SHORT,
+        boost: float = 1.0,
     ) -> None:
-        """Print a row for each lambda, at the default rule for alpha."""
-        alphas = each(candidates, lambda c: c.strength)
+        """Print a row for each lambda, at the default rule for alpha, times a boost."""
+        alphas = each(candidates, lambda c: boost * c.strength)
         for lam in lambdas:
             plan = solved.plan(each(candidates, lambda _c, lam=lam: lam), alphas)
             self.row(f"{name}, lambda {lam:g}", plan, tokens)
@@ -208,10 +209,7 @@ def boosts(bench: Bench) -> None:
     chosen = bench.candidates(bench.config)
     solved = bench.solved(chosen)
     for boost in (1.0, *BOOSTS[:2]):
-        alphas = each(chosen, lambda c, boost=boost: boost * c.strength)
-        for lam in (1000.0, 300.0, 100.0, 30.0):
-            plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
-            bench.row(f"boost {boost:g}, lambda {lam:g}", plan)
+        bench.rows(f"boost {boost:g}", solved, chosen, (1000.0, 300.0, 100.0, 30.0), boost=boost)
 
 
 def ridge(bench: Bench) -> None:

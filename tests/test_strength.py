@@ -83,10 +83,10 @@ def test_a_stronger_edit_that_sets_nothing_right_is_the_last(monkeypatch):
     assert fake.generated == [100.0, 30.0]
 
 
-def at_once(lambda_, boosts, late=0.0):
-    """Shares by lambda, then by boost; all of it shows at once but for what is `late`."""
+def at_once(lambda_, boosts):
+    """Shares by lambda, then by boost; all of it shows at once."""
     found = {**dict.fromkeys(LAMBDAS, 0.2), **{(lambda_, b): v for b, v in boosts.items()}}
-    return {k: Shown(v + late, at_once=v) for k, v in found.items()}
+    return {k: Shown(v, at_once=v) for k, v in found.items()}
 
 
 def test_where_behaviour_shows_at_once_more_is_taken_off(monkeypatch):
