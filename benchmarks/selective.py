@@ -2,12 +2,14 @@
 
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
-Parts: `baseline` the orthogonal edit; `sweep` over lambda; `rules` that set strengths from purity; `boosts`
-by which more is taken off than the fit asks for; `ridge` from none to much; `layers` from which on directions
-are taken; `order` in which writers are solved (all at once, or by depth with inputs read again); `positions`
-at which the behaviour is said to be decided. All with the same directions, those of a first pass (in `layers`
-fewer of them). Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal
-off. Held-out prompts are not touched.
+Parts: `baseline` the orthogonal edit; `sweep` over lambda, as the default sets it by layer; `sensitivity`
+by which it follows what answers feel of a layer; `rules` that set strengths from purity; `boosts` by which
+more is taken off than the fit asks for; `ridge` from none to much; `layers` from which on directions are
+taken; `order` in which writers are solved (all at once, or by depth with inputs read again); `positions` at
+which the behaviour is said to be decided. All with the same directions, those of a first pass (in `layers`
+fewer of them), and, but for `sweep` and `sensitivity`, with one lambda for all layers. Answers to
+validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts are
+not touched.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from saber.ablation import EditPlan, applied, orthogonal
 from saber.candidates import choose
 from saber.config import RunConfig, preset
+from saber.editors import FELT
 from saber.entanglement import entangle
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
@@ -37,12 +40,13 @@ from saber.moments import RIDGE, Preserved, read_decisions
 from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
+from saber.sensitivity import fisher, weights
 from saber.spectral import extract
 from saber.strength import ANSWER_TOKENS, BOOSTS, Ruler, Shown, Trial
 
 SHORT, LONG = 32, 100
 """Lengths of judged answers, tokens."""
-SWEEP = (1000.0, 500.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
+SWEEP = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
 HEADER = (
     "| edit | log-odds | opens with refusal | KL, first token | KL, sequence | refusals | incoherent |\n"
     "|---|---:|---:|---:|---:|---:|---:|"
@@ -63,6 +67,7 @@ class Bench:
     ruler: Ruler
     preserved: Preserved
     judge: Any
+    answered: Any
 
     @classmethod
     def build(cls, model: str) -> Bench:
@@ -91,6 +96,7 @@ class Bench:
             Ruler(lm, data.target_validation, data.neutral_validation, (), readout),
             Preserved(lm, writers, sets),
             named_judge(config.evaluation.judge),
+            sets[0][:: len(sets[0]) // FELT][:FELT],
         )
 
     def candidates(self, config: RunConfig) -> list[Any]:
@@ -172,16 +178,34 @@ def each(candidates: Sequence[Any], of: Callable[[Any], float]) -> Mapping[int, 
 
 
 def sweep(bench: Bench, plot: Path | None) -> None:
-    """Lambda from weak to strong, at the default rule for alpha."""
+    """Lambda from weak to strong, at the default rules for alpha and for lambda by layer."""
     chosen = bench.candidates(bench.config)
-    solved = bench.solved(chosen)
+    solved, felt = bench.solved(chosen), fisher(bench.lm, patterns(chosen), bench.answered)
+    dear = weights(felt, bench.config.edit.sensitivity)
     points = []
     for lam in SWEEP:
-        alphas = each(chosen, lambda c: c.strength)
-        plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+        plan = solved.plan(scaled(dear, lam), each(chosen, lambda c: c.strength))
         points.append((lam, *bench.row(f"lambda {lam:g}", plan)))
     if plot:
         draw(points, plot)
+
+
+def scaled(dear: Mapping[int, list[float]], lam: float) -> Mapping[int, list[float]]:
+    """Return lambda by layer."""
+    return {layer: [lam * factor for factor in factors] for layer, factors in dear.items()}
+
+
+def sensitivity(bench: Bench) -> None:
+    """One lambda for all layers, or by a power of what the answers feel of a layer's direction."""
+    chosen = bench.candidates(bench.config)
+    solved = bench.solved(chosen)
+    felt = fisher(bench.lm, patterns(chosen), bench.answered)
+    print("felt, 1e-6 nats:", {k: round(1e6 * float(v[0]), 1) for k, v in sorted(felt.items())})
+    alphas = each(chosen, lambda c: c.strength)
+    for power in (0.0, 1.0, 1.5, 2.0):
+        for lam in (1000.0, 300.0, 100.0, 30.0):
+            plan = solved.plan(scaled(weights(felt, power), lam), alphas)
+            bench.row(f"power {power:g}, lambda {lam:g}", plan)
 
 
 def rules(bench: Bench) -> None:
@@ -321,11 +345,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--only", default="baseline,sweep,rules,boosts,ridge,layers,order,positions")
+    parser.add_argument("--only", help="names of parts, with commas between them; all by default")
     given = parser.parse_args()
     parts = {
         "baseline": baseline,
         "sweep": lambda bench: sweep(bench, given.plot),
+        "sensitivity": sensitivity,
         "rules": rules,
         "boosts": boosts,
         "ridge": ridge,
@@ -334,7 +359,7 @@ def main() -> None:
         "positions": positions,
     }
     bench = Bench.build(given.model)
-    for name in given.only.split(","):
+    for name in given.only.split(",") if given.only else parts:
         print(f"\n{name}\n\n{HEADER}", flush=True)
         parts[name](bench)
 

@@ -93,10 +93,20 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
     kl = record["edited"]["kl"]
     assert 0.0 < kl["sequence_low"] < kl["sequence"] < kl["sequence_high"]
     assert 0.0 < kl["first_token_low"] < kl["first_token"] < kl["first_token_high"]
+    assert 0.0 < kl["sequence_median"] < kl["sequence_p95"]
     assert (
         record["comparison"]["perplexity_ratio"]["low"]
         <= record["comparison"]["perplexity_ratio"]["high"]
     )
+    for this in record["passes"]:
+        felt = [row["sensitivity"] for row in this["directions"]]
+        if not selective:
+            assert set(felt) == {None}
+            continue
+        assert len({row["lambda"] for row in this["directions"]}) == 4
+        for row in this["directions"]:
+            dear = (row["sensitivity"] / (sum(felt) / 4)) ** record["config"]["edit"]["sensitivity"]
+            assert row["lambda"] == pytest.approx(1.0 * dear)
     edited = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     base = transformers.AutoModelForCausalLM.from_pretrained(pico)
     changed = {
@@ -607,6 +617,23 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     assert [t["boost"] for t in other["search"]] == [1.0]
     for name, factor in fitted.factors.items():
         torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
+
+
+@pytest.mark.slow
+def test_one_lambda_serves_all_layers_where_nothing_is_felt(model_folder, tmp_path, monkeypatch):
+    def rows(name, **edit):
+        config = small("default", refine={"passes": 1}, edit=edit)
+        record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
+        return record["passes"][0]["directions"]
+
+    asked = Mock(side_effect=NotImplementedError("the derivative for 'x' is not implemented"))
+    monkeypatch.setattr(editors, "fisher", asked)
+    plain = rows("plain", sensitivity=0.0)
+    assert asked.call_count == 0
+    # A model with a kernel that has no way back is edited all the same.
+    assert rows("no-way-back") == plain
+    assert asked.call_count == 1
+    assert [(row["lambda"], row["sensitivity"]) for row in plain] == [(1.0, None)] * 4
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "edit.alpha": (0, 1),
     "edit.lambda": (0, 1e9),
     "edit.ridge": (0, 1),
+    "edit.sensitivity": (0, 4),
     "edit.memory": (0.001, 1e6),
     "edit.skip_below": (0, 1),
     "refine.passes": (1, 100),

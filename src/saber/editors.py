@@ -9,12 +9,13 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
 from saber.codec import digest
 from saber.evaluation.divergence import exact, reference_of
 from saber.evaluation.readout import Readout, derive_readout
-from saber.lm.chat import encode, encode_answers
+from saber.lm.chat import Encoded, encode, encode_answers
 from saber.lm.forward import Progress
 from saber.lm.generate import Completion, Request, answer
 from saber.lm.model import LanguageModel
@@ -25,12 +26,15 @@ from saber.openings import Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec
 from saber.selective import solve
+from saber.sensitivity import fisher, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
 Sides = tuple[Activations, Activations]
 Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
+FELT = 16
+"""Texts of each preserved set along whose answers a change is felt."""
 Late = Callable[[Sequence[int]], Mapping[int, Opening]]
 """Answers some fit targets, given by number, with the model as it stands; tells which of them come to
 show the behaviour late, and behind which start."""
@@ -83,12 +87,15 @@ class SelectiveEditor:
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
         self.own, edited = own, tuple(w.name for w in writers)
-        self.ruler, self.preserved = memo(
+        self.ruler, self.preserved, self.felt = memo(
             ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
         )
 
-    def _prepared(self, readout: Readout) -> tuple[Ruler, Preserved]:
-        """Let the untouched model answer what must not change; return what is measured by that."""
+    def _prepared(self, readout: Readout) -> tuple[Ruler, Preserved, list[Encoded]]:
+        """Let the untouched model answer what must not change; return what is measured by that.
+
+        The last are the texts along which a change is felt, as many of each set.
+        """
         lm, data, progress = self.lm, self.data, self.progress
         watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
         kept = (data.neutral, *data.keep)
@@ -109,19 +116,19 @@ class SelectiveEditor:
         )
         answers = [[c.ids for c in islice(written, len(p))] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-        return ruler, Preserved(
+        answered = [encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)]
+        preserved = Preserved(
             lm,
             self.writers,
-            [
-                *(encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)),
-                encode(lm, data.capability.texts, references),
-            ],
+            [*answered, encode(lm, data.capability.texts, references)],
             # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
             [encode(lm, p.texts) for p in kept] if data.keep else [],
             positions=self.probing.positions,
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
+        felt = [e for some in answered for e in some[:: max(1, len(some) // FELT)][:FELT]]
+        return ruler, preserved, felt
 
     def __call__(
         self,
@@ -169,14 +176,23 @@ class SelectiveEditor:
                     progress=self.progress,
                 ),
             )
+            felt = self._felt(stacked, at)
+        dear = {k: [1.0] * len(cs) for k, cs in by_layer.items()}
+        if felt is not None:
+            dear = weights(felt, self.edit.sensitivity)
 
         def alphas(boost: float = 1.0) -> dict[int, list[float]]:
             return {k: [boost * c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
-            if self.edit.strength != "lambda":
-                return {k: [base] * len(cs) for k, cs in by_layer.items()}
-            return {k: [base / c.entanglement.purity for c in cs] for k, cs in by_layer.items()}
+            pure = self.edit.strength != "lambda"
+            return {
+                k: [
+                    base * w / (1.0 if pure else c.entanglement.purity)
+                    for c, w in zip(cs, dear[k], strict=True)
+                ]
+                for k, cs in by_layer.items()
+            }
 
         lambdas_tried: Sequence[float] = LATE_LAMBDAS if opening else LAMBDAS
         if self.edit.lambda_:
@@ -210,11 +226,26 @@ class SelectiveEditor:
                 lambda_=used[k][i],
                 removed=balance[k].removed,
                 collateral=balance[k].collateral,
+                sensitivity=None if felt is None else float(felt[k][i]),
             )
             for k, cs in by_layer.items()
             for i, c in enumerate(cs)
         ]
         return plan, trials, done
+
+    def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
+        """Return how the answers feel of each direction; None where nothing is set by it, or no way back."""
+        if not self.edit.sensitivity:
+            return None
+
+        def read() -> Mapping[int, Tensor] | None:
+            try:
+                return fisher(self.lm, stacked, self.felt, progress=self.progress)
+            except (RuntimeError, NotImplementedError):
+                # Some kernels have no way back, and it needs more memory than forward passes do.
+                return None
+
+        return self.memo(("sensitivity", at, self.probing, digest(*stacked.items())), read)
 
     def _decisions(self, sides: Sides, opening: Opening) -> Decisions:
         """Return what goes into the writers where the behaviour is decided; read, where not probed."""

@@ -680,6 +680,7 @@ def _describe_candidate(c: Candidate) -> dict[str, Any]:
         "causal_kl": c.causal_kl,
         "strength": c.strength,
         "lambda": c.lambda_,
+        "sensitivity": c.sensitivity,
         "removed": c.removed,
         "collateral": c.collateral,
         "status": c.status,

@@ -65,7 +65,7 @@ class Trial:
     """One strength, as validation prompts see it."""
 
     lambda_: float
-    """Weight of preserved inputs."""
+    """Weight of preserved inputs, before what each layer makes of it."""
     opening: float
     """Mean probability that an answer to a target opens with the behaviour."""
     log_odds: float

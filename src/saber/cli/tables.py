@@ -108,6 +108,7 @@ def result_rows(
         both("accuracy", lambda m: proportion({**m["accuracy"], "rate": m["accuracy"]["overall"]})),
         both("KL, first token (nats)", number(("kl", "first_token"), 4)),
         both("KL, sequence (nats)", number(("kl", "sequence"), 4)),
+        both("  median prompt", number(("kl", "sequence_median"), 4)),
     ]
     return [row for row in rows if row[1] != "-" or row[2] not in ("", "-")]
 

@@ -118,7 +118,7 @@ def routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
         if len(rows) != ids.numel():
             odd.append(len(rows))
 
-    with _plain_experts(lm), torch.no_grad(), Tap(lm, writers, count):
+    with plain_experts(lm), torch.no_grad(), Tap(lm, writers, count):
         _run(lm, ids, (5, 5, 5), 0, None)
     return bool(odd)
 
@@ -138,7 +138,7 @@ def read_inputs(
     and a bias is no part of one.
     """
     tap = Tap(lm, writers, receive)
-    with _plain_experts(lm), torch.no_grad():
+    with plain_experts(lm), torch.no_grad():
         for ids, lengths in progress(reading.batches, label, len(reading.batches)):
             ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
             if reading.last and not reading.padded:
@@ -274,7 +274,7 @@ class Tap(TorchDispatchMode):
 
 
 @contextmanager
-def _plain_experts(lm: LanguageModel) -> Iterator[None]:
+def plain_experts(lm: LanguageModel) -> Iterator[None]:
     """Let each expert meet its own rows in a product of its own, where transformers offers that."""
     configs = {id(c): c for m in lm.model.modules() if (c := getattr(m, "config", None)) is not None}
     fused = [
