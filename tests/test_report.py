@@ -363,6 +363,7 @@ def test_the_card_holds_the_numbers_and_settings_of_the_run(folder: Path) -> Non
         "incoherent answers, target prompts | 0.0% [0.0, 3.3], 0/112 | 1.8%",
         "| 12.3 | 12.5 | +1.2% |", "| 498 | 486 |", "factual recall | 18.6 | 19.3",
         "0.19 [0.12, 0.31]", "0.0135 [0.011, 0.0174] (p95 0.08, max 1.40)",
+        "· median prompt | 0 | 0.0061 |",
         "108 prompts refused by the base alone, 0 by",
         "1.012, 95% interval 0.994 to 1.031", "sha256:feedbeef", "model organism",
         "96 fit, 32 validation, 112 held out", "`evaluation.judge = phrases`", "2406.11717",

@@ -90,14 +90,12 @@ def results(run: Run) -> Table:
 
         first = mean_of("first_token")
         rows.append(("KL(base ‖ edited), first token, nats", "0", first, ""))
-        ends = (
-            ("median prompt", "sequence_median"),
-            ("p95", "sequence_p95"),
-            ("max", "sequence_max"),
-        )
+        ends = (("p95", "sequence_p95"), ("max", "sequence_max"))
         tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
         mean = mean_of("sequence") + (f" ({', '.join(tail)})" if tail else "")
         rows.append(("KL(base ‖ edited), per token of the base's answers, nats", "0", mean, ""))
+        if known(kl.get("sequence_median")) is not None:
+            rows.append(("· median prompt", "0", number(kl["sequence_median"]), ""))
     return Table(("metric", "base", "edited", "change"), tuple(rows))
 
 
