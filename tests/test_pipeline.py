@@ -39,7 +39,7 @@ SMALL = {
     "data": {"limit": 4},
     "spectral": {"permutations": 50},
     "entanglement": {"null_draws": 20, "weight": 0.0},
-    "edit": {"scope": "all", "lambda": 1.0},
+    "edit": {"scope": "all", "lambda": 1.0, "sensitivity": 1.0},
     "refine": {"passes": 2, "top_k": 1, "shortlist": 0, "stop": "never", "max_q": 1.0},
     "evaluation": {"max_new_tokens": 6, "battery_new_tokens": 4},
     "load": {"device": "cpu", "dtype": "float32"},

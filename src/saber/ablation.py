@@ -37,7 +37,7 @@ class EditSpec:
     ridge: float = 0.0
     """Least shrinkage of the preserved moments, as a share of their mean eigenvalue; 0 takes 0.001, and
     0.01 where false refusals alone go (selective only)."""
-    sensitivity: float = 1.0
+    sensitivity: float = 0.0
     """How far lambda follows what answers feel of a layer's direction, its Fisher information: it is
     multiplied by this power of it, per its mean over layers; 0 takes one lambda for all (selective only)."""
     memory: float = 4.0
