@@ -74,7 +74,7 @@ def information(
     def watch(layer: int) -> Any:
         def back(gradient: Tensor) -> None:
             along = gradient.float() @ directions[layer].float().to(gradient.device).T
-            found[layer][rows] = along.double().pow(2).sum(1).cpu()
+            found[layer][rows] = along.pow(2).sum(1).cpu().double()
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             stream(output).register_hook(back)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from rich.console import Console
 
@@ -16,14 +17,21 @@ from saber import artifacts
 from saber.ablation import EditPlan, applied
 from saber.config import RunConfig
 from saber.errors import UsageError
+from saber.lm.chat import encode
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.pipeline import PLAN, RUN
 
+Said = tuple[tuple[str, str], ...]
+"""What was said in a conversation: (role, text), a user's message and its answer in turn."""
+NOTHING: Mapping[str, Said] = MappingProxyType({})
+AFRESH = "/new"
+"""What is typed to start another conversation."""
+
 
 def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -> int:
-    """`saber chat`: each message is answered on its own."""
+    """`saber chat`: what is typed in a terminal is a conversation; other messages stand on their own."""
     name, plan, mark, system = _resolve(arguments.model)
     if arguments.compare and plan is None:
         raise UsageError("--compare needs a run folder.", "Give the folder that saber run wrote.")
@@ -32,8 +40,16 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
         lm = load(name, replace(config.load, system=config.load.system or system))
     if mark is not None and fingerprint(lm.model) != mark:
         raise UsageError(f"{name} is not the model that the run was made on (another fingerprint).")
-    for prompt in arguments.prompt or _typed(console):
-        answers = answer(lm, plan, prompt, limit, compare=arguments.compare)
+    talking = not arguments.prompt and sys.stdin.isatty()
+    said = NOTHING
+    for prompt in arguments.prompt or _typed(console, talking):
+        if talking and prompt == AFRESH:
+            said = NOTHING
+            continue
+        answers = answer(lm, plan, prompt, limit, compare=arguments.compare, said=said)
+        if talking:
+            turn = {who: (("user", prompt), ("assistant", text)) for who, text in answers.items()}
+            said = {who: (*said.get(who, ()), *new) for who, new in turn.items()}
         if arguments.json:
             print(json.dumps({"prompt": prompt, **answers}))
             continue
@@ -44,17 +60,40 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
 
 
 def answer(
-    lm: LanguageModel, plan: EditPlan | None, prompt: str, limit: int, *, compare: bool
+    lm: LanguageModel,
+    plan: EditPlan | None,
+    prompt: str,
+    limit: int,
+    *,
+    compare: bool,
+    said: Mapping[str, Said] = NOTHING,
 ) -> dict[str, str]:
-    """Return the answers by who gives them: `untouched`, `edited`, or `model` without a plan."""
+    """Return the answers by who gives them: `untouched`, `edited`, or `model` without a plan.
 
-    def ask() -> str:
-        return generate(lm, [prompt], limit)[0].text.strip()
+    `said` is what each of them has heard and answered before, by the same names.
+    """
 
-    answers = {"untouched": ask()} if compare else {}
+    def ask(who: str) -> str:
+        heard = remembered(lm, said.get(who, ()), prompt, limit)
+        asked = replace(lm, before=(*lm.before, *heard))
+        return generate(asked, [prompt], limit)[0].text.strip()
+
+    answers = {"untouched": ask("untouched")} if compare else {}
     with applied(lm.model, plan) if plan else nullcontext():
-        answers["edited" if plan else "model"] = ask()
+        who = "edited" if plan else "model"
+        answers[who] = ask(who)
     return answers
+
+
+def remembered(lm: LanguageModel, said: Said, prompt: str, limit: int) -> Said:
+    """Return the latest exchanges that leave room for the prompt and an answer of `limit` tokens."""
+    room = getattr(lm.text_config, "max_position_embeddings", None)
+    while said and isinstance(room, int):
+        (whole,) = encode(replace(lm, before=(*lm.before, *said)), [prompt])
+        if len(whole.ids) + limit <= room:
+            break
+        said = said[2:]
+    return said
 
 
 def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
@@ -68,15 +107,12 @@ def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
     return model["name"], EditPlan.load(folder / PLAN), model["fingerprint"], system
 
 
-def _typed(console: Console) -> Any:
-    interactive = sys.stdin.isatty()
-    if interactive:
-        console.print(
-            "[dim]One message a line; every message is answered on its own. Ctrl-D ends.[/]"
-        )
+def _typed(console: Console, talking: bool) -> Iterator[str]:
+    if talking:
+        console.print(f"[dim]One message a line. {AFRESH} forgets what was said, Ctrl-D ends.[/]")
     while True:
         try:
-            line = console.input("[bold cyan]you[/]: " if interactive else "")
+            line = console.input("[bold cyan]you[/]: " if talking else "")
         except EOFError:
             return
         if line.strip():

@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _system_option(chat)
     chat.add_argument(
-        "--prompt", action="append", help="ask this and leave; may be given more than once"
+        "--prompt", action="append", help="ask this and leave; more than one: each by itself"
     )
     chat.set_defaults(handler=_chat)
 

@@ -1,0 +1,86 @@
+"""`saber chat`: a conversation in a terminal, single messages elsewhere."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from saber.ablation import EditPlan, Factor
+from saber.cli import chat
+from saber.cli.main import main
+from saber.lm.chat import encode
+from saber.lm.generate import Completion
+
+
+def plan_for(lm):
+    name = "model.layers.1.mlp.down_proj"
+    weight = lm.model.get_parameter(f"{name}.weight")
+    return EditPlan(
+        {name: Factor(torch.ones(len(weight), 1), torch.ones(1, weight.shape[1]), None, 0)}
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch, llama):
+    """What the model was asked: messages before, prompt, and whether it was edited."""
+    seen = []
+    untouched = llama.model.get_parameter("model.layers.1.mlp.down_proj.weight").clone()
+
+    def generate(lm, prompts, limit):
+        weight = lm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
+        edited = not torch.equal(weight, untouched)
+        seen.append((lm.before, *prompts, edited))
+        return [Completion((), f" {'E' if edited else 'U'}{len(seen)} ")]
+
+    monkeypatch.setattr(chat, "generate", generate)
+    monkeypatch.setattr(chat, "load", lambda _name, _spec: llama)
+    monkeypatch.setattr(chat, "_resolve", lambda name: (name, plan_for(llama), None, ""))
+    return seen
+
+
+def type_in(monkeypatch, lines, terminal=True):
+    given = iter(lines)
+
+    def typed(_console, _mark=""):
+        try:
+            return next(given)
+        except StopIteration as end:
+            raise EOFError from end
+
+    monkeypatch.setattr(Console, "input", typed)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal, raising=False)
+
+
+def test_in_a_terminal_each_model_remembers_its_own_answers(asked, monkeypatch, capsys):
+    type_in(monkeypatch, ["one", "  ", "two", "/new", "three"])
+    assert main(["chat", "run", "--compare", "--json"]) == 0
+    assert asked == [
+        ((), "one", False),
+        ((), "one", True),
+        ((("user", "one"), ("assistant", "U1")), "two", False),
+        ((("user", "one"), ("assistant", "E2")), "two", True),
+        ((), "three", False),
+        ((), "three", True),
+    ]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    assert rows[1] == {"prompt": "two", "untouched": "U3", "edited": "E4"}
+
+
+@pytest.mark.parametrize("given", [["--prompt", "one", "--prompt", "/new"], []])
+def test_elsewhere_messages_stand_on_their_own(given, asked, monkeypatch):
+    type_in(monkeypatch, ["one", "/new"], terminal=bool(given))
+    assert main(["chat", "run", *given]) == 0
+    assert asked == [((), "one", True), ((), "/new", True)]
+
+
+def test_the_oldest_is_forgotten_where_the_context_ends(llama):
+    said = tuple((role, f"{role} {i}") for i in range(4) for role in ("user", "assistant"))
+    assert chat.remembered(llama, said, "now", 8) == said
+    (whole,) = encode(replace(llama, before=said), ["now"])
+    llama.text_config.max_position_embeddings = len(whole.ids) + 8
+    assert chat.remembered(llama, said, "now", 8) == said
+    assert chat.remembered(llama, said, "now", 9) == said[2:]
+    assert chat.remembered(llama, said, "now", 400) == ()
