@@ -73,7 +73,7 @@ def incoherent_without_adapter(config, monkeypatch):
 
 
 def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
-    config = override(preset("default"), {"data": {"limit": 24}})
+    config = override(preset("default"), {"data": {"limit": 24, "battery": "half"}})
     usual = incoherent_without_adapter(config, monkeypatch)
     record = run("demo", tmp_path / "run", config, export=()).record
     before, after = record["baseline"], record["edited"]
