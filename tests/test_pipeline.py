@@ -19,6 +19,7 @@ from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
+    ModelError,
     NoGain,
     OutputError,
     UnknownName,
@@ -620,20 +621,18 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
 
 
 @pytest.mark.slow
-def test_one_lambda_serves_all_layers_where_nothing_is_felt(model_folder, tmp_path, monkeypatch):
-    def rows(name, **edit):
-        config = small("default", refine={"passes": 1}, edit=edit)
-        record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
-        return record["passes"][0]["directions"]
-
-    asked = Mock(side_effect=NotImplementedError("the derivative for 'x' is not implemented"))
+def test_one_lambda_serves_all_layers_where_nothing_is_to_be_felt(
+    model_folder, tmp_path, monkeypatch
+):
+    asked = Mock(side_effect=NotImplementedError("no derivative of 'x'\nand much more"))
     monkeypatch.setattr(editors, "fisher", asked)
-    plain = rows("plain", sensitivity=0.0)
+    plain = small("default", refine={"passes": 1}, edit={"sensitivity": 0.0})
+    record = run(str(model_folder), tmp_path / "plain", plain, force=True, export=()).record
+    rows = record["passes"][0]["directions"]
+    assert [(row["lambda"], row["sensitivity"]) for row in rows] == [(1.0, None)] * 4
     assert asked.call_count == 0
-    # A model with a kernel that has no way back is edited all the same.
-    assert rows("no-way-back") == plain
-    assert asked.call_count == 1
-    assert [(row["lambda"], row["sensitivity"]) for row in plain] == [(1.0, None)] * 4
+    with pytest.raises(ModelError, match=r"edit\.sensitivity .*no derivative of 'x' Leave"):
+        run(str(model_folder), tmp_path / "felt", small("default"), force=True, export=())
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, Removal, applied, orthogonal
 from saber.codec import digest
+from saber.errors import ModelError
 from saber.evaluation.divergence import exact, reference_of
 from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.chat import Encoded, encode, encode_answers
@@ -185,10 +186,10 @@ class SelectiveEditor:
             return {k: [boost * c.strength for c in cs] for k, cs in by_layer.items()}
 
         def lambdas(base: float) -> dict[int, list[float]]:
-            pure = self.edit.strength != "lambda"
+            over = self.edit.strength == "lambda"
             return {
                 k: [
-                    base * w / (1.0 if pure else c.entanglement.purity)
+                    base * w / (c.entanglement.purity if over else 1.0)
                     for c, w in zip(cs, dear[k], strict=True)
                 ]
                 for k, cs in by_layer.items()
@@ -234,16 +235,20 @@ class SelectiveEditor:
         return plan, trials, done
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
-        """Return how the answers feel of each direction; None where nothing is set by it, or no way back."""
+        """Return what the answers feel of each direction; None where nothing is set by it."""
         if not self.edit.sensitivity:
             return None
 
-        def read() -> Mapping[int, Tensor] | None:
+        def read() -> Mapping[int, Tensor]:
             try:
                 return fisher(self.lm, stacked, self.felt, progress=self.progress)
-            except (RuntimeError, NotImplementedError):
+            except RuntimeError as error:
                 # Some kernels have no way back, and it needs more memory than forward passes do.
-                return None
+                reason = str(error).strip().partition("\n")[0]
+                raise ModelError(
+                    f"the gradients that edit.sensitivity needs cannot be had here: {reason}",
+                    "Leave edit.sensitivity at 0.",
+                ) from error
 
         return self.memo(("sensitivity", at, self.probing, digest(*stacked.items())), read)
 

@@ -81,7 +81,7 @@ class Candidate:
     """Weight of preserved inputs (selective edit)."""
     sensitivity: float | None = None
     """Fisher information of the answers' tokens along it, nats per squared unit of the stream; None where
-    lambda does not follow it, or the model has no way back."""
+    lambda does not follow it."""
     removed: float | None = None
     """Share of what its layer's writers write of it on targets that the fit expects to go."""
     collateral: float | None = None

@@ -59,8 +59,8 @@ def information(
     """Return, by layer, what the predictions of each text's answer feel of each direction, float64.
 
     (r . grad log p)^2 in nats per squared unit of the stream, one draw a prediction, as a mean over the
-    tokens of the text. Raises `NonFinite`, and what torch raises where a model has a product without
-    a way back (RuntimeError, NotImplementedError).
+    tokens of the text. Raises `NonFinite`, and torch's RuntimeError where a model has a product without a
+    way back, or memory ends.
     """
     lengths = [len(e.ids) for e in answered]
     wanted = [len(e.answer_positions) for e in answered]
