@@ -109,7 +109,10 @@ def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
 
 def _typed(console: Console, talking: bool) -> Iterator[str]:
     if talking:
-        console.print(f"[dim]One message a line. {AFRESH} forgets what was said, Ctrl-D ends.[/]")
+        console.print(
+            f"[dim]One message a line. {AFRESH} forgets what was said, Ctrl-D ends.[/]",
+            highlight=False,
+        )
     while True:
         try:
             line = console.input("[bold cyan]you[/]: " if talking else "")
