@@ -46,7 +46,7 @@ from saber.strength import ANSWER_TOKENS, BOOSTS, Ruler, Shown, Trial
 
 SHORT, LONG = 32, 100
 """Lengths of judged answers, tokens."""
-SWEEP = (3000.0, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
+SWEEP = (1000.0, 500.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1)
 HEADER = (
     "| edit | log-odds | opens with refusal | KL, first token | KL, sequence | refusals | incoherent |\n"
     "|---|---:|---:|---:|---:|---:|---:|"
