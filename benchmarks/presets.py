@@ -55,7 +55,10 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "battery accuracy": lambda m: f"{100 * m['accuracy']['overall']:.0f}%",
     "KL, first token": lambda m: f"{m['kl']['first_token']:.3f}",
     "KL, sequence": lambda m: f"{m['kl']['sequence']:.4f}",
-    "KL, sequence, median prompt": lambda m: f"{m['kl']['sequence_median']:.4f}",
+    "KL, sequence, median prompt": lambda m: (
+        # Runs of an earlier version lack it.
+        f"{m['kl']['sequence_median']:.4f}" if "sequence_median" in m["kl"] else ""
+    ),
 }
 
 

@@ -2,14 +2,13 @@
 
     python benchmarks/selective.py [--model demo] [--plot docs/demo/lambda.png] [--only sweep,rules,...]
 
-Parts: `baseline` the orthogonal edit; `sweep` over lambda, as the default sets it by layer; `sensitivity`
-by which it follows what answers feel of a layer; `rules` that set strengths from purity; `boosts` by which
-more is taken off than the fit asks for; `ridge` from none to much; `layers` from which on directions are
-taken; `order` in which writers are solved (all at once, or by depth with inputs read again); `positions` at
-which the behaviour is said to be decided. All with the same directions, those of a first pass (in `layers`
-fewer of them), and, but for `sweep` and `sensitivity`, with one lambda for all layers. Answers to
-validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal off. Held-out prompts are
-not touched.
+Parts: `baseline` the orthogonal edit; `sweep` over lambda; `sensitivity` by which lambda follows what
+answers feel of a layer; `rules` that set strengths from purity; `boosts` by which more is taken off than
+the fit asks for; `ridge` from none to much; `layers` from which on directions are taken; `order` in which
+writers are solved (all at once, or by depth with inputs read again); `positions` at which the behaviour is
+said to be decided. All with the same directions, those of a first pass (in `layers` fewer of them), and,
+`sensitivity` apart, one lambda for all layers. Answers to validation targets are 32 tokens, in `positions`
+100, as an edit may put a refusal off. Held-out prompts are not touched.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import torch
 from saber.ablation import EditPlan, applied, orthogonal
 from saber.candidates import choose
 from saber.config import RunConfig, preset
-from saber.editors import FELT
 from saber.entanglement import entangle
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
@@ -40,7 +38,7 @@ from saber.moments import RIDGE, Preserved, read_decisions
 from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
-from saber.sensitivity import fisher, weights
+from saber.sensitivity import fisher, sample, weights
 from saber.spectral import extract
 from saber.strength import ANSWER_TOKENS, BOOSTS, Ruler, Shown, Trial
 
@@ -96,7 +94,7 @@ class Bench:
             Ruler(lm, data.target_validation, data.neutral_validation, (), readout),
             Preserved(lm, writers, sets),
             named_judge(config.evaluation.judge),
-            sets[0][:: len(sets[0]) // FELT][:FELT],
+            sample(sets[0]),
         )
 
     def candidates(self, config: RunConfig) -> list[Any]:
@@ -178,21 +176,16 @@ def each(candidates: Sequence[Any], of: Callable[[Any], float]) -> Mapping[int, 
 
 
 def sweep(bench: Bench, plot: Path | None) -> None:
-    """Lambda from weak to strong, at the default rules for alpha and for lambda by layer."""
+    """Lambda from weak to strong, at the default rule for alpha."""
     chosen = bench.candidates(bench.config)
-    solved, felt = bench.solved(chosen), fisher(bench.lm, patterns(chosen), bench.answered)
-    dear = weights(felt, bench.config.edit.sensitivity)
+    solved = bench.solved(chosen)
     points = []
     for lam in SWEEP:
-        plan = solved.plan(scaled(dear, lam), each(chosen, lambda c: c.strength))
+        alphas = each(chosen, lambda c: c.strength)
+        plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
         points.append((lam, *bench.row(f"lambda {lam:g}", plan)))
     if plot:
         draw(points, plot)
-
-
-def scaled(dear: Mapping[int, list[float]], lam: float) -> Mapping[int, list[float]]:
-    """Return lambda by layer."""
-    return {layer: [lam * factor for factor in factors] for layer, factors in dear.items()}
 
 
 def sensitivity(bench: Bench) -> None:
@@ -203,8 +196,9 @@ def sensitivity(bench: Bench) -> None:
     print("felt, 1e-6 nats:", {k: round(1e6 * float(v[0]), 1) for k, v in sorted(felt.items())})
     alphas = each(chosen, lambda c: c.strength)
     for power in (0.0, 1.0, 1.5, 2.0):
+        dear = weights(felt, power)
         for lam in (1000.0, 300.0, 100.0, 30.0):
-            plan = solved.plan(scaled(weights(felt, power), lam), alphas)
+            plan = solved.plan({k: [lam * w for w in ws] for k, ws in dear.items()}, alphas)
             bench.row(f"power {power:g}, lambda {lam:g}", plan)
 
 

@@ -6,8 +6,10 @@ from conftest import make_lm
 from test_selective import moe
 
 from saber.errors import NonFinite
+from saber.linalg import unit
 from saber.lm.chat import Encoded
 from saber.lm.inputs import plain_experts
+from saber.lm.layers import stream, with_stream
 from saber.sensitivity import RANGE, fisher, information, weights
 
 STEP = 0.02
@@ -15,18 +17,16 @@ COPIES = 400
 
 
 def unit_rows(lm, k, seed):
-    rows = torch.randn(k, lm.d_model, generator=torch.Generator().manual_seed(seed))
-    return rows / rows.norm(dim=1, keepdim=True)
+    return unit(torch.randn(k, lm.d_model, generator=torch.Generator().manual_seed(seed)))
 
 
 def moved(lm, text, layer, token, change):
     """Log-probabilities of the answer's tokens with the stream changed behind a layer, at a token."""
 
     def add(_module, _inputs, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.clone()
+        hidden = stream(output).clone()
         hidden[0, token] += change
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return with_stream(output, hidden)
 
     hook = lm.layers[layer].register_forward_hook(add)
     try:

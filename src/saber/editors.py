@@ -27,15 +27,13 @@ from saber.openings import Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec
 from saber.selective import solve
-from saber.sensitivity import fisher, weights
+from saber.sensitivity import fisher, sample, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
 Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
 """The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
 Sides = tuple[Activations, Activations]
 Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
-FELT = 16
-"""Texts of each preserved set along whose answers a change is felt."""
 Late = Callable[[Sequence[int]], Mapping[int, Opening]]
 """Answers some fit targets, given by number, with the model as it stands; tells which of them come to
 show the behaviour late, and behind which start."""
@@ -128,7 +126,7 @@ class SelectiveEditor:
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
-        felt = [e for some in answered for e in some[:: max(1, len(some) // FELT)][:FELT]]
+        felt = [e for some in answered for e in sample(some)]
         return ruler, preserved, felt
 
     def __call__(

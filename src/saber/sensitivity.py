@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded
@@ -30,6 +31,13 @@ TOKENS_PER_BATCH = 512
 """Half of what forward passes take, as what they compute is kept for the way back."""
 RANGE = 1000.0
 """Weights lie between one over this and this."""
+TEXTS = 16
+"""How many texts of a set are enough."""
+
+
+def sample(answered: Sequence[Encoded]) -> list[Encoded]:
+    """Return up to `TEXTS` evenly spaced texts of a set."""
+    return list(answered[:: max(1, len(answered) // TEXTS)][:TEXTS])
 
 
 def fisher(
@@ -99,14 +107,10 @@ def information(
 
 def _one(lm: LanguageModel, batch: Sequence[Encoded], generator: torch.Generator) -> None:
     """Go forward, draw the answers' tokens anew, and go back from their log-probability."""
-    width = max(len(e.ids) for e in batch)
-    ids = torch.full((len(batch), width), lm.tokenizer.pad_token_id or 0)
-    mask = torch.zeros((len(batch), width), dtype=torch.long)
-    flat: list[int] = []
-    for line, e in enumerate(batch):
-        ids[line, : len(e.ids)] = torch.tensor(e.ids)
-        mask[line, : len(e.ids)] = 1
-        flat += [line * width + p for p in e.answer_positions]
+    rows = [torch.tensor(e.ids) for e in batch]
+    ids = pad_sequence(rows, batch_first=True, padding_value=lm.tokenizer.pad_token_id or 0)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    flat = [i * ids.shape[1] + p for i, e in enumerate(batch) for p in e.answer_positions]
     with torch.enable_grad(), gathered_head(lm, torch.tensor(flat, dtype=torch.long)):
         out = lm.model(
             input_ids=ids.to(lm.device), attention_mask=mask.to(lm.device), use_cache=False

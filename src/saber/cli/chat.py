@@ -48,8 +48,10 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
             continue
         answers = answer(lm, plan, prompt, limit, compare=arguments.compare, said=said)
         if talking:
-            turn = {who: (("user", prompt), ("assistant", text)) for who, text in answers.items()}
-            said = {who: (*said.get(who, ()), *new) for who, new in turn.items()}
+            said = {
+                who: (*said.get(who, ()), ("user", prompt), ("assistant", text))
+                for who, text in answers.items()
+            }
         if arguments.json:
             print(json.dumps({"prompt": prompt, **answers}))
             continue
