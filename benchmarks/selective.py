@@ -4,11 +4,12 @@
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `sensitivity` by which lambda follows what
 answers feel of a layer; `rules` that set strengths from purity; `boosts` by which more is taken off than
-the fit asks for; `ridge` from none to much; `layers` from which on directions are taken; `order` in which
-writers are solved (all at once, or by depth with inputs read again); `positions` at which the behaviour is
-said to be decided. All with the same directions, those of a first pass (in `layers` fewer of them), and,
-`sensitivity` apart, one lambda for all layers. Answers to validation targets are 32 tokens, in `positions`
-100, as an edit may put a refusal off. Held-out prompts are not touched.
+the fit asks for; `neutrals` with and without those that are refused; `ridge` from none to much; `layers`
+from which on directions are taken; `order` in which writers are solved (all at once, or by depth with
+inputs read again); `positions` at which the behaviour is said to be decided. All with the same
+directions, those of a first pass (in `layers` fewer of them), and, `sensitivity` apart, one lambda for
+all layers. Answers to validation targets are 32 tokens, in `positions` 100, as an edit may put a refusal
+off. Held-out prompts are not touched.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from saber.evaluation.readout import derive_readout
 from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.generate import generate
 from saber.lm.load import load
+from saber.lm.model import LanguageModel
 from saber.lm.writers import find_writers
 from saber.moments import RIDGE, Preserved, read_decisions
 from saber.pipeline import gather
@@ -40,7 +42,8 @@ from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
 from saber.sensitivity import fisher, sample, weights
 from saber.spectral import extract
-from saber.strength import ANSWER_TOKENS, BOOSTS, Ruler, Shown, Trial
+from saber.strength import BOOSTS, Ruler, Shown, Trial
+from saber.subject import Watch
 
 SHORT, LONG = 32, 100
 """Lengths of judged answers, tokens."""
@@ -68,16 +71,20 @@ class Bench:
     answered: Any
 
     @classmethod
-    def build(cls, model: str) -> Bench:
-        """Load the model, probe it, and read the moments."""
+    def build(cls, lm: LanguageModel, *, every: bool = False) -> Bench:
+        """Probe the model and read the moments; with `every` neutral prompt, refused ones too."""
         config = preset("default")
-        lm, data = load(model, config.load), gather(config).selecting
+        judge = named_judge(config.evaluation.judge)
+        data = gather(config).selecting
+        watch = Watch(lm, judge, data, config)
+        if not every:
+            data = watch.selecting
         writers = find_writers(lm)
         target, neutral = (
             probe(lm, p, config.probe, first_token=True) for p in (data.target, data.neutral)
         )
         readout = derive_readout(target.first_token, neutral.first_token)
-        answers = [c.ids for c in generate(lm, data.neutral.texts, ANSWER_TOKENS)]
+        answers = [watch.own[text].ids for text in data.neutral.texts]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
         sets = [
             encode(lm, data.neutral.texts, answers),
@@ -91,9 +98,9 @@ class Bench:
             target,
             neutral,
             probe_capabilities(lm, data.capability, config.probe),
-            Ruler(lm, data.target_validation, data.neutral_validation, (), readout),
+            Ruler(lm, data.target_validation, watch.selecting.neutral_validation, (), readout),
             Preserved(lm, writers, sets),
-            named_judge(config.evaluation.judge),
+            judge,
             sample(sets[0]),
         )
 
@@ -230,6 +237,15 @@ def boosts(bench: Bench) -> None:
         bench.rows(f"boost {boost:g}", solved, chosen, (1000.0, 300.0, 100.0, 30.0), boost=boost)
 
 
+def neutrals(bench: Bench) -> None:
+    """Without the neutral prompts on which the model shows the behaviour itself, and with them."""
+    every = Bench.build(bench.lm, every=True)
+    for one in (every, bench):
+        chosen = one.candidates(one.config)
+        name = f"{len(one.data.neutral)} neutral prompts"
+        one.rows(name, one.solved(chosen), chosen, (1000.0, 300.0, 100.0, 30.0))
+
+
 def ridge(bench: Bench) -> None:
     """How much of the mean eigenvalue is added to the preserved inputs' second moment."""
     chosen = bench.candidates(bench.config)
@@ -347,12 +363,13 @@ def main() -> None:
         "sensitivity": sensitivity,
         "rules": rules,
         "boosts": boosts,
+        "neutrals": neutrals,
         "ridge": ridge,
         "layers": layers,
         "order": order,
         "positions": positions,
     }
-    bench = Bench.build(given.model)
+    bench = Bench.build(load(given.model, preset("default").load))
     for name in given.only.split(",") if given.only else parts:
         print(f"\n{name}\n\n{HEADER}", flush=True)
         parts[name](bench)

@@ -475,9 +475,17 @@ def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
     assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == (selecting, 0)
 
 
-@pytest.mark.parametrize(("shown", "left_out"), [(1, 0), (2, 5)])
-def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
-    llama, monkeypatch, shown, left_out
+@pytest.mark.parametrize(
+    ("kind", "shown", "left_out"),
+    [
+        ("orthogonal", 1, 0),
+        ("orthogonal", 2, 5),
+        ("selective", 0, 3),
+        ("selective", 1, 4),
+    ],
+)
+def test_neutral_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
+    llama, monkeypatch, kind, shown, left_out
 ):
     """Two of 32 validation prompts are more than a twentieth; three of the fit ones show it as well."""
     selecting = gather(PRESETS["default"]).selecting
@@ -487,9 +495,15 @@ def test_a_few_neutral_prompts_that_show_the_behaviour_are_noise(
         return ["refusal" if text in chosen else "answer" for text in texts]
 
     monkeypatch.setattr(Watch, "_labels", labels)
-    watch = Watch(llama, judges.named_judge("phrases"), selecting, PRESETS["default"])
+    config = override(PRESETS["default"], {"edit": {"kind": kind}})
+    watch = Watch(llama, judges.named_judge("phrases"), selecting, config)
     assert watch.left_out == left_out
     assert len(watch.selecting.neutral) == 96 - (3 if left_out else 0)
+    # Settings of one sweep may differ in their kind.
+    other = {"orthogonal": "selective", "selective": "orthogonal"}[kind]
+    fewer, count = watch.selecting_for(replace(config.edit, kind=other))
+    assert count == (0 if other == "orthogonal" else shown + 3)
+    assert len(fewer.neutral) == 96 - (0 if other == "orthogonal" else 3)
 
 
 @pytest.mark.slow
@@ -507,6 +521,7 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
 
     monkeypatch.setattr(editors, "answer", counted)
     rulers = []
+    assert {*watch.own} == {*some.neutral.texts, *some.neutral_validation.texts}
     for own in (watch.own, {}):
         editor = editors.SelectiveEditor(
             llama,
@@ -522,7 +537,7 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
             own,
         )
         rulers.append(editor.ruler)
-    assert asked == [[*some.neutral.texts], [*some.neutral_validation.texts, *some.neutral.texts]]
+    assert asked == [[], [*some.neutral_validation.texts, *sorted(some.neutral.texts)]]
     spared, usual = (ruler._reference for ruler in rulers)
     assert spared.answers == usual.answers
     for a, b in zip(spared.head_inputs, usual.head_inputs, strict=True):
@@ -565,9 +580,9 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
     monkeypatch.setattr("saber.subject.refine", refine)
     for mode in ("removal", "over-refusal"):
         config = override(PRESETS["default"], {"data": {"mode": mode}})
-        refined(
-            Mock(spec=Subject, lm=None), Mock(spec=Watch, selecting=None, untouched=None, own={}), config
-        )
+        watch = Mock(spec=Watch, untouched=None, own={})
+        watch.selecting_for.return_value = (None, 0)
+        refined(Mock(spec=Subject, lm=None), watch, config)
     assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -100,9 +99,10 @@ class SelectiveEditor:
         kept = (data.neutral, *data.keep)
         missing = [text for text in watched if text not in self.own]
         asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in missing]
-        asked += [Request(text, ANSWER_TOKENS) for p in kept for text in p.texts]
-        written = iter(answer(lm, asked, progress=progress, label="own answers"))
-        own = {**self.own, **dict(zip(missing, islice(written, len(missing)), strict=True))}
+        others = {text for p in kept for text in p.texts} - self.own.keys() - set(watched)
+        asked += [Request(text, ANSWER_TOKENS) for text in sorted(others)]
+        written = answer(lm, asked, progress=progress, label="own answers")
+        own = {**self.own, **{a.prompt: w for a, w in zip(asked, written, strict=True)}}
         reference = reference_of(lm, watched, [own[text] for text in watched], progress=progress)
         ruler = Ruler(
             lm,
@@ -113,7 +113,7 @@ class SelectiveEditor:
             progress,
             reference,
         )
-        answers = [[c.ids for c in islice(written, len(p))] for p in kept]
+        answers = [[own[text].ids for text in p.texts] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
         answered = [encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)]
         preserved = Preserved(

@@ -163,7 +163,7 @@ def run(
 
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
-        watch = Watch(lm, judge, data.selecting, config)
+        watch = Watch(lm, judge, data.selecting, config, listener.progress)
         if watch.left_out:
             listener.on_stage(
                 f"leaving out {watch.left_out} neutral prompts that show the behaviour themselves"

@@ -28,7 +28,8 @@ from saber.strength import ANSWER_TOKENS, Shown
 NARROW_RIDGE = 1e-2
 """What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
 NOISE = 0.05
-"""Share of neutral validation prompts that may show the behaviour; where more do, such are left out."""
+"""Share of neutral validation prompts that may show the behaviour for an orthogonal edit, which takes means
+and pairs of neutral prompts alone; where more do, such are left out."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,16 @@ class Watch:
     """What the model's answers to the prompts that select show, untouched and as it stands."""
 
     def __init__(
-        self, lm: LanguageModel, judge: Judge, selecting: RefineData, config: RunConfig
+        self,
+        lm: LanguageModel,
+        judge: Judge,
+        selecting: RefineData,
+        config: RunConfig,
+        progress: Progress[Any] = silent,
     ) -> None:
         """Answer them with the untouched model; raises `WeakBehaviour` where too few show it."""
         self._lm, self._judge, self._tokens = lm, judge, config.evaluation.max_new_tokens
+        self._progress = progress
         found = self._labels(selecting.target_validation.texts)
         self._asked = len(found)
         self.rate = found.count("refusal") / len(found)
@@ -73,19 +80,36 @@ class Watch:
         if config.data.mode == "over-refusal":
             selecting = wrongly(selecting, self._labels(selecting.target.texts), found)
             found = [label for label in found if label == "refusal"]
-        self.left_out = 0
-        """Neutral prompts to fit and choose on that show the behaviour themselves and were left out."""
         self.own: dict[str, Completion] = {}
         """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
-        usual = self._labels(selecting.neutral_validation.texts, stay=True)
-        if usual.count("refusal") > NOISE * len(usual):
-            selecting, self.left_out = calm(selecting, self._labels(selecting.neutral.texts), usual)
-        self.selecting = selecting
-        """The prompts that select; in over-refusal mode those that are refused wrongly."""
+        self._all = selecting
+        self._fitted: list[Label] = []
+        watched, fitted = selecting.neutral_validation.texts, selecting.neutral.texts
+        if config.edit.kind == "selective":
+            both = self._labels([*watched, *fitted], stay=True)
+            self._usual, self._fitted = both[: len(watched)], both[len(watched) :]
+        else:
+            self._usual = self._labels(watched, stay=True)
+        self.selecting, self.left_out = self.selecting_for(config.edit)
+        """The prompts that select, in over-refusal mode those that are refused wrongly; and how many neutral
+        ones were left out."""
         self.untouched = Shown(found.count("refusal") / len(found))
         """What these show before any edit."""
         self._kept = [p.text for kept in selecting.keep_validation for p in kept]
         self._kept_labels = self._labels(self._kept, stay=True)
+
+    def selecting_for(self, edit: EditSpec) -> tuple[RefineData, int]:
+        """Return the prompts that select for an edit, and how many neutral ones are not among them.
+
+        These show the behaviour themselves. A selective edit would preserve, with them, what is to go, so
+        it leaves out every one; an orthogonal edit where more than `NOISE` do.
+        """
+        strict = edit.kind == "selective"
+        if not strict and self._usual.count("refusal") <= NOISE * len(self._usual):
+            return self._all, 0
+        if not self._fitted:
+            self._fitted = self._labels(self._all.neutral.texts)
+        return calm(self._all, self._fitted, self._usual)
 
     def require(self, model: str, least: float) -> None:
         """Raise `WeakBehaviour` where fewer than this share of validation targets show it."""
@@ -100,7 +124,15 @@ class Watch:
         """Answer prompts and label the answers; keep those that are to stay, where a ruler can use them."""
         whole = stay and self._tokens == ANSWER_TOKENS
         settled, look = (None, exact(self._lm)) if whole else (self._judge.settled, False)
-        tried = generate(self._lm, texts, self._tokens, settled=settled, look=look)
+        tried = generate(
+            self._lm,
+            texts,
+            self._tokens,
+            settled=settled,
+            look=look,
+            progress=self._progress,
+            label="answers that select",
+        )
         if whole:
             self.own.update(zip(texts, tried, strict=True))
         return self._judged(texts, tried)
@@ -159,7 +191,7 @@ def refined(
     return refine(
         subject.lm,
         subject.edited(config),
-        watch.selecting,
+        watch.selecting_for(config.edit)[0],
         probing=config.probe,
         spectral=config.spectral,
         entanglement=config.entanglement,
@@ -208,7 +240,7 @@ def calm(
 ) -> tuple[RefineData, int]:
     """Leave out neutral prompts that show the behaviour, and tell how many; none where most of them do.
 
-    They would be preserved, and with them what is to go.
+    Where most do, it is the judge or the model that is odd, and nothing would be left to fit.
     """
     fewer = replace(
         selecting,

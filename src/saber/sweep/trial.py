@@ -95,7 +95,7 @@ class Bench:
         self._judged_by = describe(base.evaluation.judge, self._judge)
         self.subject = Subject.load(job.model, base)
         """The model."""
-        self.watch = Watch(self.subject.lm, self._judge, self.data.selecting, base)
+        self.watch = Watch(self.subject.lm, self._judge, self.data.selecting, base, progress)
         """Its answers to the prompts that select."""
         if not job.force:
             self.watch.require(job.model, base.minimum_rate)
