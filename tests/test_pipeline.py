@@ -34,7 +34,16 @@ from saber.lm.writers import find_writers
 from saber.passes import Refinement
 from saber.pipeline import gather, run
 from saber.strength import Shown
-from saber.subject import NARROW_RIDGE, Subject, Watch, calm, in_mode, refined, wrongly
+from saber.subject import (
+    NARROW_RIDGE,
+    Subject,
+    Watch,
+    calm,
+    calm_by_category,
+    in_mode,
+    refined,
+    wrongly,
+)
 
 SMALL = {
     "data": {"limit": 4},
@@ -464,32 +473,32 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
 def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
     selecting = gather(PRESETS["default"]).selecting
     fit, validation = ["refusal"] * 20 + ["answer"] * 76, ["answer"] * 28 + ["refusal"] * 4
-    fewer, left_out = calm(selecting, fit, validation)
-    assert left_out == 24
+    fewer = calm(selecting, fit, validation)
     assert fewer.neutral.texts == selecting.neutral.texts[20:]
     assert fewer.neutral_validation.texts == selecting.neutral_validation.texts[:28]
     assert (
         replace(fewer, neutral=selecting.neutral, neutral_validation=selecting.neutral_validation)
         == selecting
     )
-    assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == (selecting, 0)
+    assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == selecting
 
 
 @pytest.mark.parametrize(
-    ("kind", "shown", "left_out"),
+    ("kind", "shown", "neutral", "capability"),
     [
-        ("orthogonal", 1, 0),
-        ("orthogonal", 2, 5),
-        ("selective", 0, 3),
-        ("selective", 1, 4),
+        ("orthogonal", 1, 0, 0),
+        ("orthogonal", 2, 5, 0),
+        ("selective", 0, 3, 2),
+        ("selective", 1, 4, 2),
     ],
 )
-def test_neutral_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
-    llama, monkeypatch, kind, shown, left_out
+def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
+    llama, monkeypatch, kind, shown, neutral, capability
 ):
     """Two of 32 validation prompts are more than a twentieth; three of the fit ones show it as well."""
     selecting = gather(PRESETS["default"]).selecting
-    chosen = {*selecting.neutral_validation.texts[:shown], *selecting.neutral.texts[:3]}
+    able = selecting.capability.texts
+    chosen = {*selecting.neutral_validation.texts[:shown], *selecting.neutral.texts[:3], *able[:2]}
 
     def labels(_self, texts, stay=False):
         return ["refusal" if text in chosen else "answer" for text in texts]
@@ -497,13 +506,23 @@ def test_neutral_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a
     monkeypatch.setattr(Watch, "_labels", labels)
     config = override(PRESETS["default"], {"edit": {"kind": kind}})
     watch = Watch(llama, judges.named_judge("phrases"), selecting, config)
-    assert watch.left_out == left_out
-    assert len(watch.selecting.neutral) == 96 - (3 if left_out else 0)
+    assert watch.left_out == {"neutral": neutral, "capability": capability}
+    assert watch.selecting.neutral.texts == selecting.neutral.texts[3 if neutral else 0 :]
+    assert watch.selecting.capability.texts == able[capability:]
     # Settings of one sweep may differ in their kind.
-    other = {"orthogonal": "selective", "selective": "orthogonal"}[kind]
-    fewer, count = watch.selecting_for(replace(config.edit, kind=other))
-    assert count == (0 if other == "orthogonal" else shown + 3)
-    assert len(fewer.neutral) == 96 - (0 if other == "orthogonal" else 3)
+    other = "selective" if kind == "orthogonal" else "orthogonal"
+    elsewhere = watch.selecting_for(replace(config.edit, kind=other))
+    assert elsewhere.neutral.texts == selecting.neutral.texts[3 if other == "selective" else 0 :]
+    assert elsewhere.capability.texts == able[2 if other == "selective" else 0 :]
+
+
+def test_no_capability_category_is_emptied():
+    chosen = gather(PRESETS["default"]).selecting.capability
+    first = chosen.categories[0]
+    odd = ["refusal" if c == first else "answer" for c in chosen.categories]
+    assert calm_by_category(chosen, odd) == chosen
+    odd[-1] = "refusal"
+    assert calm_by_category(chosen, odd).texts == chosen.texts[:-1]
 
 
 @pytest.mark.slow
@@ -581,7 +600,7 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
     for mode in ("removal", "over-refusal"):
         config = override(PRESETS["default"], {"data": {"mode": mode}})
         watch = Mock(spec=Watch, untouched=None, own={})
-        watch.selecting_for.return_value = (None, 0)
+        watch.selecting_for.return_value = None
         refined(Mock(spec=Subject, lm=None), watch, config)
     assert [call.kwargs["edit"].ridge for call in refine.call_args_list] == [0, NARROW_RIDGE]
 

@@ -513,6 +513,8 @@ def test_each_row_of_a_table_is_as_wide_as_its_header() -> None:
 def test_prompts_that_were_left_out_are_told() -> None:
     run = fake_run()
     run["prompts"]["neutral"]["left_out"] = 7
+    run["prompts"]["capability"]["left_out"] = 1
     sizes = {row[0]: row[1] for row in tables.prompts(run).rows}
     assert "7 left out" in sizes["neutral"]
+    assert "1 left out" in sizes["capability"]
     assert "left out" not in sizes["target"]

@@ -8,11 +8,12 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -164,10 +165,11 @@ def run(
     with clock("check"):
         listener.on_stage("checking that the behaviour is there")
         watch = Watch(lm, judge, data.selecting, config, listener.progress)
-        if watch.left_out:
-            listener.on_stage(
-                f"leaving out {watch.left_out} neutral prompts that show the behaviour themselves"
-            )
+        for kind, count in watch.left_out.items():
+            if count:
+                listener.on_stage(
+                    f"leaving out {count} of the {kind} prompts: the behaviour shows there too"
+                )
     if not force:
         try:
             watch.require(model, config.minimum_rate)
@@ -580,8 +582,10 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
     }
 
 
-def describe_data(data: RunData, left_out: int = 0) -> dict[str, Any]:
-    """Return the prompt sets as they stand in `run.json`, and how many neutral ones were not used."""
+def describe_data(
+    data: RunData, left_out: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used."""
     chosen, held = data.selecting, data.reporting
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
@@ -606,10 +610,10 @@ def describe_data(data: RunData, left_out: int = 0) -> dict[str, Any]:
         "target": splits(chosen.target, chosen.target_validation, held.target),
         "neutral": {
             **splits(chosen.neutral, chosen.neutral_validation, held.neutral),
-            "left_out": left_out,
+            "left_out": left_out.get("neutral", 0),
         },
         "borderline": one(held.borderline) if held.borderline else None,
-        "capability": one(chosen.capability),
+        "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
         "battery": one(held.battery),
     }
 

@@ -90,6 +90,8 @@ def refine(
     clock = _Clock()
 
     tapped = _tapped(lm, writers, edit)
+    # Kinds of edits may read other prompts.
+    read = tuple(p.fingerprint() for p in (data.target, data.neutral, data.capability))
 
     def look(
         prompts: PromptSet, opening: Opening = (), writers: tuple[Writer, ...] = (), at: str = ""
@@ -110,7 +112,7 @@ def refine(
         start_rate = (behaviour() if shown is None else shown).rate
         # What must be kept is what the untouched model does: this is probed once.
         capability = memo(
-            ("capability", "", probing),
+            ("capability", "", read, probing),
             lambda: probe_capabilities(lm, data.capability, probing, progress=progress),
         )
     passes = list(done)
@@ -156,7 +158,7 @@ def refine(
                     left = {i: o for i, o in pending.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
                     target, neutral = sides(opening, at)
-            where = (at, probing, opening, spectral, seed, len(passes))
+            where = (at, read, probing, opening, spectral, seed, len(passes))
             with clock("spectral"):
                 found = memo(
                     ("directions", *where),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,33 +84,49 @@ class Watch:
         self.own: dict[str, Completion] = {}
         """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
         self._all = selecting
-        self._fitted: list[Label] = []
         watched, fitted = selecting.neutral_validation.texts, selecting.neutral.texts
+        self._fitted: list[Label] = []
+        self._able: list[Label] = []
         if config.edit.kind == "selective":
             both = self._labels([*watched, *fitted], stay=True)
             self._usual, self._fitted = both[: len(watched)], both[len(watched) :]
         else:
             self._usual = self._labels(watched, stay=True)
-        self.selecting, self.left_out = self.selecting_for(config.edit)
-        """The prompts that select, in over-refusal mode those that are refused wrongly; and how many neutral
-        ones were left out."""
+        self.selecting = self.selecting_for(config.edit)
+        """The prompts that select; in over-refusal mode those that are refused wrongly."""
         self.untouched = Shown(found.count("refusal") / len(found))
         """What these show before any edit."""
         self._kept = [p.text for kept in selecting.keep_validation for p in kept]
         self._kept_labels = self._labels(self._kept, stay=True)
 
-    def selecting_for(self, edit: EditSpec) -> tuple[RefineData, int]:
-        """Return the prompts that select for an edit, and how many neutral ones are not among them.
+    def selecting_for(self, edit: EditSpec) -> RefineData:
+        """Return the prompts that select for an edit, without some that show the behaviour themselves.
 
-        These show the behaviour themselves. A selective edit would preserve, with them, what is to go, so
-        it leaves out every one; an orthogonal edit where more than `NOISE` do.
+        A selective edit would preserve, with such neutral and capability prompts, what is to go, so it
+        leaves out every one; an orthogonal edit neutral ones alone, where more than `NOISE` are such.
         """
         strict = edit.kind == "selective"
         if not strict and self._usual.count("refusal") <= NOISE * len(self._usual):
-            return self._all, 0
+            return self._all
         if not self._fitted:
             self._fitted = self._labels(self._all.neutral.texts)
-        return calm(self._all, self._fitted, self._usual)
+        some = calm(self._all, self._fitted, self._usual)
+        if not strict:
+            return some
+        if not self._able:
+            self._able = self._labels(self._all.capability.texts)
+        return replace(some, capability=calm_by_category(self._all.capability, self._able))
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many prompts of a kind show the behaviour themselves and are not among those that select."""
+
+        def sizes(data: RefineData) -> dict[str, int]:
+            neutral = len(data.neutral) + len(data.neutral_validation)
+            return {"neutral": neutral, "capability": len(data.capability)}
+
+        left = sizes(self.selecting)
+        return {kind: count - left[kind] for kind, count in sizes(self._all).items()}
 
     def require(self, model: str, least: float) -> None:
         """Raise `WeakBehaviour` where fewer than this share of validation targets show it."""
@@ -191,7 +208,7 @@ def refined(
     return refine(
         subject.lm,
         subject.edited(config),
-        watch.selecting_for(config.edit)[0],
+        watch.selecting_for(config.edit),
         probing=config.probe,
         spectral=config.spectral,
         entanglement=config.entanglement,
@@ -235,12 +252,10 @@ def wrongly(selecting: RefineData, fit: Sequence[Label], validation: Sequence[La
     )
 
 
-def calm(
-    selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]
-) -> tuple[RefineData, int]:
-    """Leave out neutral prompts that show the behaviour, and tell how many; none where most of them do.
+def calm(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label]) -> RefineData:
+    """Leave out neutral prompts that show the behaviour; none where most of them do.
 
-    Where most do, it is the judge or the model that is odd, and nothing would be left to fit.
+    Then it is the judge or the model that is odd, and little would be left to fit.
     """
     fewer = replace(
         selecting,
@@ -248,9 +263,19 @@ def calm(
         neutral_validation=those(selecting.neutral_validation, validation, False),
     )
     left = len(fewer.neutral), len(fewer.neutral_validation)
-    if 2 * left[0] < len(fit) or 2 * left[1] < len(validation):
-        return selecting, 0
-    return fewer, len(fit) + len(validation) - sum(left)
+    return selecting if 2 * left[0] < len(fit) or 2 * left[1] < len(validation) else fewer
+
+
+def calm_by_category(chosen: PromptSet, labels: Sequence[Label]) -> PromptSet:
+    """Leave out prompts that show the behaviour, but none of a category where most do."""
+    odd = Counter(p.category for p, label in zip(chosen, labels, strict=True) if label == "refusal")
+    whole = {c for c, n in Counter(chosen.categories).items() if 2 * odd[c] > n}
+    kept = (
+        p
+        for p, label in zip(chosen, labels, strict=True)
+        if label != "refusal" or p.category in whole
+    )
+    return replace(chosen, prompts=tuple(kept))
 
 
 def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:

@@ -245,12 +245,12 @@ def prompts(run: Run) -> Table:
         if "fit" in one:
             size = (f"{one['fit']} fit, {one.get('validation', 0)} validation, "
                     f"{one.get('heldout', 0)} held out")  # fmt: skip
-            if one.get("left_out"):
-                size += f"; {one['left_out']} left out, as they show the behaviour themselves"
         else:
             size = number(one.get("n"))
             inside = one.get("categories")
             size += f" in {reading.count(len(inside), 'category', 'categories')}" if inside else ""
+        if one.get("left_out"):
+            size += f"; {one['left_out']} left out, as the behaviour shows there too"
         named = (str(one.get(key, MISSING)) for key in ("name", "fingerprint"))
         rows.append((kind, size, *named))
     return Table(("set", "prompts", "name", "fingerprint"), tuple(rows), words=True)
