@@ -31,6 +31,7 @@ from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
 from saber.lm.writers import find_writers
+from saber.openings import Fitted
 from saber.passes import Refinement
 from saber.pipeline import gather, run
 from saber.strength import Shown
@@ -551,7 +552,7 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
             config.probe,
             Readout((5,)),
             watch.shown,
-            watch.late,
+            watch.fitted,
             silent,
             own,
         )
@@ -583,7 +584,9 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     monkeypatch.setattr(subject, "generate", written)
     shown = watch.shown()
     assert (shown.rate, shown.at_once) == (0.75, 0.5)
-    assert sorted(watch.late([7, 9, 30])) == [9]  # the second of the three that are asked
+    fit = watch.fitted([7, 9, 30, 31])
+    assert sorted(fit.late) == [9]  # the second of the four that are asked
+    assert (fit.showing, fit.incoherent) == (3, 0)
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
@@ -652,6 +655,33 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     assert [t["boost"] for t in other["search"]] == [1.0]
     for name, factor in fitted.factors.items():
         torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
+
+
+@pytest.mark.slow
+def test_a_first_pass_asks_all_targets_once(
+    model_folder, tmp_path, monkeypatch
+):
+    """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
+    asked = []
+
+    def fitted(_self, rows):
+        asked.append(list(rows))
+        return Fitted({5: (1, 2), 7: (1, 2)}, showing=6, incoherent=3)
+
+    monkeypatch.setattr(Watch, "fitted", fitted)
+    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 30.0})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    (this,) = record["passes"]
+    (trial,) = this["search"]
+    fit, validation = (record["prompts"]["target"][part] for part in ("fit", "validation"))
+    assert asked == [list(range(fit))]
+    assert this["late_after"] == 2
+    total = fit + validation
+    assert trial["shown"]["pooled"] == pytest.approx((validation / 2 + 6) / total)
+    assert trial["shown"]["pooled_incoherent"] == pytest.approx((validation / 4 + 3) / total)
+    # The pass itself tells of validation targets alone.
+    assert (this["rate_after"], this["incoherent_after"]) == (0.5, 0.25)
 
 
 @pytest.mark.slow

@@ -125,6 +125,16 @@ def test_a_fixed_lambda_is_confirmed_alone(monkeypatch):
     assert fake.run(lambdas=(7.0,))[0] == 7.0
 
 
+def test_answers_to_fit_targets_count_with_those_to_validation_targets():
+    """One of 32 incoherent answers to validation targets is 3 points, of all 128 not one."""
+    alone = Shown(2 / 32, 1 / 32, 0.25, late=0.5)
+    both = alone.with_fit(32, 3, 1, 96)
+    assert both.left == pytest.approx(5 / 128 + 0.25)
+    assert both.amiss == pytest.approx(5 / 128 + 0.25 + 2 / 128)
+    assert both.rate == alone.rate
+    assert both.on_validation() == alone
+
+
 def test_what_is_lost_of_kept_answers_counts():
     assert Shown(0.1, 0.2, 0.3).amiss == pytest.approx(0.6)
 

@@ -22,20 +22,20 @@ from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
 from saber.moments import RIDGE, Decisions, Preserved, read_decisions
-from saber.openings import Opening
+from saber.openings import Fitted, Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec
 from saber.selective import solve
 from saber.sensitivity import fisher, sample, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
-Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate]]
-"""The plan with the new pass in it, the strengths tried, and the candidates with what they got."""
+Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate], Fitted | None]
+"""The plan with the new pass in it, the strengths tried, the candidates with what they got, and what all fit
+targets show now, where they were asked."""
 Sides = tuple[Activations, Activations]
 Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
-Late = Callable[[Sequence[int]], Mapping[int, Opening]]
-"""Answers some fit targets, given by number, with the model as it stands; tells which of them come to
-show the behaviour late, and behind which start."""
+Ask = Callable[[Sequence[int]], Fitted]
+"""Answers some fit targets, given by number, with the model as it stands."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class OrthogonalEditor:
         number = 1 + max((r.step for r in self.removals), default=0)
         self.removals.extend(removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
-        return plan, (), list(chosen)
+        return plan, (), list(chosen), None
 
 
 class SelectiveEditor:
@@ -76,12 +76,12 @@ class SelectiveEditor:
         probing: ProbeSpec,
         readout: Readout,
         behaviour: Callable[[], Shown],
-        late: Late,
+        fitted: Ask,
         progress: Progress[Any],
         own: Mapping[str, Completion],
         memo: Memo = forgetful,
     ) -> None:
-        self.late, self.memo = late, memo
+        self.fitted, self.memo = fitted, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.behaviour, self.progress = probing, behaviour, progress
         self.own, edited = own, tuple(w.name for w in writers)
@@ -143,12 +143,15 @@ class SelectiveEditor:
         neutral prompts behind the `opening`.
         """
 
+        asked: list[Fitted] = []
+        targets, validation = len(self.data.target), len(self.data.target_validation)
+
         def shown() -> Shown:
-            found = self.behaviour()
-            if not opening:
-                return found
-            still = self.late(pending)
-            return replace(found, late=len(still) / len(self.data.target))
+            found, fit = self.behaviour(), self.fitted(pending if opening else range(targets))
+            asked.append(fit)
+            if opening:
+                return replace(found, late=len(fit.late) / targets)
+            return found.with_fit(validation, fit.showing, fit.incoherent, targets)
 
         by_layer: dict[int, list[Candidate]] = {}
         for candidate in chosen:
@@ -230,7 +233,9 @@ class SelectiveEditor:
             for k, cs in by_layer.items()
             for i, c in enumerate(cs)
         ]
-        return plan, trials, done
+        # Nothing was asked where a memo knew the outcome.
+        told = dict(zip((t for t in trials if t.shown), asked, strict=False))
+        return plan, trials, done, None if opening else told.get(taken)
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
         """Return what the answers feel of each direction; None where nothing is set by it."""

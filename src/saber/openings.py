@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,6 +19,20 @@ from saber.lm.model import LanguageModel
 
 Opening = tuple[int, ...]
 """Token ids at the start of an answer; empty for the answer's own start."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What answers to some of the targets that were fitted show."""
+
+    late: Mapping[int, Opening]
+    """Those that come to show the behaviour late, by number, and behind which start."""
+    showing: int = 0
+    """How many show it at all."""
+    incoherent: int = 0
+    """How many are incoherent."""
+
+
 _ENDS = ".!?:\u2026\u3002\uff01\uff1f"
 
 

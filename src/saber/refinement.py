@@ -14,7 +14,7 @@ import torch
 
 from saber.ablation import EditPlan, EditSpec, applied
 from saber.candidates import causal_scores, choose, dormant, mean_log_odds
-from saber.editors import Editor, Late, OrthogonalEditor, SelectiveEditor, Sides
+from saber.editors import Ask, Editor, OrthogonalEditor, SelectiveEditor, Sides
 from saber.entanglement import EntanglementSpec, entangle
 from saber.evaluation.readout import derive_readout
 from saber.hydra import compensation
@@ -24,7 +24,7 @@ from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
-from saber.openings import Opening, likeliest
+from saber.openings import Fitted, Opening, likeliest
 from saber.passes import Hydra, Pass, RefineData, Refinement, RefineSpec
 from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
 from saber.prompts import PromptSet
@@ -66,7 +66,7 @@ def refine(
     seed: int,
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
-    late: Late = lambda _rows: {},
+    fitted: Ask = lambda _rows: Fitted({}),
     own: Mapping[str, Completion] = MappingProxyType({}),
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
@@ -78,7 +78,7 @@ def refine(
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
     `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind a start that `late` finds: of the three commonest, the likeliest over all targets. `own`
+    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets. `own`
     holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
@@ -121,7 +121,7 @@ def refine(
     if edit.kind == "selective":
         with clock("moments"):
             editor = SelectiveEditor(
-                lm, writers, data, edit, spec, probing, readout, behaviour, late, progress, own, memo
+                lm, writers, data, edit, spec, probing, readout, behaviour, fitted, progress, own, memo
             )
     else:
         editor = OrthogonalEditor(lm, writers, edit, [r for p in passes for r in p.removals])
@@ -132,9 +132,11 @@ def refine(
 
     everyone, few = range(len(data.target)), spec.stop_rate * len(data.target)
 
-    def turns(plan: EditPlan, rows: Sequence[int]) -> Mapping[int, Opening]:
+    def turns(
+        plan: EditPlan, rows: Sequence[int], told: Fitted | None = None
+    ) -> Mapping[int, Opening]:
         with clock("refine"), applied(lm.model, plan):
-            return memo(("late", plan.digest(), tuple(rows)), lambda: late(rows))
+            return memo(("late", plan.digest(), tuple(rows)), lambda: (told or fitted(rows)).late)
 
     if passes:
         amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
@@ -204,7 +206,7 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            plan, trials, chosen = editor(
+            plan, trials, chosen, told = editor(
                 earlier, chosen, opening, list(pending), (target, neutral)
             )
             fate = {id(c.direction): c for c in chosen}
@@ -214,7 +216,7 @@ def refine(
                 mark = plan.digest()
                 after = mean_log_odds(look(data.target_validation, at=mark), readout)
                 reached = next((t.shown for t in trials if t.chosen), None)
-                reached = reached or memo(("shown", mark), behaviour)
+                reached = (reached or memo(("shown", mark), behaviour)).on_validation()
             back = None
             if self_repair and len(plan.factors) < len(writers):
                 back = compensation(
@@ -236,7 +238,7 @@ def refine(
             clean = bool(opening) and reached.rate <= spec.stop_rate
             pending = turns(plan, list(pending)) if clean else {}
             if not clean or len(pending) > few:
-                pending = turns(plan, everyone)
+                pending = turns(plan, everyone, told)
         this = Pass(
             index=number,
             candidates=tuple(candidates),

@@ -26,8 +26,8 @@ MARGIN = 0.01
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
-"""What share of all answers a stronger edit has to set right for a still stronger one to be tried, about two
-of the usual 32: less is no reason to move preserved inputs more."""
+"""What share of all answers a stronger edit has to set right for a still stronger one to be tried: eight of the
+usual 128, two of 32 in late passes. Less is no reason to move preserved inputs more."""
 BOOSTS = (1.5, 2.0, 3.0)
 """How much more than the fit asks for is taken off, in turn, where behaviour is left that shows at once."""
 
@@ -49,15 +49,38 @@ class Shown:
     """Share that shows it before any sentence that does not; the rest of `rate` comes late. None where these
     were not told apart."""
 
+    pooled: float | None = None
+    """Share of all targets that select, to validate and to fit, that shows it; None where the latter were not
+    asked."""
+    pooled_incoherent: float | None = None
+    """Share of the same that is incoherent."""
+
+    def with_fit(self, asked: int, showing: int, incoherent: int, more: int) -> Shown:
+        """Return the same of `asked` validation targets with `more` fit targets, of which so many show it.
+
+        These are fitted at the first token alone: what comes late, and what is incoherent, is not.
+        """
+        total = asked + more
+        return replace(
+            self,
+            pooled=(round(self.rate * asked) + showing) / total,
+            pooled_incoherent=(round(self.incoherent * asked) + incoherent) / total,
+        )
+
+    def on_validation(self) -> Shown:
+        """Return the same without fit targets."""
+        return replace(self, pooled=None, pooled_incoherent=None)
+
     @property
     def left(self) -> float:
         """What an edit is to bring down to the aim: the behaviour, and changed kept answers."""
-        return self.rate + self.late + self.lost
+        return (self.rate + self.late if self.pooled is None else self.pooled) + self.lost
 
     @property
     def amiss(self) -> float:
         """By what edits are compared: all answers that are not coherent ones, and changed kept ones."""
-        return round(self.left + self.incoherent, 9)
+        incoherent = self.pooled_incoherent
+        return round(self.left + (self.incoherent if incoherent is None else incoherent), 9)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
 from saber.memo import Memo, forgetful
-from saber.openings import Opening, late_openings
+from saber.openings import Fitted, Opening, late_openings
 from saber.passes import Pass, RefineData, Refinement
 from saber.prompts import PromptSet
 from saber.refinement import refine
@@ -185,11 +185,16 @@ class Watch:
             at_once=(len(refused) - len(late)) / len(now),
         )
 
-    def late(self, rows: Sequence[int]) -> dict[int, Opening]:
-        """Tell which of some fit targets come to show it late as the model stands, and behind what."""
+    def fitted(self, rows: Sequence[int]) -> Fitted:
+        """Answer some fit targets, given by number, as the model stands."""
         texts = [self.selecting.target.texts[row] for row in rows]
-        found = self._turning(texts, self._asked_for(texts))
-        return {rows[i]: opening for i, opening in found.items()}
+        tried = self._asked_for(texts)
+        now, late = self._judged(texts, tried), self._turning(texts, tried)
+        return Fitted(
+            {rows[i]: opening for i, opening in late.items()},
+            now.count("refusal"),
+            now.count("incoherent"),
+        )
 
 
 def refined(
@@ -217,7 +222,7 @@ def refined(
         seed=config.seed,
         behaviour=behaviour or watch.shown,
         shown=watch.untouched,
-        late=watch.late,
+        fitted=watch.fitted,
         own=watch.own,
         progress=progress,
         finished=finished,
