@@ -26,8 +26,8 @@ MARGIN = 0.01
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
-"""What share of all answers a stronger edit has to set right for a still stronger one to be tried: eight of the
-usual 128, two of 32 in late passes. Less is no reason to move preserved inputs more."""
+"""What share of all answers a stronger edit has to set right for a still stronger one to be tried: eight
+of the usual 128, two of 32 in late passes. Less is no reason to move preserved inputs more."""
 BOOSTS = (1.5, 2.0, 3.0)
 """How much more than the fit asks for is taken off, in turn, where behaviour is left that shows at once."""
 
