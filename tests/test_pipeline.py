@@ -31,6 +31,7 @@ from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
 from saber.lm.writers import find_writers
+from saber.memo import forgetful
 from saber.openings import Fitted
 from saber.passes import Refinement
 from saber.pipeline import gather, run
@@ -515,6 +516,39 @@ def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
     elsewhere = watch.selecting_for(replace(config.edit, kind=other))
     assert elsewhere.neutral.texts == selecting.neutral.texts[3 if other == "selective" else 0 :]
     assert elsewhere.capability.texts == able[2 if other == "selective" else 0 :]
+
+
+@pytest.mark.slow
+def test_settings_that_read_other_prompts_share_nothing_of_them(model_folder, monkeypatch):
+    """An orthogonal and a selective edit of one sweep may leave out different prompts."""
+    configs = [
+        small("default", refine={"passes": 1, "max_q": 1, "stop": "never"}, edit=edit)
+        for edit in ({"kind": "orthogonal"}, {"kind": "selective", "lambda": 30.0})
+    ]
+    selecting = gather(configs[0]).selecting
+    chosen = {*selecting.neutral.texts[:3], *selecting.capability.texts[:2]}
+
+    def labels(_self, texts, stay=False):
+        return ["refusal" if text in chosen else "answer" for text in texts]
+
+    monkeypatch.setattr(Watch, "_labels", labels)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.0))
+    monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({}))
+    subject = Subject.load(str(model_folder), configs[0])
+    watch = Watch(subject.lm, judges.named_judge("phrases"), selecting, configs[0])
+    memory = {}
+
+    def memo(key, make):
+        if key not in memory:
+            memory[key] = make()
+        return memory[key]
+
+    alone, shared = (
+        [refined(subject, watch, config, memo=way, self_repair=False).plan for config in configs]
+        for way in (forgetful, memo)
+    )
+    assert all(plan.factors for plan in alone)
+    assert [plan.digest() for plan in shared] == [plan.digest() for plan in alone]
 
 
 def test_no_capability_category_is_emptied():
