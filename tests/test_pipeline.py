@@ -492,6 +492,8 @@ def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
         ("orthogonal", 2, 5, 0),
         ("selective", 0, 3, 2),
         ("selective", 1, 4, 2),
+        ("over-refusal", 1, 0, 0),
+        ("over-refusal", 2, 5, 0),
     ],
 )
 def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
@@ -506,11 +508,17 @@ def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
         return ["refusal" if text in chosen else "answer" for text in texts]
 
     monkeypatch.setattr(Watch, "_labels", labels)
-    config = override(PRESETS["default"], {"edit": {"kind": kind}})
+    mode = "removal" if kind != "over-refusal" else kind
+    if mode == "over-refusal":
+        chosen |= {*selecting.target.texts, *selecting.target_validation.texts}
+        kind = "selective"
+    config = override(PRESETS["default"], {"edit": {"kind": kind}, "data": {"mode": mode}})
     watch = Watch(llama, judges.named_judge("phrases"), selecting, config)
     assert watch.left_out == {"neutral": neutral, "capability": capability}
     assert watch.selecting.neutral.texts == selecting.neutral.texts[3 if neutral else 0 :]
     assert watch.selecting.capability.texts == able[capability:]
+    if mode == "over-refusal":
+        return
     # Settings of one sweep may differ in their kind.
     other = "selective" if kind == "orthogonal" else "orthogonal"
     elsewhere = watch.selecting_for(replace(config.edit, kind=other))

@@ -87,7 +87,8 @@ class Watch:
         watched, fitted = selecting.neutral_validation.texts, selecting.neutral.texts
         self._fitted: list[Label] = []
         self._able: list[Label] = []
-        if config.edit.kind == "selective":
+        self._narrow = config.data.mode == "over-refusal"
+        if self._strict(config.edit):
             both = self._labels([*watched, *fitted], stay=True)
             self._usual, self._fitted = both[: len(watched)], both[len(watched) :]
         else:
@@ -103,9 +104,10 @@ class Watch:
         """Return the prompts that select for an edit, without some that show the behaviour themselves.
 
         A selective edit would preserve, with such neutral and capability prompts, what is to go, so it
-        leaves out every one; an orthogonal edit neutral ones alone, where more than `NOISE` are such.
+        leaves out every one; an orthogonal edit neutral ones alone, where more than `NOISE` are such. So does
+        over-refusal mode, which preserves refusals on purpose.
         """
-        strict = edit.kind == "selective"
+        strict = self._strict(edit)
         if not strict and self._usual.count("refusal") <= NOISE * len(self._usual):
             return self._all
         if not self._fitted:
@@ -116,6 +118,9 @@ class Watch:
         if not self._able:
             self._able = self._labels(self._all.capability.texts)
         return replace(some, capability=calm_by_category(self._all.capability, self._able))
+
+    def _strict(self, edit: EditSpec) -> bool:
+        return edit.kind == "selective" and not self._narrow
 
     @property
     def left_out(self) -> dict[str, int]:
