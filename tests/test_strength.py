@@ -1,6 +1,7 @@
 """The line search takes the weakest edit that does, and says what it tried."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from conftest import make_lm
@@ -93,6 +94,14 @@ def test_where_behaviour_shows_at_once_more_is_taken_off(monkeypatch):
     fake = Fake(openings(100), at_once(100.0, {1.5: 0.1, 2.0: 0.08, 3.0: 0.08}), monkeypatch)
     assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 2.0)
     assert fake.generated == [100.0, 30.0, (100.0, 1.5), (100.0, 2.0), (100.0, 3.0)]
+
+
+def test_fit_targets_do_not_decide_whether_more_is_taken_off(monkeypatch):
+    """They are fitted where behaviour shows at once: what others still show goes on to count."""
+    shown = at_once(100.0, {1.5: 0.1, 2.0: 0.04})
+    shown = {k: replace(v, pooled=0.1, pooled_incoherent=0.0) for k, v in shown.items()}
+    fake = Fake(openings(100), shown, monkeypatch)
+    assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 2.0)
 
 
 def test_more_is_taken_off_no_longer_than_needed(monkeypatch):

@@ -189,7 +189,7 @@ def search(
     answers open with like words, openings tell little. Of those confirmed, the one with fewest answers
     amiss is taken, the weaker of equals. Where more than `aim` shows at once with it, its lambda is kept and
     more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
-    answer right: what other writers make up for is gone then too.
+    answer to a validation target right: what other writers make up for is gone then too.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
@@ -220,8 +220,9 @@ def search(
         left = trials[best].shown
         if left is None or (left.at_once or 0) <= aim:
             break
-        tried(trials[best].lambda_, boost, sure=True)
-        if amiss(confirmed[-1]) >= amiss(best):
+        found = tried(trials[best].lambda_, boost, sure=True)
+        # Fit targets are fitted where this shows: those that were not tell.
+        if found is None or found.on_validation().amiss >= left.on_validation().amiss:
             break
         best = confirmed[-1]
     trials[best] = replace(trials[best], chosen=True)
