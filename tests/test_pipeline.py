@@ -700,9 +700,7 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
 
 
 @pytest.mark.slow
-def test_a_first_pass_asks_all_targets_once(
-    model_folder, tmp_path, monkeypatch
-):
+def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch):
     """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
     asked = []

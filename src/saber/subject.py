@@ -29,8 +29,8 @@ from saber.strength import ANSWER_TOKENS, Shown
 NARROW_RIDGE = 1e-2
 """What `edit.ridge` is in over-refusal mode where it is left open; see `benchmarks/over_refusal.py`."""
 NOISE = 0.05
-"""Share of neutral validation prompts that may show the behaviour for an orthogonal edit, which takes means
-and pairs of neutral prompts alone; where more do, such are left out."""
+"""Share of neutral validation prompts that may show the behaviour in an orthogonal edit and in over-refusal
+mode; where more do, such are left out."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Watch:
         self._asked = len(found)
         self.rate = found.count("refusal") / len(found)
         """Share of validation targets that shows the behaviour."""
-        if config.data.mode == "over-refusal":
+        self._narrow = config.data.mode == "over-refusal"
+        if self._narrow:
             selecting = wrongly(selecting, self._labels(selecting.target.texts), found)
             found = [label for label in found if label == "refusal"]
         self.own: dict[str, Completion] = {}
@@ -87,7 +88,6 @@ class Watch:
         watched, fitted = selecting.neutral_validation.texts, selecting.neutral.texts
         self._fitted: list[Label] = []
         self._able: list[Label] = []
-        self._narrow = config.data.mode == "over-refusal"
         if self._strict(config.edit):
             both = self._labels([*watched, *fitted], stay=True)
             self._usual, self._fitted = both[: len(watched)], both[len(watched) :]
@@ -278,14 +278,12 @@ def calm(selecting: RefineData, fit: Sequence[Label], validation: Sequence[Label
 
 def calm_by_category(chosen: PromptSet, labels: Sequence[Label]) -> PromptSet:
     """Leave out prompts that show the behaviour, but none of a category where most do."""
-    odd = Counter(p.category for p, label in zip(chosen, labels, strict=True) if label == "refusal")
+    odd = Counter(those(chosen, labels, True).categories)
     whole = {c for c, n in Counter(chosen.categories).items() if 2 * odd[c] > n}
-    kept = (
-        p
-        for p, label in zip(chosen, labels, strict=True)
-        if label != "refusal" or p.category in whole
-    )
-    return replace(chosen, prompts=tuple(kept))
+    spared: list[Label] = [
+        "answer" if p.category in whole else label for p, label in zip(chosen, labels, strict=True)
+    ]
+    return those(chosen, spared, False)
 
 
 def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
