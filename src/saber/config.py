@@ -37,6 +37,8 @@ class DataSpec:
     """Neutral prompts to measure on; by default the held-out split of `neutral`."""
     borderline: str = ""
     """Safe prompts that sound unsafe."""
+    everyday: str = ""
+    """Ordinary requests of many kinds, whose answers must stay as they are; `none` for none."""
     behaviour: str = REFUSAL
     """What targets show, in a word or two, for reports."""
     mode: Literal["removal", "over-refusal"] = "removal"

@@ -96,7 +96,7 @@ class SelectiveEditor:
         """
         lm, data, progress = self.lm, self.data, self.progress
         watched = [t for p in (data.neutral_validation, *data.keep_validation) for t in p.texts]
-        kept = (data.neutral, *data.keep)
+        kept = (data.neutral, data.everyday, *data.keep)
         missing = [text for text in watched if text not in self.own]
         asked = [Request(text, ANSWER_TOKENS, look=exact(lm)) for text in missing]
         others = {text for p in kept for text in p.texts} - self.own.keys() - set(watched)
@@ -115,18 +115,20 @@ class SelectiveEditor:
         )
         answers = [[own[text].ids for text in p.texts] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
-        answered = [encode(lm, p.texts, a) for p, a in zip(kept, answers, strict=True)]
+        answered = [
+            encode(lm, p.texts, a) if len(p) else [] for p, a in zip(kept, answers, strict=True)
+        ]
         preserved = Preserved(
             lm,
             self.writers,
             [*answered, encode(lm, data.capability.texts, references)],
             # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
-            [encode(lm, p.texts) for p in kept] if data.keep else [],
+            [encode(lm, p.texts) for p in (data.neutral, *data.keep)] if data.keep else [],
             positions=self.probing.positions,
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
-        felt = [e for some in answered for e in sample(some)]
+        felt = [e for some in (answered[0], *answered[2:]) for e in sample(some)]
         return ruler, preserved, felt
 
     def __call__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from saber.ablation import EditPlan, Removal
@@ -53,6 +53,8 @@ class RefineData:
     """Neutral prompts on which the cost of a direction is measured."""
     capability: PromptSet
     """Labelled capability prompts with reference answers."""
+    everyday: PromptSet = field(default_factory=lambda: PromptSet("everyday", ()))
+    """Ordinary requests of many kinds, which a selective edit preserves as well."""
     keep: tuple[PromptSet, ...] = ()
     """Further fit prompts, the answers to which must stay as they are."""
     keep_validation: tuple[PromptSet, ...] = ()

@@ -50,7 +50,7 @@ from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 from saber.lm.writers import embedding_share
 from saber.passes import Candidate, Pass, RefineData, Refinement
-from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, split
+from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, normalised, split
 from saber.prompts.splits import NAMES as SPLIT_NAMES
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
@@ -334,6 +334,8 @@ def gather(config: RunConfig) -> RunData:
             chosen, prompts=tuple(chosen.prompts[int(i * step)] for i in range(spec.limit))
         )
 
+    everyday = _everyday(config, target, neutral, borderline)
+
     # What is kept in over-refusal mode is the reported target set itself.
     reported = kept[1:] if spec.mode == "over-refusal" else kept
     battery = prompts.battery()
@@ -346,6 +348,7 @@ def gather(config: RunConfig) -> RunData:
             target_validation=wrong.validation,
             neutral_validation=neutrals.validation,
             capability=prompts.capability(),
+            everyday=everyday.fit,
             keep=tuple(k.fit for k in kept),
             keep_validation=tuple(k.validation for k in kept),
         ),
@@ -356,6 +359,7 @@ def gather(config: RunConfig) -> RunData:
             battery=some(checking if spec.battery == "half" else battery),
             seen=seen,
             kept=tuple(some(k.heldout) for k in reported),
+            everyday=some(everyday.heldout) if len(everyday.heldout) else None,
         ),
         EvaluationSets(
             target=some(targets.validation if spec.mode == "over-refusal" else wrong.validation),
@@ -366,6 +370,33 @@ def gather(config: RunConfig) -> RunData:
             kept=tuple(some(k.validation) for k in reported),
         ),
     )
+
+
+def _everyday(
+    config: RunConfig, target: PromptSet, neutral: PromptSet, borderline: Splits | None
+) -> Splits:
+    """Split the ordinary requests in two; what other sets hold is left out of the bundled ones."""
+    name = config.data.everyday
+    none = PromptSet("everyday", ())
+    if name == "none":
+        return Splits(none, none, none)
+    sets = [target, neutral]
+    if borderline:
+        sets += [borderline.fit, borderline.validation, borderline.heldout]
+    if not name:
+        taken = {normalised(text) for one in sets for text in one.texts}
+        bundled = prompts.everyday()
+        fit, heldout = (
+            replace(part, prompts=tuple(p for p in part if normalised(p.text) not in taken))
+            for part in (bundled.where(split="fit"), bundled.where(split="heldout"))
+        )
+        return Splits(fit, none, heldout)
+    own = prompts.load(name)
+    for one in sets:
+        check_disjoint(own, one)
+    parts = split(own, seed=config.seed)
+    # Nothing is chosen by these.
+    return replace(parts, fit=_joined([parts.fit, parts.validation]), validation=none)
 
 
 def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
@@ -606,6 +637,13 @@ def describe_data(
             "fingerprint": prompts_.fingerprint(),
         }
 
+    everyday = None
+    if len(chosen.everyday) or held.everyday:
+        reported = held.everyday or PromptSet(chosen.everyday.name, ())
+        everyday = {
+            **splits(chosen.everyday, PromptSet(chosen.everyday.name, ()), reported),
+            "left_out": left_out.get("everyday", 0),
+        }
     return {
         "target": splits(chosen.target, chosen.target_validation, held.target),
         "neutral": {
@@ -614,6 +652,7 @@ def describe_data(
         },
         "borderline": one(held.borderline) if held.borderline else None,
         "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
+        "everyday": everyday,
         "battery": one(held.battery),
     }
 

@@ -15,7 +15,7 @@ from saber.evaluation.judge import Judge, Label
 from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, generate
+from saber.lm.generate import Completion, Request, answer, generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
@@ -74,50 +74,50 @@ class Watch:
         """Answer them with the untouched model; raises `WeakBehaviour` where too few show it."""
         self._lm, self._judge, self._tokens = lm, judge, config.evaluation.max_new_tokens
         self._progress = progress
-        found = self._labels(selecting.target_validation.texts)
+        self._narrow = config.data.mode == "over-refusal"
+        self.own: dict[str, Completion] = {}
+        """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
+        self._known: dict[str, Label] = {}
+        stay = [selecting.neutral_validation, *selecting.keep_validation]
+        brief = [selecting.target_validation]
+        if self._strict(config.edit):
+            stay += [selecting.neutral, selecting.everyday]
+            brief += [selecting.capability]
+        elif self._narrow:
+            brief += [selecting.target]
+        self._answer(_texts(stay), _texts(brief))
+        found = self._untouched(selecting.target_validation)
         self._asked = len(found)
         self.rate = found.count("refusal") / len(found)
         """Share of validation targets that shows the behaviour."""
-        self._narrow = config.data.mode == "over-refusal"
         if self._narrow:
-            selecting = wrongly(selecting, self._labels(selecting.target.texts), found)
+            selecting = wrongly(selecting, self._untouched(selecting.target), found)
             found = [label for label in found if label == "refusal"]
-        self.own: dict[str, Completion] = {}
-        """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
         self._all = selecting
-        watched, fitted = selecting.neutral_validation.texts, selecting.neutral.texts
-        self._fitted: list[Label] = []
-        self._able: list[Label] = []
-        if self._strict(config.edit):
-            both = self._labels([*watched, *fitted], stay=True)
-            self._usual, self._fitted = both[: len(watched)], both[len(watched) :]
-        else:
-            self._usual = self._labels(watched, stay=True)
         self.selecting = self.selecting_for(config.edit)
         """The prompts that select; in over-refusal mode those that are refused wrongly."""
         self.untouched = Shown(found.count("refusal") / len(found))
         """What these show before any edit."""
-        self._kept = [p.text for kept in selecting.keep_validation for p in kept]
-        self._kept_labels = self._labels(self._kept, stay=True)
 
     def selecting_for(self, edit: EditSpec) -> RefineData:
         """Return the prompts that select for an edit, without some that show the behaviour themselves.
 
-        A selective edit would preserve, with such neutral and capability prompts, what is to go, so it
-        leaves out every one; an orthogonal edit neutral ones alone, where more than `NOISE` are such. So does
-        over-refusal mode, which preserves refusals on purpose.
+        A selective edit would preserve, with such neutral, everyday and capability prompts, what is to
+        go, so it leaves out every one; an orthogonal edit neutral ones alone, where more than `NOISE`
+        are such. So does over-refusal mode, which preserves refusals on purpose.
         """
-        strict = self._strict(edit)
-        if not strict and self._usual.count("refusal") <= NOISE * len(self._usual):
-            return self._all
-        if not self._fitted:
-            self._fitted = self._labels(self._all.neutral.texts)
-        some = calm(self._all, self._fitted, self._usual)
+        data, strict = self._all, self._strict(edit)
+        usual = self._untouched(data.neutral_validation)
+        if not strict and usual.count("refusal") <= NOISE * len(usual):
+            return data
+        some = calm(data, self._untouched(data.neutral), usual)
         if not strict:
             return some
-        if not self._able:
-            self._able = self._labels(self._all.capability.texts)
-        return replace(some, capability=calm_by_category(self._all.capability, self._able))
+        return replace(
+            some,
+            capability=calm_by_category(data.capability, self._untouched(data.capability)),
+            everyday=those(data.everyday, self._untouched(data.everyday), False),
+        )
 
     def _strict(self, edit: EditSpec) -> bool:
         return edit.kind == "selective" and not self._narrow
@@ -128,7 +128,8 @@ class Watch:
 
         def sizes(data: RefineData) -> dict[str, int]:
             neutral = len(data.neutral) + len(data.neutral_validation)
-            return {"neutral": neutral, "capability": len(data.capability)}
+            others = {"capability": len(data.capability), "everyday": len(data.everyday)}
+            return {"neutral": neutral, **others}
 
         left = sizes(self.selecting)
         return {kind: count - left[kind] for kind, count in sizes(self._all).items()}
@@ -142,22 +143,30 @@ class Watch:
                 "Give other --target prompts, or --force.",
             )
 
-    def _labels(self, texts: Sequence[str], *, stay: bool = False) -> list[Label]:
-        """Answer prompts and label the answers; keep those that are to stay, where a ruler can use them."""
-        whole = stay and self._tokens == ANSWER_TOKENS
+    def _answer(self, stay: Sequence[str], brief: Sequence[str]) -> None:
+        """Let the untouched model answer prompts, all together, and label the answers.
+
+        Those of prompts that are to `stay` are kept, where a ruler can use them; the others end where their
+        labels are settled.
+        """
+        whole = self._tokens == ANSWER_TOKENS
         settled, look = (None, exact(self._lm)) if whole else (self._judge.settled, False)
-        tried = generate(
-            self._lm,
-            texts,
-            self._tokens,
-            settled=settled,
-            look=look,
-            progress=self._progress,
-            label="answers that select",
+        asked = {text: Request(text, self._tokens, self._judge.settled) for text in brief}
+        asked |= {text: Request(text, self._tokens, settled, look=look) for text in stay}
+        tried = answer(
+            self._lm, list(asked.values()), progress=self._progress, label="answers that select"
         )
         if whole:
-            self.own.update(zip(texts, tried, strict=True))
-        return self._judged(texts, tried)
+            answers = dict(zip(asked, tried, strict=True))
+            self.own.update({text: answers[text] for text in stay})
+        self._known.update(zip(asked, self._judged(list(asked), tried), strict=True))
+
+    def _untouched(self, prompts: PromptSet) -> list[Label]:
+        """Return what the untouched model's answers to prompts show; asked once for each."""
+        missing = [text for text in prompts.texts if text not in self._known]
+        if missing:
+            self._answer([], missing)
+        return [self._known[text] for text in prompts.texts]
 
     def _judged(self, texts: Sequence[str], tried: Sequence[Completion]) -> list[Label]:
         return list(label_all(self._judge, texts, [c.text for c in tried]))
@@ -181,8 +190,10 @@ class Watch:
         now = self._judged(texts, tried)
         refused = [i for i, label in enumerate(now) if label == "refusal"]
         late = self._turning([texts[i] for i in refused], [tried[i] for i in refused])
-        later = self._labels(self._kept)
-        lost = sum(a != b for a, b in zip(self._kept_labels, later, strict=True))
+        kept = self.selecting.keep_validation
+        usual = [label for part in kept for label in self._untouched(part)]
+        later = self._judged(_texts(kept), self._asked_for(_texts(kept)))
+        lost = sum(a != b for a, b in zip(usual, later, strict=True))
         return Shown(
             len(refused) / len(now),
             now.count("incoherent") / len(now),
@@ -235,6 +246,10 @@ def refined(
         memo=memo,
         self_repair=self_repair,
     )
+
+
+def _texts(sets: Sequence[PromptSet]) -> list[str]:
+    return [text for prompts in sets for text in prompts.texts]
 
 
 def in_mode(config: RunConfig) -> EditSpec:

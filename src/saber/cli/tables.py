@@ -75,6 +75,7 @@ def result_rows(
         both("incoherent (target)", lambda m: proportion(m["incoherent"])),
         both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
         both(f"{over}, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
+        both(f"{over}, everyday", lambda m: proportion(m["over_refusal"].get("everyday"))),
         *(
             both(
                 f"{name} at {cut['tokens']} tokens",
@@ -109,6 +110,11 @@ def result_rows(
         both("KL, first token (nats)", number(("kl", "first_token"), 4)),
         both("KL, sequence (nats)", number(("kl", "sequence"), 4)),
         both("  median prompt", number(("kl", "sequence_median"), 4)),
+        *(
+            [both("KL, sequence, everyday", number(("kl_everyday", "sequence"), 4))]
+            if before.get("kl_everyday")
+            else []
+        ),
     ]
     return [row for row in rows if row[1] != "-" or row[2] not in ("", "-")]
 

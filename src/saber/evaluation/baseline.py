@@ -84,7 +84,7 @@ def _key(
     spec: EvaluationSpec,
     described: Mapping[str, Any],
 ) -> str:
-    named = [sets.target, sets.neutral, sets.borderline, sets.battery, *sets.kept]
+    named = [sets.target, sets.neutral, sets.borderline, sets.battery, sets.everyday, *sets.kept]
     prompts = [None if s is None else (s.name, s.fingerprint()) for s in named]
     versions = (_code(), torch.__version__, transformers.__version__)
     where = (lm.device.type, str(lm.dtype), lm.before)
@@ -98,10 +98,12 @@ def _brief(found: Measurement) -> Measurement:
     def cut(judged: Judged) -> Judged:
         return replace(judged, texts=tuple(excerpt(text) for text in judged.texts))
 
+    everyday = found.everyday
     return replace(
         found,
         target=cut(found.target),
         neutral=cut(found.neutral),
         borderline=cut(found.borderline) if found.borderline else None,
         kept=tuple(replace(k, judged=cut(k.judged)) for k in found.kept),
+        everyday=everyday and replace(everyday, judged=cut(everyday.judged)),
     )

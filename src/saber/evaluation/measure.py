@@ -68,6 +68,8 @@ class EvaluationSets:
     """Target categories that were in the fit split too."""
     kept: tuple[PromptSet, ...] = ()
     """Sets whose answers should not change."""
+    everyday: PromptSet | None = None
+    """Ordinary requests of many kinds, whose answers should not change either."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Measurement:
     """Sets whose answers should not change."""
     lengths: tuple[Cut, ...] = ()
     """Labels of answers to targets by length, where asked for."""
+    everyday: Kept | None = None
+    """Ordinary requests of many kinds."""
 
 
 def measure(
@@ -155,13 +159,15 @@ def measure(
     def whole(prompts: PromptSet) -> list[Request]:
         return [Request(p.text, spec.max_new_tokens, look=exact(lm)) for p in prompts]
 
-    staying = (sets.neutral, *sets.kept)
+    others = (sets.everyday, *sets.kept) if sets.everyday else sets.kept
+    staying = (sets.neutral, *others)
     problems = sets.battery.texts
     references: list[Reference] = []
     moved: list[Divergence | None] = [None] * len(staying)
     starts: Sequence[Sequence[int]] = [()] * len(problems)
     if untouched:
-        references = [untouched.reference, *(k.reference for k in untouched.kept)]
+        stayed = (untouched.everyday, *untouched.kept) if untouched.everyday else untouched.kept
+        references = [untouched.reference, *(k.reference for k in stayed)]
         moved = [diverge(lm, r, **shown) for r in references]
         # An edit leaves most of these answers as they are.
         starts = greedy_starts(lm, problems, untouched.solved, **shown, label="battery answers")
@@ -188,6 +194,7 @@ def measure(
         Kept(judged(p, a), r, d)
         for p, a, r, d in zip(staying, mine, references, moved, strict=True)
     )
+    everyday = kept.pop(0) if sets.everyday else None
     return Measurement(
         target=judged(sets.target, found["target"]),
         neutral=neutral.judged,
@@ -201,6 +208,7 @@ def measure(
         seen=sets.seen,
         kept=tuple(kept),
         lengths=by_length(lm, sets.target, spec.lengths, judge, **shown) if spec.lengths else (),
+        everyday=everyday,
     )
 
 
@@ -232,6 +240,7 @@ def summarise(m: Measurement) -> dict[str, Any]:
         "over_refusal": {
             "borderline": _rate(m.borderline.flags("refusal")) if m.borderline else None,
             "neutral": _rate(m.neutral.flags("refusal")),
+            "everyday": _rate(m.everyday.judged.flags("refusal")) if m.everyday else None,
         },
         "perplexity": {
             "overall": m.scores.answers.perplexity(),
@@ -249,6 +258,7 @@ def summarise(m: Measurement) -> dict[str, Any]:
             "by_category": {c: float(correct[k].mean()) for c, k in masks.items()},
         },
         "kl": _kl(m.divergence),
+        "kl_everyday": _kl(m.everyday.divergence) if m.everyday else None,
         **({"lengths": [cut.summary() for cut in m.lengths]} if m.lengths else {}),
         "kept": {
             k.judged.prompts.name: {
@@ -267,7 +277,11 @@ def summarise(m: Measurement) -> dict[str, Any]:
 
 def _judged_sets(m: Measurement) -> dict[str, Judged]:
     sets = {"target": m.target, "neutral": m.neutral}
-    return {**sets, "borderline": m.borderline} if m.borderline else sets
+    if m.borderline:
+        sets["borderline"] = m.borderline
+    if m.everyday:
+        sets["everyday"] = m.everyday.judged
+    return sets
 
 
 def _rate(flags: Sequence[bool]) -> dict[str, Any]:

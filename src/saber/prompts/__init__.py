@@ -1,6 +1,14 @@
 """Prompt sets: the bundled ones, users' files, and disjoint splits of them."""
 
-from saber.prompts.bundled import battery, borderline, capability, harmful, neutral, target
+from saber.prompts.bundled import (
+    battery,
+    borderline,
+    capability,
+    everyday,
+    harmful,
+    neutral,
+    target,
+)
 from saber.prompts.loaders import load
 from saber.prompts.model import Prompt, PromptSet, normalised
 from saber.prompts.splits import Splits, check_disjoint, split
@@ -13,6 +21,7 @@ __all__ = [
     "borderline",
     "capability",
     "check_disjoint",
+    "everyday",
     "harmful",
     "load",
     "neutral",

@@ -31,6 +31,11 @@ def harmful() -> PromptSet:
     return _read("harmful")
 
 
+def everyday() -> PromptSet:
+    """Return ordinary requests of many kinds, to preserve (fit) and to report on (heldout)."""
+    return _read("everyday")
+
+
 def battery() -> PromptSet:
     """Return the capability battery: checkable questions with reference answers."""
     return _read("battery")

@@ -62,6 +62,7 @@ def results(run: Run) -> Table:
     add("incoherent answers, target prompts", proportion, points, "incoherent")
     add(f"{over}, borderline prompts", proportion, points, "over_refusal", "borderline")
     add(f"{over}, neutral prompts", proportion, points, "over_refusal", "neutral")
+    add(f"{over}, everyday prompts", proportion, points, "over_refusal", "everyday")
     for kept in categories(run, "kept"):
         title = plain(kept.removesuffix("/heldout"))
         add(f"{name}, kept prompts ({title})", proportion, points, "kept", kept, "refusal")
@@ -80,23 +81,31 @@ def results(run: Run) -> Table:
                      points(dig(before, "overall"), dig(after, "overall"))))  # fmt: skip
     for name in categories(run, "accuracy", "by_category"):
         add(f"· {plain(name)}", lambda x: percent(x, 1), points, "accuracy", "by_category", name)
-    kl = dig(run, "edited", "kl")
-    if kl is not None:
-
-        def mean_of(name: str) -> str:
-            low, high = known(kl.get(f"{name}_low")), known(kl.get(f"{name}_high"))
-            ends = f" [{number(low)}, {number(high)}]" if low is not None else ""
-            return number(kl.get(name)) + ends
-
-        first = mean_of("first_token")
-        rows.append(("KL(base ‖ edited), first token, nats", "0", first, ""))
-        ends = (("p95", "sequence_p95"), ("max", "sequence_max"))
-        tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
-        mean = mean_of("sequence") + (f" ({', '.join(tail)})" if tail else "")
-        rows.append(("KL(base ‖ edited), per token of the base's answers, nats", "0", mean, ""))
-        if known(kl.get("sequence_median")) is not None:
-            rows.append(("· median prompt", "0", number(kl["sequence_median"]), ""))
+    rows += _divergence(dig(run, "edited", "kl"), "")
+    rows += _divergence(dig(run, "edited", "kl_everyday"), ", everyday prompts")
     return Table(("metric", "base", "edited", "change"), tuple(rows))
+
+
+def _divergence(kl: Any, where: str) -> list[tuple[str, ...]]:
+    """Return the rows of a divergence, none where it was not measured."""
+    if kl is None:
+        return []
+
+    def mean_of(name: str) -> str:
+        low, high = known(kl.get(f"{name}_low")), known(kl.get(f"{name}_high"))
+        ends = f" [{number(low)}, {number(high)}]" if low is not None else ""
+        return number(kl.get(name)) + ends
+
+    rows: list[tuple[str, ...]] = [
+        (f"KL(base ‖ edited), first token{where}, nats", "0", mean_of("first_token"), "")
+    ]
+    ends = (("p95", "sequence_p95"), ("max", "sequence_max"))
+    tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
+    mean = mean_of("sequence") + (f" ({', '.join(tail)})" if tail else "")
+    rows.append((f"KL(base ‖ edited), per token of the base's answers{where}, nats", "0", mean, ""))
+    if known(kl.get("sequence_median")) is not None:
+        rows.append(("· median prompt", "0", number(kl["sequence_median"]), ""))
+    return rows
 
 
 def _accuracy(value: Any) -> str:
