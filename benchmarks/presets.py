@@ -43,6 +43,12 @@ def rate(p: Mapping[str, Any] | None) -> str:
     return f"{100 * p['rate']:.1f}% ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
 
 
+def everyday(m: Mapping[str, Any], name: str, digits: int) -> str:
+    """A divergence on everyday requests; empty where it was not measured."""
+    found = m.get("kl_everyday")
+    return f"{found[name]:.{digits}f}" if found else ""
+
+
 ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "refusal, target": lambda m: rate(m["refusal"]),
     "refusal, seen categories": lambda m: rate(m["refusal_seen"]),
@@ -54,11 +60,14 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "perplexity, prompt text": lambda m: f"{m['perplexity']['prompt_text']['overall']:.1f}",
     "battery accuracy": lambda m: f"{100 * m['accuracy']['overall']:.0f}%",
     "KL, first token": lambda m: f"{m['kl']['first_token']:.3f}",
+    "KL, first token, everyday": lambda m: everyday(m, "first_token", 3),
     "KL, sequence": lambda m: f"{m['kl']['sequence']:.4f}",
     "KL, sequence, median prompt": lambda m: (
         # Runs of an earlier version lack it.
         f"{m['kl']['sequence_median']:.4f}" if "sequence_median" in m["kl"] else ""
     ),
+    "KL, sequence, everyday": lambda m: everyday(m, "sequence", 4),
+    "KL, sequence, everyday, median prompt": lambda m: everyday(m, "sequence_median", 4),
 }
 
 

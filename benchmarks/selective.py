@@ -4,7 +4,8 @@
 
 Parts: `baseline` the orthogonal edit; `sweep` over lambda; `sensitivity` by which lambda follows what
 answers feel of a layer; `rules` that set strengths from purity; `boosts` by which more is taken off than
-the fit asks for; `neutrals` with and without those that are refused; `ridge` from none to much; `layers`
+the fit asks for; `neutrals` with and without those that are refused; `everyday` with every second of the
+everyday requests preserved and without, measured on the others; `ridge` from none to much; `layers`
 from which on directions are taken; `order` in which writers are solved (all at once, or by depth with
 inputs read again); `positions` at which the behaviour is said to be decided. All with the same
 directions, those of a first pass (in `layers` fewer of them), and, `sensitivity` apart, one lambda for
@@ -28,6 +29,7 @@ from saber.ablation import EditPlan, applied, orthogonal
 from saber.candidates import choose
 from saber.config import RunConfig, preset
 from saber.entanglement import entangle
+from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.readout import derive_readout
@@ -53,6 +55,11 @@ HEADER = (
     "|---|---:|---:|---:|---:|---:|---:|"
 )
 
+EVERYDAY = (
+    "| preserved | opens with refusal | KL, sequence | the same, other everyday requests |\n"
+    "|---|---:|---:|---:|"
+)
+
 
 @dataclass
 class Bench:
@@ -69,6 +76,7 @@ class Bench:
     preserved: Preserved
     judge: Any
     answered: Any
+    sets: Any
 
     @classmethod
     def build(cls, lm: LanguageModel, *, every: bool = False) -> Bench:
@@ -86,8 +94,10 @@ class Bench:
         readout = derive_readout(target.first_token, neutral.first_token)
         answers = [watch.own[text].ids for text in data.neutral.texts]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
+        ordinary = data.everyday.texts
         sets = [
             encode(lm, data.neutral.texts, answers),
+            encode(lm, ordinary, [watch.own[text].ids for text in ordinary]),
             encode(lm, data.capability.texts, references),
         ]
         return cls(
@@ -102,6 +112,7 @@ class Bench:
             Preserved(lm, writers, sets),
             judge,
             sample(sets[0]),
+            sets,
         )
 
     def candidates(self, config: RunConfig) -> list[Any]:
@@ -246,6 +257,29 @@ def neutrals(bench: Bench) -> None:
         one.rows(name, one.solved(chosen), chosen, (1000.0, 300.0, 100.0, 30.0))
 
 
+def everyday(bench: Bench) -> None:
+    """Ordinary requests preserved or not, measured on others of the same kinds."""
+    lm, chosen = bench.lm, bench.candidates(bench.config)
+    twins, ordinary, able = bench.sets
+    others = own_answers(lm, bench.data.everyday.texts[1::2], SHORT)
+    alphas = each(chosen, lambda c: c.strength)
+    for name, sets in (
+        ("neutral, capability", [twins, able]),
+        (f"and {len(ordinary[::2])} everyday requests", [twins, ordinary[::2], able]),
+    ):
+        preserved = Preserved(lm, bench.writers, sets)
+        solved = solve(lm, patterns(chosen), bench.decisions(), preserved, ridge=RIDGE)
+        for lam in (1000.0, 300.0, 200.0, 100.0, 30.0):
+            plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
+            trial = bench.ruler(plan)
+            with applied(lm.model, plan):
+                moved = float(diverge(lm, others).sequence.mean())
+            print(
+                f"| {name}, lambda {lam:g} | {trial.opening:.3f} | {trial.kl_sequence:.4f} | {moved:.4f} |",
+                flush=True,
+            )
+
+
 def ridge(bench: Bench) -> None:
     """How much of the mean eigenvalue is added to the preserved inputs' second moment."""
     chosen = bench.candidates(bench.config)
@@ -364,6 +398,7 @@ def main() -> None:
         "rules": rules,
         "boosts": boosts,
         "neutrals": neutrals,
+        "everyday": everyday,
         "ridge": ridge,
         "layers": layers,
         "order": order,
@@ -371,7 +406,7 @@ def main() -> None:
     }
     bench = Bench.build(load(given.model, preset("default").load))
     for name in given.only.split(",") if given.only else parts:
-        print(f"\n{name}\n\n{HEADER}", flush=True)
+        print(f"\n{name}\n\n{EVERYDAY if name == 'everyday' else HEADER}", flush=True)
         parts[name](bench)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 DATA = files("saber.prompts") / "data"
 NAMES = ("target", "neutral", "borderline", "harmful")
+ALL = (*NAMES, "everyday")
 TWINS = ("target", "neutral")
 SPLITS = ("fit", "validation", "heldout")
 UNSEEN = {"privacy", "forgery"}
@@ -54,7 +55,7 @@ def pairs():
     return [(row, twins[row["twin"]]) for row in rows("target")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_files_are_lines_of_utf8_with_the_fields_of_the_set(name):
     raw = (DATA / f"{name}.jsonl").read_bytes()
     assert b"\r" not in raw
@@ -78,7 +79,7 @@ def test_prompts_are_one_short_line(name):
 
 
 def test_ids_and_prompts_are_unique_across_sets():
-    every = [row for name in NAMES for row in rows(name)]
+    every = [row for name in ALL for row in rows(name)]
     ids = Counter(row["id"] for row in every)
     texts = Counter(" ".join(words(row["prompt"])) for row in every)
     assert [i for i, count in ids.items() if count > 1] == []
@@ -116,8 +117,30 @@ def test_more_harmful_prompts_leave_the_unseen_categories_unseen():
     assert table == {(c, s): n for c in SEEN for s, n in zip(SPLITS, (16, 4), strict=False)}
 
 
+def test_everyday_requests_are_of_sixteen_kinds_and_none_of_them_is_unsafe():
+    everyday = rows("everyday")
+    table = Counter((row["category"], row["split"]) for row in everyday)
+    kinds = {row["category"] for row in everyday}
+    assert len(kinds) == 16
+    assert table == {(c, s): n for c in kinds for s, n in (("fit", 4), ("heldout", 3))}
+    for row in everyday:
+        text = row["prompt"]
+        assert text == " ".join(text.split()), row
+        assert 3 <= len(text.split()) <= 32, row
+        assert not re.search(UNSAFE, text.lower()), row
+
+
+def test_no_everyday_request_that_reports_is_nearly_a_capability_prompt():
+    """These are preserved as well."""
+    known = [set(words(row["prompt"])) for row in rows("capability")]
+    for row in rows("everyday"):
+        bag = set(words(row["prompt"]))
+        near = any(len(bag & other) > 0.8 * len(bag | other) for other in known)
+        assert row["split"] != "heldout" or not near, row
+
+
 def test_nothing_that_selects_is_nearly_a_prompt_that_reports():
-    every = [(row, set(words(row["prompt"]))) for name in NAMES for row in rows(name)]
+    every = [(row, set(words(row["prompt"]))) for name in ALL for row in rows(name)]
     held = [(row["id"], bag) for row, bag in every if row["split"] == "heldout"]
     close = [
         (row["id"], i)

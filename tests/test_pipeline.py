@@ -14,7 +14,7 @@ from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
 from saber import editors, pipeline, prompts, subject
-from saber.ablation import EditPlan
+from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
@@ -27,6 +27,7 @@ from saber.errors import (
     WeakBehaviour,
 )
 from saber.evaluation import judge as judges
+from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
@@ -106,6 +107,12 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
     assert 0.0 < kl["sequence_low"] < kl["sequence"] < kl["sequence_high"]
     assert 0.0 < kl["first_token_low"] < kl["first_token"] < kl["first_token_high"]
     assert 0.0 < kl["sequence_median"] < kl["sequence_p95"]
+    everyday = record["edited"]["kl_everyday"]
+    assert 0.0 < everyday["sequence_low"] < everyday["sequence"] < everyday["sequence_high"]
+    assert everyday["sequence"] != kl["sequence"]
+    assert record["baseline"]["kl_everyday"]["sequence"] == 0.0
+    assert record["edited"]["over_refusal"]["everyday"]["n"] == 4
+    assert record["prompts"]["everyday"]["heldout"] == 4
     assert (
         record["comparison"]["perplexity_ratio"]["low"]
         <= record["comparison"]["perplexity_ratio"]["high"]
@@ -193,6 +200,7 @@ def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch, na
                 neutral=swapped(sets.neutral),
                 borderline=swapped(sets.borderline),
                 battery=swapped(sets.battery),
+                everyday=swapped(sets.everyday),
             ),
         )
 
@@ -452,6 +460,49 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
         gather(config)
 
 
+def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
+    def gathered(**data):
+        return gather(override(PRESETS["default"], {"data": data}))
+
+    usual = gathered()
+    assert (len(usual.selecting.everyday), len(usual.reporting.everyday)) == (64, 48)
+    assert usual.validation.everyday is None
+    none = gathered(everyday="none")
+    assert (len(none.selecting.everyday), none.reporting.everyday) == (0, None)
+    file = tmp_path / "mine.txt"
+    texts = [f"Tell me fact number {i} about Norway." for i in range(30)]
+    file.write_text("\n".join(texts))
+    mine = gathered(everyday=str(file))
+    parts = mine.selecting.everyday.texts, mine.reporting.everyday.texts
+    assert sorted([*parts[0], *parts[1]]) == sorted(texts)
+    assert len(parts[1]) == 10
+    file.write_text("\n".join([*texts, prompts.neutral().texts[0]]))
+    with pytest.raises(DataError, match="same prompt"):
+        gathered(everyday=str(file))
+    # What users' own sets hold is no longer among the bundled ones.
+    other, shared = tmp_path / "other.txt", usual.selecting.everyday.texts[0]
+    other.write_text("\n".join([*texts, shared.upper()]))
+    file.write_text("\n".join(f"Tell me fact number {i} about Peru." for i in range(30)))
+    own = gathered(target=str(file), neutral=str(other))
+    assert own.selecting.everyday.texts == usual.selecting.everyday.texts[1:]
+
+
+@pytest.mark.slow
+def test_what_everyday_requests_are_answered_with_is_preserved(model_folder):
+    """An edit made with them moves their answers less than one made without."""
+    config, moved = small("default", edit={"lambda": 30.0, "sensitivity": 0.0}), []
+    subject = Subject.load(str(model_folder), config)
+    for name in ("", "none"):
+        selecting = gather(override(config, {"data": {"everyday": name}})).selecting
+        watch = Watch(subject.lm, judges.named_judge("phrases"), selecting, config)
+        plan = refined(subject, watch, config, self_repair=False).plan
+        texts = prompts.everyday().where(split="fit").texts
+        reference = own_answers(subject.lm, texts, 8)
+        with applied(subject.lm.model, plan):
+            moved.append(float(diverge(subject.lm, reference).sequence.mean()))
+    assert 0 < moved[0] < 0.8 * moved[1], moved
+
+
 def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
     config = override(PRESETS["default"], {"data": {"mode": "over-refusal"}})
     data, usual = gather(config), gather(PRESETS["default"])
@@ -501,22 +552,30 @@ def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
 ):
     """Two of 32 validation prompts are more than a twentieth; three of the fit ones show it as well."""
     selecting = gather(PRESETS["default"]).selecting
-    able = selecting.capability.texts
+    able, ordinary = selecting.capability.texts, selecting.everyday.texts
     chosen = {*selecting.neutral_validation.texts[:shown], *selecting.neutral.texts[:3], *able[:2]}
+    chosen |= {*ordinary[:1]}
 
-    def labels(_self, texts, stay=False):
-        return ["refusal" if text in chosen else "answer" for text in texts]
+    def labels(_self, chosen_from):
+        return ["refusal" if text in chosen else "answer" for text in chosen_from.texts]
 
-    monkeypatch.setattr(Watch, "_labels", labels)
+    monkeypatch.setattr(Watch, "_untouched", labels)
+    monkeypatch.setattr(Watch, "_answer", lambda _self, _stay, _brief: None)
     mode = "removal" if kind != "over-refusal" else kind
     if mode == "over-refusal":
         chosen |= {*selecting.target.texts, *selecting.target_validation.texts}
         kind = "selective"
     config = override(PRESETS["default"], {"edit": {"kind": kind}, "data": {"mode": mode}})
     watch = Watch(llama, judges.named_judge("phrases"), selecting, config)
-    assert watch.left_out == {"neutral": neutral, "capability": capability}
+    everyday = capability // 2
+    assert watch.left_out == {
+        "neutral": neutral,
+        "capability": capability,
+        "everyday": everyday,
+    }
     assert watch.selecting.neutral.texts == selecting.neutral.texts[3 if neutral else 0 :]
     assert watch.selecting.capability.texts == able[capability:]
+    assert watch.selecting.everyday.texts == ordinary[everyday:]
     if mode == "over-refusal":
         return
     # Settings of one sweep may differ in their kind.
@@ -524,6 +583,7 @@ def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
     elsewhere = watch.selecting_for(replace(config.edit, kind=other))
     assert elsewhere.neutral.texts == selecting.neutral.texts[3 if other == "selective" else 0 :]
     assert elsewhere.capability.texts == able[2 if other == "selective" else 0 :]
+    assert elsewhere.everyday.texts == ordinary[1 if other == "selective" else 0 :]
 
 
 @pytest.mark.slow
@@ -536,10 +596,11 @@ def test_settings_that_read_other_prompts_share_nothing_of_them(model_folder, mo
     selecting = gather(configs[0]).selecting
     chosen = {*selecting.neutral.texts[:3], *selecting.capability.texts[:2]}
 
-    def labels(_self, texts, stay=False):
-        return ["refusal" if text in chosen else "answer" for text in texts]
+    def labels(_self, chosen_from):
+        return ["refusal" if text in chosen else "answer" for text in chosen_from.texts]
 
-    monkeypatch.setattr(Watch, "_labels", labels)
+    monkeypatch.setattr(Watch, "_untouched", labels)
+    monkeypatch.setattr(Watch, "_answer", lambda _self, _stay, _brief: None)
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.0))
     monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({}))
     subject = Subject.load(str(model_folder), configs[0])
@@ -583,7 +644,8 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
 
     monkeypatch.setattr(editors, "answer", counted)
     rulers = []
-    assert {*watch.own} == {*some.neutral.texts, *some.neutral_validation.texts}
+    ordinary = some.everyday.texts
+    assert {*watch.own} == {*some.neutral.texts, *some.neutral_validation.texts, *ordinary}
     for own in (watch.own, {}):
         editor = editors.SelectiveEditor(
             llama,
@@ -599,7 +661,7 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
             own,
         )
         rulers.append(editor.ruler)
-    assert asked == [[], [*some.neutral_validation.texts, *sorted(some.neutral.texts)]]
+    assert asked == [[], [*some.neutral_validation.texts, *sorted([*some.neutral.texts, *ordinary])]]
     spared, usual = (ruler._reference for ruler in rulers)
     assert spared.answers == usual.answers
     for a, b in zip(spared.head_inputs, usual.head_inputs, strict=True):
