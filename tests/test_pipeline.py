@@ -467,6 +467,8 @@ def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
     usual = gathered()
     assert (len(usual.selecting.everyday), len(usual.reporting.everyday)) == (64, 48)
     assert usual.validation.everyday is None
+    narrow = gathered(mode="over-refusal")
+    assert (len(narrow.selecting.everyday), len(narrow.reporting.everyday)) == (0, 48)
     none = gathered(everyday="none")
     assert (len(none.selecting.everyday), none.reporting.everyday) == (0, None)
     file = tmp_path / "mine.txt"

@@ -348,7 +348,8 @@ def gather(config: RunConfig) -> RunData:
             target_validation=wrong.validation,
             neutral_validation=neutrals.validation,
             capability=prompts.capability(),
-            everyday=everyday.fit,
+            # False refusals lie closer to true ones than to these, which only made the edit weaker.
+            everyday=everyday.fit if spec.mode == "removal" else _none_of(everyday.fit),
             keep=tuple(k.fit for k in kept),
             keep_validation=tuple(k.validation for k in kept),
         ),
