@@ -38,7 +38,8 @@ class DataSpec:
     borderline: str = ""
     """Safe prompts that sound unsafe."""
     everyday: str = ""
-    """Ordinary requests of many kinds, whose answers must stay as they are; `none` for none."""
+    """Ordinary requests of many kinds, whose answers must stay as they are: preserved by a selective edit
+    in removal mode, and reported on; `none` for none."""
     behaviour: str = REFUSAL
     """What targets show, in a word or two, for reports."""
     mode: Literal["removal", "over-refusal"] = "removal"

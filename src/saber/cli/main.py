@@ -294,7 +294,7 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     add("--eval-target", help="targets to measure on (default: the held-out split)")
     add("--eval-neutral", help="neutral prompts to measure on")
     add("--borderline", help="safe prompts that sound unsafe")
-    add("--everyday", help="ordinary requests whose answers must stay, or none (default: bundled ones)")
+    add("--everyday", help="ordinary requests whose answers must stay, or none (default: bundled)")
     add("--mode", help="removal, or over-refusal: take out false refusals alone, keep true ones")
     add(
         "--keep",
