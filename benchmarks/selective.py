@@ -267,8 +267,7 @@ def everyday(bench: Bench) -> None:
         ("neutral, capability", [twins, able]),
         (f"and {len(ordinary[::2])} everyday requests", [twins, ordinary[::2], able]),
     ):
-        preserved = Preserved(lm, bench.writers, sets)
-        solved = solve(lm, patterns(chosen), bench.decisions(), preserved, ridge=RIDGE)
+        solved = replace(bench, preserved=Preserved(lm, bench.writers, sets)).solved(chosen)
         for lam in (1000.0, 300.0, 200.0, 100.0, 30.0):
             plan = solved.plan(each(chosen, lambda _c, lam=lam: lam), alphas)
             trial = bench.ruler(plan)

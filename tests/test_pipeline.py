@@ -487,6 +487,8 @@ def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
     file.write_text("\n".join(f"Tell me fact number {i} about Peru." for i in range(30)))
     own = gathered(target=str(file), neutral=str(other))
     assert own.selecting.everyday.texts == usual.selecting.everyday.texts[1:]
+    for field in ({"eval_neutral": str(other)}, {"keep": [str(other)]}):
+        assert gathered(**field).selecting.everyday.texts == usual.selecting.everyday.texts[1:]
 
 
 @pytest.mark.slow

@@ -128,7 +128,8 @@ class SelectiveEditor:
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
-        felt = [e for some in (answered[0], *answered[2:]) for e in sample(some)]
+        pairs = zip(kept, answered, strict=True)
+        felt = [e for p, some in pairs if p is not data.everyday for e in sample(some)]
         return ruler, preserved, felt
 
     def __call__(

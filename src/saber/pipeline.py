@@ -334,7 +334,13 @@ def gather(config: RunConfig) -> RunData:
             chosen, prompts=tuple(chosen.prompts[int(i * step)] for i in range(spec.limit))
         )
 
-    everyday = _everyday(config, target, neutral, borderline)
+    splits = [s for s in (borderline, *kept) if s]
+    everyday = _everyday(
+        spec.everyday,
+        [target, neutral, held_target, held_neutral]
+        + [part for s in splits for part in (s.fit, s.validation, s.heldout)],
+        config.seed,
+    )
 
     # What is kept in over-refusal mode is the reported target set itself.
     reported = kept[1:] if spec.mode == "over-refusal" else kept
@@ -373,17 +379,11 @@ def gather(config: RunConfig) -> RunData:
     )
 
 
-def _everyday(
-    config: RunConfig, target: PromptSet, neutral: PromptSet, borderline: Splits | None
-) -> Splits:
+def _everyday(name: str, sets: Sequence[PromptSet], seed: int) -> Splits:
     """Split the ordinary requests in two; what other sets hold is left out of the bundled ones."""
-    name = config.data.everyday
     none = PromptSet("everyday", ())
     if name == "none":
         return Splits(none, none, none)
-    sets = [target, neutral]
-    if borderline:
-        sets += [borderline.fit, borderline.validation, borderline.heldout]
     if not name:
         taken = {normalised(text) for one in sets for text in one.texts}
         bundled = prompts.everyday()
@@ -395,7 +395,7 @@ def _everyday(
     own = prompts.load(name)
     for one in sets:
         check_disjoint(own, one)
-    parts = split(own, seed=config.seed)
+    parts = split(own, seed=seed)
     # Nothing is chosen by these.
     return replace(parts, fit=_joined([parts.fit, parts.validation]), validation=none)
 
@@ -640,9 +640,9 @@ def describe_data(
 
     everyday = None
     if len(chosen.everyday) or held.everyday:
-        reported = held.everyday or PromptSet(chosen.everyday.name, ())
+        nothing = _none_of(chosen.everyday)
         everyday = {
-            **splits(chosen.everyday, PromptSet(chosen.everyday.name, ()), reported),
+            **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
     return {
