@@ -2,13 +2,16 @@
 
 import copy
 
+import pytest
 import torch
 from conftest import make_lm
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from saber.evaluation.divergence import diverge, exact, keep_reference, own_answers
 from saber.lm import cache
-from saber.lm.cache import RoomyLayer, make_room
+from saber.lm import generate as generation
+from saber.lm.cache import RoomyLayer, is_roomy, join, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
 from saber.lm.forward import cacheable, forward, plan_batches
 from saber.lm.generate import Request, agreed, answer, generate, greedy_starts
@@ -99,7 +102,7 @@ def test_a_roomy_cache_holds_what_a_plain_one_does(monkeypatch):
     plain.update(first, -first, 0)
     roomy = copy.deepcopy(plain)
     monkeypatch.setattr(cache, "ROOM", 2)
-    make_room(roomy)
+    make_room(roomy, 99)
     assert type(roomy.layers[0]) is RoomyLayer
     for step in range(4):  # two more than there is room for
         new = torch.randn(len(plain.layers[0].keys), 2, 1, 8, generator=generator)
@@ -109,6 +112,82 @@ def test_a_roomy_cache_holds_what_a_plain_one_does(monkeypatch):
             for kind in (plain, roomy):
                 kind.batch_select_indices(torch.tensor([2, 0]))
     assert roomy.get_seq_length() == plain.get_seq_length() == 8
+
+
+def test_a_layer_with_a_window_is_roomy_only_while_all_lies_within_it():
+    def filled(longest):
+        states = DynamicCache()
+        states.layers = [DynamicSlidingWindowLayer(8)]
+        states.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
+        make_room(states, longest)
+        return states
+
+    assert is_roomy(filled(7))
+    assert not is_roomy(filled(8))
+    assert not is_roomy(None)
+
+
+def test_rows_of_several_caches_are_joined_below_one_another():
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randn(1, 2, 2, 4, generator=generator)
+    owns = [torch.randn(3, 2, n, 4, generator=generator) for n in (5, 3)]
+    caches = []
+    for own in owns:
+        states = DynamicCache()
+        states.update(prefix.expand(3, -1, -1, -1), -prefix.expand(3, -1, -1, -1), 0)
+        states.update(own, -own, 0)
+        make_room(states, 99)
+        caches.append(states)
+    joined = join(caches, [torch.tensor([2, 0]), torch.tensor([1])], prefix=2, own=4)
+    keys, values = joined.layers[0].keys, joined.layers[0].values
+    assert keys.shape == (3, 2, 6, 4)
+    torch.testing.assert_close(values, -keys)
+    torch.testing.assert_close(keys[:, :, :2], prefix.expand(3, -1, -1, -1))
+    torch.testing.assert_close(keys[:2, :, 2:], owns[0][[2, 0], :, 1:])
+    torch.testing.assert_close(keys[2:, :, 3:], owns[1][[1]])
+    assert float(keys[2, :, 2].abs().max()) == 0
+    assert joined.get_seq_length() == 6
+    new = torch.randn(3, 2, 1, 4, generator=generator)
+    after, _ = joined.update(new, -new, 0)
+    torch.testing.assert_close(after[:, :, -1:], new)
+
+
+MANY = [f"say {'so ' * (7 * i % 5)}{word}" for i, word in enumerate("abcdefghijklmnopqr")]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_answers_that_come_in_for_others_are_those_of_each_alone(lm, monkeypatch, rows):
+    limits = [1 + 5 * i % 12 for i in range(len(MANY))]
+    alone = [generate(lm, [prompt], n)[0] for prompt, n in zip(MANY, limits, strict=True)]
+    monkeypatch.setattr(generation, "ROWS_PER_BATCH", rows)
+    monkeypatch.setattr(generation, "TOKENS_PER_BATCH", 20)
+    calls = []
+    with_hook = lm.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: calls.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    asked = [Request(prompt, n, look=True) for prompt, n in zip(MANY, limits, strict=True)]
+    together = answer(lm, asked)
+    with_hook.remove()
+    assert [c.ids for c in together] == [c.ids for c in alone]
+    assert max(calls) <= rows
+    for one, n in zip(together, limits, strict=True):
+        assert one.seen is not None
+        assert len(one.seen.heads) == len(one.ids) <= n
+
+
+def test_others_come_in_as_answers_end(llama, monkeypatch):
+    """Three batches one after another would take 21 steps behind their prompts, for ever fewer rows."""
+    monkeypatch.setattr(generation, "ROWS_PER_BATCH", 6)
+    steps = []
+    llama.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: steps.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    limits = [1 + 5 * i % 12 for i in range(len(MANY))]
+    found = answer(llama, [Request(p, n) for p, n in zip(MANY, limits, strict=True)])
+    rows = [rows for rows, new in steps if new == 1]
+    assert len(rows) <= 16
+    assert sum(rows) >= sum(len(c.ids) for c in found) - len(found)
+    assert max(rows) == 6
 
 
 def test_settled_rows_stop_early_and_leave_the_others_alone(llama):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 16
 """Tokens for which memory is taken at a time."""
@@ -14,16 +16,43 @@ ROOM = 16
 class RoomyLayer(DynamicLayer):
     """A layer's cache that grows by `ROOM` tokens at a time and writes new ones into what is there."""
 
-    def __init__(self, filled: DynamicLayer) -> None:
-        """Take over a filled layer."""
+    def __init__(self, space: tuple[Tensor, Tensor], used: int) -> None:
+        """Take keys and values (batch, heads, room, d) of which the first `used` tokens are filled."""
         super().__init__()
+        self.lazy_initialization(*space)
+        self._space, self._used = space, used
+        self._show()
+
+    @classmethod
+    def of(cls, filled: DynamicLayer) -> RoomyLayer:
+        """Take over a filled layer."""
         keys, values = filled.keys, filled.values
         assert keys is not None
         assert values is not None
-        self.lazy_initialization(keys, values)
-        self._used = keys.shape[-2]
-        self._space = (_longer(keys, ROOM), _longer(values, ROOM))
-        self._show()
+        return cls((_longer(keys, ROOM), _longer(values, ROOM)), keys.shape[-2])
+
+    @classmethod
+    def joined(
+        cls, layers: Sequence[RoomyLayer], rows: Sequence[Tensor], prefix: int, own: int
+    ) -> RoomyLayer:
+        """Return a layer with rows of several: see `join`."""
+        count = sum(map(len, rows))
+        spaces = []
+        for kind in (0, 1):
+            like = layers[0]._space[kind]
+            space = like.new_zeros(count, like.shape[1], prefix + own + ROOM, like.shape[3])
+            at = 0
+            for layer, chosen in zip(layers, rows, strict=True):
+                given = layer._space[kind]
+                held = min(own, layer._used - prefix)
+                mine = space[at : at + len(chosen)]
+                mine[:, :, :prefix] = given[chosen, :, :prefix]
+                mine[:, :, prefix + own - held : prefix + own] = given[
+                    chosen, :, layer._used - held : layer._used
+                ]
+                at += len(chosen)
+            spaces.append(space)
+        return cls((spaces[0], spaces[1]), prefix + own)
 
     def _show(self) -> tuple[Tensor, Tensor]:
         keys, values = (t[..., : self._used, :] for t in self._space)
@@ -45,10 +74,22 @@ class RoomyLayer(DynamicLayer):
             space[..., start : self._used, :] = new
         return self._show()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        keys, values = (t.repeat_interleave(repeats, 0) for t in self._space)
+        self._space = (keys, values)
+        self._show()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         keys, values = self._space
         self._space = (keys[indices], values[indices])
+        self._show()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        keys, values = (t.new_empty(0, t.shape[1], 0, t.shape[3]) for t in self._space)
+        self._space, self._used = (keys, values), 0
         self._show()
 
 
@@ -62,11 +103,39 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
-def make_room(cache: Any) -> None:
-    """Let the plain layers of a filled cache take most new tokens without copying the old ones."""
+def make_room(cache: Any, longest: int) -> None:
+    """Let the plain layers of a filled cache take most new tokens without copying the old ones.
+
+    Layers that see a window alone are plain while no more than `longest` tokens come to lie in them,
+    all of them within it.
+    """
     for index, layer in enumerate(getattr(cache, "layers", None) or []):
-        if type(layer) is DynamicLayer and layer.get_seq_length():
-            cache.layers[index] = RoomyLayer(layer)
+        window = getattr(layer, "sliding_window", None)
+        wide = type(layer) is DynamicSlidingWindowLayer and window is not None and longest < window
+        if (type(layer) is DynamicLayer or wide) and layer.get_seq_length():
+            cache.layers[index] = RoomyLayer.of(layer)
+
+
+def is_roomy(cache: Any) -> bool:
+    """Whether rows can be taken of a cache and put beside those of others: see `join`."""
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    return bool(layers) and all(type(layer) is RoomyLayer for layer in layers)
+
+
+def join(
+    caches: Sequence[Any], rows: Sequence[Int[Tensor, " _"]], prefix: int, own: int
+) -> DynamicCache:
+    """Put chosen rows of several roomy caches into one, and give the memory of these back.
+
+    Each row has its first `prefix` tokens, and of what follows the last `own`: less is filled up with
+    zeros in front, so that the last tokens lie below one another.
+    """
+    joined = DynamicCache()
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        joined.layers.append(RoomyLayer.joined(layers, rows, prefix, own))
+        for layer in layers:
+            layer.release()
+    return joined
 
 
 def _longer(states: Tensor, room: int) -> Tensor:

@@ -1,19 +1,19 @@
-"""Greedy generation in batches that shrink as answers end."""
+"""Greedy generation in batches that answers leave as they end, and others join."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from saber.lm.cache import is_plain, make_room
+from saber.lm.cache import is_plain, is_roomy, join, make_room
 from saber.lm.chat import common_prefix, encode
 from saber.lm.forward import (
+    TOKENS_PER_BATCH,
     Progress,
     cacheable,
     carried,
@@ -83,6 +83,20 @@ class _Row:
     """Head inputs of what was written here, where kept."""
     nll: list[Tensor]
     """Its negative log-likelihoods, where kept."""
+    text: Sequence[int] = ()
+    """What comes behind the shared prefix: the rest of the prompt, and what was written before."""
+    new: int = 0
+    """Tokens written here."""
+
+    @property
+    def left(self) -> int:
+        """Most tokens that can still come."""
+        return self.asked.max_new_tokens - len(self.ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens behind the shared prefix so far."""
+        return len(self.text) + self.new
 
 
 def generate(
@@ -114,7 +128,7 @@ def answer(
     """Write the greedy answers that are asked for, together.
 
     Prompts are left-padded behind their shared prefix. A row ends at an end token, at its limit, or once
-    it is settled; ended rows leave the batch.
+    it is settled; ended rows leave the batch, and others that wait come in for them.
     """
     rows = [_Row(a, list(a.start[: a.max_new_tokens]), [], []) for a in asked]
     open_ = [r for r in rows if not _ended(lm, r) and not (r.ids and _is_settled(lm, r))]
@@ -167,92 +181,190 @@ def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], lab
     encoded = encode(lm, [row.asked.prompt for row in rows], [row.ids for row in rows])
     sequences = [e.ids for e in encoded]
     offset = min(common_prefix(sequences), min(map(len, sequences)) - 1)
-    cache = prefix_cache(lm, sequences[0][:offset])
-    offset = offset if cache is not None else 0
-    left = [row.asked.max_new_tokens - len(row.ids) for row in rows]
-    groups = _grouped([len(ids) + more for ids, more in zip(sequences, left, strict=True)])
-    for group in progress(groups, label, len(groups)):
-        tails = [list(sequences[i][offset:]) for i in group]
-        _write_batch(lm, [rows[i] for i in group], tails, offset, cache)
+    prefix = prefix_cache(lm, sequences[0][:offset])
+    offset = offset if prefix is not None else 0
+    for row, ids in zip(rows, sequences, strict=True):
+        row.text = ids[offset:]
+    # A row that comes in late adds its tokens to the length of the longest that was there.
+    longest = offset + max(row.length + row.left for row in rows) + max(row.left for row in rows)
+    make_room(prefix, longest)
+    for _ in progress(_finished(lm, rows, offset, prefix, longest), label, len(rows)):
+        pass
 
 
-def _grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Group rows of like length in the end, into as few batches as memory allows, and as even ones."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+def _finished(
+    lm: LanguageModel, rows: Sequence[_Row], offset: int, prefix: Any, longest: int
+) -> Iterator[_Row]:
+    """Write all answers; yield each as it ends.
 
-    def filled(room: int) -> list[list[int]]:
-        groups: list[list[int]] = [[]]
-        for row in order:
-            rows = len(groups[-1]) + 1
-            if groups[-1] and (rows > ROWS_PER_BATCH or rows * lengths[row] > room):
-                groups.append([])
-            groups[-1].append(row)
-        return groups
+    Whenever enough of a batch have ended, others that wait take their places, so that every step is
+    of many rows. Those with most tokens to write come first: none is left to be written alone.
+    """
+    waiting = sorted(rows, key=lambda row: (-row.left, -len(row.text)))
+    batch: _Batch | None = None
+    while waiting or batch is not None:
+        if batch is not None and not batch.wasteful:
+            yield from batch.step(lm)
+        else:
+            parts = [] if batch is None else [batch]
+            fresh: list[_Row] = []
+            if batch is None or is_roomy(batch.state):
+                fresh = _admitted(waiting, [] if batch is None else batch.open, offset)
+                del waiting[: len(fresh)]
+            # What cannot be joined afterwards is read together at once.
+            for some in _chunks(fresh) if is_roomy(prefix) else [fresh] if fresh else []:
+                parts.append(_Batch.started(lm, some, offset, prefix, longest))
+                yield from parts[-1].step(lm)
+            batch = _joined([part for part in parts if part.open], offset)
+        batch = batch if batch is not None and batch.open else None
 
-    fewest = len(filled(CACHED_PER_BATCH))
-    rooms = range(lengths[order[-1]], CACHED_PER_BATCH)
-    even = bisect_left(rooms, True, key=lambda room: len(filled(room)) <= fewest)
-    return filled(rooms[even] if even < len(rooms) else CACHED_PER_BATCH)
+
+def _admitted(waiting: Sequence[_Row], beside: Sequence[_Row], offset: int) -> list[_Row]:
+    """Return how many of those that wait, from the first on, have room beside others."""
+    count, length, left = len(beside), 0, 0
+    for row in beside:
+        length, left = max(length, row.length), max(left, row.left)
+    taken: list[_Row] = []
+    for row in waiting:
+        count, length, left = count + 1, max(length, row.length), max(left, row.left)
+        full = count > ROWS_PER_BATCH or count * (offset + length + left) > CACHED_PER_BATCH
+        if full and (taken or beside):
+            break
+        taken.append(row)
+    return taken
 
 
-def _write_batch(
-    lm: LanguageModel, rows: list[_Row], tails: list[list[int]], offset: int, prefix: Any
-) -> None:
-    device, width, count = lm.device, max(map(len, tails)), len(tails)
-    pad = lm.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=device)
-    real = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=device)
-    mask = torch.cat([torch.ones(count, offset, dtype=torch.long, device=device), real], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
-    state: Any = expanded(prefix, count)
-    active: list[_Row | None] = list(rows)
-    steps = max(row.asked.max_new_tokens - len(row.ids) for row in rows)
-    looking, piecewise = any(row.asked.look for row in rows), cacheable(lm)
-    lm.work.tokens += int(real.sum())
-    for step in range(steps):
-        last = torch.arange(1, len(active) + 1, device=device) * ids.shape[1] - 1
+def _chunks(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Group rows of like length, so that little is padded where their texts are read."""
+    order = sorted(rows, key=lambda row: -len(row.text))
+    groups: list[list[_Row]] = []
+    for row in order:
+        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0].text) > TOKENS_PER_BATCH:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+@dataclass
+class _Batch:
+    """Answers that are written together, each of which gets a token a step."""
+
+    rows: list[_Row | None]
+    """One for each line, None once it has ended."""
+    ids: Int[Tensor, "rows new"]
+    """Tokens that the model has not read yet; the whole text where it keeps no states."""
+    positions: Int[Tensor, "rows new"]
+    """Their positions."""
+    mask: Int[Tensor, "rows width"]
+    """Which tokens are no padding. The prefix comes first, then padding, then what is the row's own."""
+    state: Any
+    """The model's keys and values so far; None where it keeps none that could be carried over."""
+    longest: int
+    """Most tokens that come to lie in them."""
+    fresh: bool = False
+    """Whether nothing of it was read yet."""
+
+    @classmethod
+    def started(
+        cls, lm: LanguageModel, rows: Sequence[_Row], offset: int, prefix: Any, longest: int
+    ) -> _Batch:
+        """Line up texts that were not read yet behind their shared prefix."""
+        device, count = lm.device, len(rows)
+        width = max(len(row.text) for row in rows)
+        pad = lm.tokenizer.pad_token_id or 0
+        gaps = [width - len(row.text) for row in rows]
+        ids = torch.tensor([[pad] * n + [*row.text] for n, row in zip(gaps, rows, strict=True)])
+        real = torch.tensor([[0] * n + [1] * (width - n) for n in gaps])
+        mask = torch.cat([torch.ones(count, offset, dtype=torch.long), real], 1).to(device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, offset:].contiguous()
+        state = expanded(prefix, count)
+        return cls(list(rows), ids.to(device), positions, mask, state, longest, fresh=True)
+
+    @property
+    def open(self) -> list[_Row]:
+        """The rows that go on."""
+        return [row for row in self.rows if row is not None]
+
+    @property
+    def wasteful(self) -> bool:
+        """Whether enough rows have ended, and can be taken out, for that to pay."""
+        few = len(self.open) < SHRINK_BELOW * len(self.rows)
+        return few and (self.state is None or is_plain(self.state))
+
+    def step(self, lm: LanguageModel) -> list[_Row]:
+        """Let the model read what it has not read, and write a token to each row; return those that end."""
+        count, new = self.ids.shape
+        piecewise, looking = cacheable(lm), any(row.asked.look for row in self.open)
+        lm.work.tokens += int(self.mask[:, -new:].sum()) if self.fresh else len(self.open)
+        last = torch.arange(1, count + 1, device=lm.device) * new - 1
         with gathered_head(lm, last) as seen, torch.no_grad():
             out = lm.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
+                input_ids=self.ids,
+                attention_mask=self.mask,
+                position_ids=self.positions,
                 use_cache=piecewise,
-                **carry(lm, state),
+                **carry(lm, self.state),
             )
-        state = carried(lm, out) if piecewise else None
-        if step == 0:
-            make_room(state)
+        self.state = carried(lm, out) if piecewise else None
+        if self.fresh:
+            make_room(self.state, self.longest)
+        self.fresh = False
         tokens = out.logits[0].argmax(-1)
         inputs = seen[0].float().cpu() if looking else None
         nll = _surprise(out.logits[0]) if looking else None
-        keep = []
-        for line, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+        ended = []
+        for line, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             if row is None:
                 continue
             row.ids.append(token)
+            row.new += 1
             if row.asked.look and inputs is not None and nll is not None:
                 row.heads.append(inputs[line])
                 row.nll.append(nll[line])
             due = len(row.ids) % CHECK_EVERY == 0
             if _ended(lm, row) or (due and _is_settled(lm, row)):
-                active[line] = None
-            else:
-                keep.append(line)
-        if not keep:
-            return
-        later = positions[:, -1:] + 1
-        if state is None:
+                self.rows[line] = None
+                ended.append(row)
+        later = self.positions[:, -1:] + 1
+        if self.state is None:
             # States of another kind are not carried over: the whole text runs again.
-            ids, positions = torch.cat([ids, tokens[:, None]], 1), torch.cat([positions, later], 1)
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+            self.positions = torch.cat([self.positions, later], 1)
         else:
-            ids, positions = tokens[:, None], later
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        if state is not None and len(keep) < SHRINK_BELOW * len(active) and is_plain(state):
-            chosen = torch.tensor(keep, device=device)
-            state.batch_select_indices(chosen)
-            ids, positions, mask = ids[chosen], positions[chosen], mask[chosen]
-            active = [active[line] for line in keep]
-        lm.work.tokens += len(keep)
+            self.ids, self.positions = tokens[:, None], later
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return ended
+
+
+def _joined(parts: Sequence[_Batch], offset: int) -> _Batch | None:
+    """Make one batch of the rows of others that go on; where its states allow, without the rest."""
+    if not parts:
+        return None
+    one = parts[0]
+    lines = [[i for i, row in enumerate(part.rows) if row is not None] for part in parts]
+    if not is_roomy(one.state):
+        # Nothing was put beside it, and what was just started has all its rows.
+        if one.wasteful:
+            kept = torch.tensor(lines[0], device=one.ids.device)
+            if one.state is not None:
+                one.state.batch_select_indices(kept)
+            one.ids, one.positions, one.mask = one.ids[kept], one.positions[kept], one.mask[kept]
+            one.rows = list(one.open)
+        return one
+    chosen = [torch.tensor(some, device=one.ids.device) for some in lines]
+    # The token that was just written is in the mask, but not among the states yet.
+    masks = [part.mask[some, offset:] for part, some in zip(parts, chosen, strict=True)]
+    own = max(int(mask.sum(1).max()) for mask in masks)
+    masks = [nn.functional.pad(mask, (max(own - mask.shape[1], 0), 0))[:, -own:] for mask in masks]
+    mask = torch.cat(masks)
+    mask = torch.cat([mask.new_ones(len(mask), offset), mask], 1)
+    state = join([part.state for part in parts], chosen, offset, own - 1)
+    ids, positions = (
+        torch.cat([t[some] for t, some in zip(tensors, chosen, strict=True)])
+        for tensors in ([part.ids for part in parts], [part.positions for part in parts])
+    )
+    rows = [row for part in parts for row in part.open]
+    return _Batch(list(rows), ids, positions, mask, state, one.longest)
 
 
 def _surprise(logits: Tensor) -> Tensor:

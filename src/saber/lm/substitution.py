@@ -185,7 +185,8 @@ class Bench:
         seed: int,
     ) -> Change | None:
         """Return what a parameter held at a multiple of z v^T changes; None where it has no effect."""
-        size = float(self.call.rows.norm())
+        # What other writers add may drown the stream that goes in, and the change with its rounding.
+        size = max(float(self.call.rows.norm()), float(base.norm()))
         factor = 1.0
         z, value = _substitute(parameter, axis, seed)
         for attempt in range(3):
@@ -245,7 +246,8 @@ class Bench:
         self, parameter: nn.Parameter, value: Tensor, zero: Sequence[nn.Parameter]
     ) -> bool:
         """Return whether a parameter has an effect on the output while others are zero."""
-        base, size = self.base(parameter, zero), float(self.call.rows.norm())
+        base = self.base(parameter, zero)
+        size = max(float(self.call.rows.norm()), float(base.norm()))
         for factor in (1.0, 1e2, 1e4):
             change = float((self._written(parameter, factor * value, zero) - base).norm())
             if change > self.floor * size:
