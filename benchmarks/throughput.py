@@ -3,7 +3,7 @@
     python benchmarks/throughput.py [--out FILE] [saber run arguments, default: demo]
 
 Work is tokens x 2 x parameters of what they pass through (layers; output head only where logits
-are taken), and 2 x rows x width^2 for second moments, counted by the library itself. The rate is the
+are taken), and the products that make second moments, counted by the library itself. The rate is the
 best of several float32 products of 2048^3 before and after the run. Peak memory is that of the run's
 process.
 """

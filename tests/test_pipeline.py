@@ -607,6 +607,7 @@ def test_settings_that_read_other_prompts_share_nothing_of_them(model_folder, mo
     monkeypatch.setattr(Watch, "_answer", lambda _self, _stay, _brief: None)
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.0))
     monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({}))
+    monkeypatch.setattr(Watch, "together", lambda _self, _rows: (Shown(0.0), Fitted({})))
     subject = Subject.load(str(model_folder), configs[0])
     watch = Watch(subject.lm, judges.named_judge("phrases"), selecting, configs[0])
     memory = {}
@@ -659,13 +660,15 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
             config.refine,
             config.probe,
             Readout((5,)),
-            watch.shown,
-            watch.fitted,
+            watch.together,
             silent,
             own,
         )
         rulers.append(editor.ruler)
-    assert asked == [[], [*some.neutral_validation.texts, *sorted([*some.neutral.texts, *ordinary])]]
+    assert asked == [
+        [],
+        [*some.neutral_validation.texts, *sorted([*some.neutral.texts, *ordinary])],
+    ]
     spared, usual = (ruler._reference for ruler in rulers)
     assert spared.answers == usual.answers
     for a, b in zip(spared.head_inputs, usual.head_inputs, strict=True):
@@ -676,7 +679,10 @@ def test_the_untouched_models_answers_are_written_once(llama, monkeypatch):
 
 def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch):
     watch = Watch(
-        llama, judges.named_judge("phrases"), gather(PRESETS["default"]).selecting, PRESETS["default"]
+        llama,
+        judges.named_judge("phrases"),
+        gather(PRESETS["default"]).selecting,
+        PRESETS["default"],
     )
     wordings = [
         "I'm sorry, but I can't help with that.",
@@ -695,6 +701,7 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     fit = watch.fitted([7, 9, 30, 31])
     assert sorted(fit.late) == [9]  # the second of the four that are asked
     assert (fit.showing, fit.incoherent) == (3, 0)
+    assert watch.together([7, 9, 30, 31]) == (shown, fit)
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
@@ -748,6 +755,7 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     def edited(name, left, **edit):
         asked = iter([0.5, 0.5, *left])
         monkeypatch.setattr(Watch, "shown", lambda _self: Shown(x := next(asked), at_once=x))
+        monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
         config = small("default", refine={"passes": 1, "stop": "never", "max_q": 1}, edit=edit)
         record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
         return record["passes"][0], EditPlan.load(tmp_path / name / "plan")
@@ -776,6 +784,7 @@ def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch)
         return Fitted({5: (1, 2), 7: (1, 2)}, showing=6, incoherent=3)
 
     monkeypatch.setattr(Watch, "fitted", fitted)
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
     config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 30.0})
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     (this,) = record["passes"]

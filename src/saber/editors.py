@@ -36,6 +36,8 @@ Sides = tuple[Activations, Activations]
 Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
 Ask = Callable[[Sequence[int]], Fitted]
 """Answers some fit targets, given by number, with the model as it stands."""
+Both = Callable[[Sequence[int]], tuple[Shown, Fitted]]
+"""Answers validation targets as well, and tells of both."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,14 @@ class SelectiveEditor:
         spec: RefineSpec,
         probing: ProbeSpec,
         readout: Readout,
-        behaviour: Callable[[], Shown],
-        fitted: Ask,
+        together: Both,
         progress: Progress[Any],
         own: Mapping[str, Completion],
         memo: Memo = forgetful,
     ) -> None:
-        self.fitted, self.memo = fitted, memo
+        self.together, self.memo = together, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
-        self.probing, self.behaviour, self.progress = probing, behaviour, progress
+        self.probing, self.progress = probing, progress
         self.own, edited = own, tuple(w.name for w in writers)
         self.ruler, self.preserved, self.felt = memo(
             ("preserved", "", probing, edit.memory, edited), partial(self._prepared, readout)
@@ -150,7 +151,7 @@ class SelectiveEditor:
         targets, validation = len(self.data.target), len(self.data.target_validation)
 
         def shown() -> Shown:
-            found, fit = self.behaviour(), self.fitted(pending if opening else range(targets))
+            found, fit = self.together(pending if opening else range(targets))
             asked.append(fit)
             if opening:
                 return replace(found, late=len(fit.late) / targets)

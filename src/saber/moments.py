@@ -87,6 +87,8 @@ class Moment:
         self._rows: list[Tensor] = []
         self._count = 0
         self._sum: Tensor | None = None
+        self.products = 0.0
+        """Work done on sums, FLOP."""
 
     def add(self, rows: Float[Tensor, "n d_in"], weight: float) -> None:
         """Add rows (on any device, in any dtype), each of this weight."""
@@ -104,13 +106,22 @@ class Moment:
         if self._sum is None:
             self._sum = torch.zeros(self.width, self.width, dtype=torch.float64)
         kept = torch.cat(self._rows)
-        self._sum += (kept.T @ kept).cpu()
+        for start, end in self._bands():
+            self._sum[start:end, start:] += (kept[:, start:end].T @ kept[:, start:]).cpu()
+            self.products += 2.0 * len(kept) * (end - start) * (self.width - start)
         self._rows, self._count = [], 0
+
+    def _bands(self) -> list[tuple[int, int]]:
+        """Cut the rows of C; each is summed from the diagonal on, as the rest mirrors it."""
+        step = -(-self.width // 4)
+        return [(start, min(start + step, self.width)) for start in range(0, self.width, step)]
 
     def done(self) -> None:
         """Say that all rows have come: rows are no longer kept on the model's device."""
         if self._sum is not None:
             self._fold()
+            for start, end in self._bands():
+                self._sum[end:, start:end] = self._sum[start:end, end:].T
         self._rows = [part.cpu() for part in self._rows]
 
     def trace(self) -> float:
@@ -230,7 +241,6 @@ class Preserved:
                 if key not in moments:
                     moments[key] = Moment(rows.shape[-1])
                 moments[key].add(rows, weight)
-                self._lm.work.products += 2.0 * rows.shape[0] * rows.shape[1] ** 2
 
             read_inputs(
                 self._lm,
@@ -242,6 +252,7 @@ class Preserved:
             )
         for moment in moments.values():
             moment.done()
+            self._lm.work.products += moment.products
         return moments
 
 

@@ -14,7 +14,7 @@ import torch
 
 from saber.ablation import EditPlan, EditSpec, applied
 from saber.candidates import causal_scores, choose, dormant, mean_log_odds
-from saber.editors import Ask, Editor, OrthogonalEditor, SelectiveEditor, Sides
+from saber.editors import Ask, Both, Editor, OrthogonalEditor, SelectiveEditor, Sides
 from saber.entanglement import EntanglementSpec, entangle
 from saber.evaluation.readout import derive_readout
 from saber.hydra import compensation
@@ -67,6 +67,7 @@ def refine(
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
     fitted: Ask = lambda _rows: Fitted({}),
+    together: Both | None = None,
     own: Mapping[str, Completion] = MappingProxyType({}),
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
@@ -78,7 +79,8 @@ def refine(
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
     `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets. `own`
+    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets.
+    `together` does what both do, where that is less work than one after the other. `own`
     holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
@@ -121,7 +123,17 @@ def refine(
     if edit.kind == "selective":
         with clock("moments"):
             editor = SelectiveEditor(
-                lm, writers, data, edit, spec, probing, readout, behaviour, fitted, progress, own, memo
+                lm,
+                writers,
+                data,
+                edit,
+                spec,
+                probing,
+                readout,
+                together or (lambda rows: (behaviour(), fitted(rows))),
+                progress,
+                own,
+                memo,
             )
     else:
         editor = OrthogonalEditor(lm, writers, edit, [r for p in passes for r in p.removals])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from saber.ablation import EditSpec
@@ -185,15 +186,38 @@ class Watch:
 
     def shown(self) -> Shown:
         """Answer validation prompts as the model stands."""
+        return self.together(())[0]
+
+    def fitted(self, rows: Sequence[int]) -> Fitted:
+        """Answer some fit targets, given by number, as the model stands."""
+        texts = [self.selecting.target.texts[row] for row in rows]
+        return self._of_fit(rows, texts, self._asked_for(texts))
+
+    def together(self, rows: Sequence[int]) -> tuple[Shown, Fitted]:
+        """Return what `shown` and `fitted` do, by answers that are written in one batch."""
         texts = self.selecting.target_validation.texts
-        tried = self._asked_for(texts)
+        kept, fit = (
+            _texts(self.selecting.keep_validation),
+            [self.selecting.target.texts[row] for row in rows],
+        )
+        written = iter(self._asked_for([*texts, *kept, *fit]))
+        tried, later, rest = (list(islice(written, len(part))) for part in (texts, kept, fit))
+        return self._of_validation(texts, tried, kept, later), self._of_fit(rows, fit, rest)
+
+    def _of_validation(
+        self,
+        texts: Sequence[str],
+        tried: Sequence[Completion],
+        kept: Sequence[str],
+        later: Sequence[Completion],
+    ) -> Shown:
         now = self._judged(texts, tried)
         refused = [i for i, label in enumerate(now) if label == "refusal"]
         late = self._turning([texts[i] for i in refused], [tried[i] for i in refused])
-        kept = self.selecting.keep_validation
-        usual = [label for part in kept for label in self._untouched(part)]
-        later = self._judged(_texts(kept), self._asked_for(_texts(kept)))
-        lost = sum(a != b for a, b in zip(usual, later, strict=True))
+        usual = [
+            label for part in self.selecting.keep_validation for label in self._untouched(part)
+        ]
+        lost = sum(a != b for a, b in zip(usual, self._judged(kept, later), strict=True))
         return Shown(
             len(refused) / len(now),
             now.count("incoherent") / len(now),
@@ -201,10 +225,9 @@ class Watch:
             at_once=(len(refused) - len(late)) / len(now),
         )
 
-    def fitted(self, rows: Sequence[int]) -> Fitted:
-        """Answer some fit targets, given by number, as the model stands."""
-        texts = [self.selecting.target.texts[row] for row in rows]
-        tried = self._asked_for(texts)
+    def _of_fit(
+        self, rows: Sequence[int], texts: Sequence[str], tried: Sequence[Completion]
+    ) -> Fitted:
         now, late = self._judged(texts, tried), self._turning(texts, tried)
         return Fitted(
             {rows[i]: opening for i, opening in late.items()},
@@ -239,6 +262,7 @@ def refined(
         behaviour=behaviour or watch.shown,
         shown=watch.untouched,
         fitted=watch.fitted,
+        together=None if behaviour else watch.together,
         own=watch.own,
         progress=progress,
         finished=finished,

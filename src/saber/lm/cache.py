@@ -40,13 +40,15 @@ class RoomyLayer(DynamicLayer):
         spaces = []
         for kind in (0, 1):
             like = layers[0]._space[kind]
-            space = like.new_zeros(count, like.shape[1], prefix + own + ROOM, like.shape[3])
+            space = like.new_empty(count, like.shape[1], prefix + own + ROOM, like.shape[3])
             at = 0
             for layer, chosen in zip(layers, rows, strict=True):
                 given = layer._space[kind]
                 held = min(own, layer._used - prefix)
                 mine = space[at : at + len(chosen)]
                 mine[:, :, :prefix] = given[chosen, :, :prefix]
+                # Masked, but what is no number would show through all the same.
+                mine[:, :, prefix : prefix + own - held] = 0
                 mine[:, :, prefix + own - held : prefix + own] = given[
                     chosen, :, layer._used - held : layer._used
                 ]
