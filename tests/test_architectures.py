@@ -106,6 +106,14 @@ def test_answers_that_end_early_leave_the_others_as_they_are(family):
     assert [c.ids for c in together] == [c.ids for c in alone]
 
 
+def test_a_float32_stream_beside_half_precision_weights():
+    """Mamba 2 keeps one: what its layers write is rounded all the same."""
+    lm = language_model("mamba2")
+    lm.model.to(torch.bfloat16)
+    writers = find_writers(lm)
+    assert [w.weight for w in writers] == [f"backbone.layers.{i}.mixer.out_proj.weight" for i in range(4)]
+
+
 def test_experts_of_a_multimodal_model_show_their_rows():
     lm = language_model("kimi_k25")
     writers = find_writers(lm)

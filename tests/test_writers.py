@@ -155,6 +155,29 @@ def test_a_weak_writer_is_not_taken_for_a_centred_one(llama):
     assert not any(w.centred for w in find_writers(llama))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_writers_are_found_in_half_precision(lm, dtype):
+    expected = {w.weight: w for w in find_writers(lm)}
+    lm.model.to(dtype)
+    found = find_writers(lm)
+    assert {w.weight for w in found} == set(expected)
+    for writer in found:
+        gain = expected[writer.weight].gain
+        assert (writer.gain is None) == (gain is None)
+        if gain is not None:
+            torch.testing.assert_close(writer.gain, gain, atol=0.05, rtol=0.05)
+
+
+def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):
+    """A trained model's last layers write ten times what comes in: the rounding of that is no misfit."""
+    llama.model.to(torch.bfloat16)
+    for layer in llama.layers:
+        layer.self_attn.o_proj.weight.mul_(300)
+    writers = find_writers(llama)
+    assert len(writers) == 8
+    assert zeroed_law(llama, writers) < 1e-6
+
+
 def test_ablated_stream_removes_the_direction_from_every_output(lm):
     basis = unit(torch.randn(1, lm.d_model, generator=torch.Generator().manual_seed(5)))
     outputs = []

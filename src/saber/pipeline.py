@@ -241,7 +241,9 @@ def run(
     with clock("save"):
         listener.on_stage("saving the edit")
         made = Run(record, outcome.plan, sketch)
-        record["exports"] = export_all(made, export, out, lm=lm, progress=listener.progress)
+        record["exports"] = export_all(
+            made, export, out, lm=lm, spec=config.load, progress=listener.progress
+        )
     total = clock.total()
     record["seconds"] = {**clock.seconds, "total": total}
     record["work"] = {

@@ -17,7 +17,7 @@ from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, Request, answer, generate
-from saber.lm.load import load
+from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
 from saber.memo import Memo, forgetful
@@ -49,7 +49,7 @@ class Subject:
     def load(cls, model: str, config: RunConfig) -> Subject:
         """Load a model and prove its writers; raises children of `SaberError`."""
         lm = load(model, config.load)
-        mark = fingerprint(lm.model)
+        mark = fingerprint(as_stored(lm, config.load).model)
         writers = find_writers(lm)
         require_ablated(lm, writers)
         return cls(lm, mark, tuple(writers))

@@ -26,7 +26,7 @@ from saber.checkpoint.sketch import take
 from saber.errors import ModelError, OutputError, UnknownName, UsageError
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
-from saber.lm.load import LoadSpec, load, skeleton
+from saber.lm.load import LoadSpec, as_stored, load, skeleton
 from saber.lm.model import LanguageModel, fingerprint
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
@@ -152,17 +152,19 @@ def export_all(
     folder: Path,
     *,
     lm: LanguageModel,
+    spec: LoadSpec,
     progress: Progress[Any] = silent,
 ) -> list[dict[str, Any]]:
     """Write several formats into a run folder, the merged one last; return what to record of them.
 
-    Files of an interrupted run are replaced. The model in memory stays edited if one is `merged`.
+    Files of an interrupted run are replaced. `spec` is what the model was loaded with. The model in
+    memory stays edited if one is `merged`, unless it computes in a dtype that rounds its weights.
     """
     made = []
     for kind in sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged"):
         out = folder / PLACES[kind]
         shutil.rmtree(out, ignore_errors=True)
-        done = export(run, kind, out, ExportSpec(partial=True), lm=lm, progress=progress)
+        done = export(run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress)
         made.append(
             {
                 "format": kind,
@@ -203,8 +205,9 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
 def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
     notes: tuple[str, ...] = ()
     if lm is None:
-        lm = load(spec.base or run.model["name"], spec.load)
+        lm = as_stored(load(spec.base or run.model["name"], spec.load), spec.load)
         notes = _same_model(run, lm, spec.force)
+    lm = as_stored(lm, spec.load)
     where = origin(run.record, run.plan)
     _weights_of(lm.model, run.plan)
     save_merged(lm, run.plan, out, where)
@@ -221,7 +224,8 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
     notes: tuple[str, ...] = ()
     if spec.base and not spec.force:
         # A base that the user names is held against the run; its own is taken at its word.
-        notes = _same_model(run, load(name, spec.load, tokenizer=False), spec.force)
+        lm = as_stored(load(name, spec.load, tokenizer=False), spec.load)
+        notes = _same_model(run, lm, spec.force)
     elif spec.base:
         notes = (f"{name} was not held against the model of the run (--force).",)
     model = skeleton(name, spec.load)
@@ -327,7 +331,8 @@ def _matches(
     sketch = run.sketch
     if sketch is None:
         # A run of an older version kept no samples: its model is asked.
-        lm = load(run.model["name"], replace(spec.load, device="cpu"), tokenizer=False)
+        there = replace(spec.load, device="cpu")
+        lm = as_stored(load(run.model["name"], there, tokenizer=False), there)
         _same_model(run, lm, False)
         sketch = take(lm.model, run.plan)
     gguf_fit.require_alike(file, edits, sketch)

@@ -19,7 +19,7 @@ from saber.config import RunConfig
 from saber.errors import UsageError
 from saber.lm.chat import encode
 from saber.lm.generate import generate
-from saber.lm.load import load
+from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.pipeline import PLAN, RUN
 
@@ -37,8 +37,9 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
         raise UsageError("--compare needs a run folder.", "Give the folder that saber run wrote.")
     console = Console()
     with Console(stderr=True, quiet=arguments.json).status(f"loading {name}"):
-        lm = load(name, replace(config.load, system=config.load.system or system))
-    if mark is not None and fingerprint(lm.model) != mark:
+        spec = replace(config.load, system=config.load.system or system)
+        lm = load(name, spec)
+    if mark is not None and fingerprint(as_stored(lm, spec).model) != mark:
         raise UsageError(f"{name} is not the model that the run was made on (another fingerprint).")
     talking = not arguments.prompt and sys.stdin.isatty()
     said = NOTHING

@@ -216,6 +216,30 @@ def diverge(
     )
 
 
+def rounding(
+    lm: LanguageModel, reference: Reference, *, progress: Progress[Any] = silent
+) -> Divergence | None:
+    """Return what rounding alone moves: the untouched model against itself, rounded in another way.
+
+    Half of what enters the first layer is put one unit in the last place further off, which by itself
+    is next to nothing, but from there on every result is rounded anew. No edit can be told from none
+    below that. None in float32, where it is nothing.
+    """
+    if lm.dtype == torch.float32:
+        return None
+    unit, generator = torch.finfo(lm.dtype).eps, torch.Generator().manual_seed(0)
+
+    def jitter(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        chosen = torch.randint(0, 2, output.shape, generator=generator).to(output.device)
+        return (output.float() * (1 + unit * chosen)).to(output.dtype)
+
+    handle = lm.model.get_input_embeddings().register_forward_hook(jitter)
+    try:
+        return diverge(lm, reference, progress=progress)
+    finally:
+        handle.remove()
+
+
 def kl_divergence(untouched: Tensor, edited: Tensor) -> Tensor:
     """Return KL(softmax(untouched) || softmax(edited)) over the last axis, nats, at least zero."""
     p = untouched.log_softmax(-1)

@@ -18,6 +18,7 @@ from saber.evaluation.divergence import (
     diverge,
     exact,
     reference_of,
+    rounding,
     score_battery,
 )
 from saber.evaluation.judge import Judge, Label, excerpt
@@ -97,7 +98,7 @@ class Kept:
     reference: Reference
     """The untouched model's answers."""
     divergence: Divergence | None
-    """From the untouched model; None for the untouched model itself."""
+    """From the untouched model; of that itself what rounding moves, None in float32."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Measurement:
     solved: tuple[tuple[int, ...], ...]
     """Its answers as tokens."""
     divergence: Divergence | None
-    """From the untouched model; None for the untouched model itself."""
+    """From the untouched model; of that itself what rounding moves, None in float32."""
     reference: Reference
     """The untouched model's answers to neutral prompts."""
     seen: frozenset[str]
@@ -190,6 +191,7 @@ def measure(
     if not untouched:
         pairs = zip(staying, mine, strict=True)
         references = [reference_of(lm, p.texts, a, **shown) for p, a in pairs]
+        moved = [rounding(lm, r, **shown) for r in references]
     neutral, *kept = (
         Kept(judged(p, a), r, d)
         for p, a, r, d in zip(staying, mine, references, moved, strict=True)

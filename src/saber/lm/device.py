@@ -88,6 +88,16 @@ def matmul_rate(
     return 2e-9 * size**3 / min(product() for _ in range(repeats))
 
 
+def holds(dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Return whether every value of a stored dtype is one of a compute dtype."""
+    if dtype == stored:
+        return True
+    if not stored.is_floating_point:
+        return False
+    mine, its = torch.finfo(dtype), torch.finfo(stored)
+    return mine.eps <= its.eps and mine.max >= its.max and mine.tiny <= its.tiny
+
+
 def choose_dtype(name: DtypeName, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """Return the compute dtype: the stored one unless the device is slow at it.
 

@@ -7,9 +7,9 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from saber.errors import ModelError
 from saber.lm import demo
-from saber.lm.device import DtypeName, choose_device, choose_dtype, share_keys_on_cpu
+from saber.lm.device import DtypeName, choose_device, choose_dtype, holds, share_keys_on_cpu
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source
 
@@ -56,6 +56,19 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
     gguf = name == "demo" or name.endswith(".gguf")
     with _quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
         return _load(name, spec, with_tokenizer=tokenizer)
+
+
+def as_stored(lm: LanguageModel, spec: LoadSpec) -> LanguageModel:
+    """Return a model with the weights of its checkpoint, bit for bit.
+
+    That is the model itself, unless it computes in a dtype that does not hold them all: then they are
+    read once more, to the CPU, in their own. `spec` is what it was loaded with.
+    """
+    if holds(lm.dtype, lm.stored_dtype):
+        return lm
+    own = cast(DtypeName, str(lm.stored_dtype).removeprefix("torch."))
+    there = replace(spec, device="cpu", device_map="", dtype=own)
+    return load(lm.name, there, tokenizer=lm.tokenizer is not None)
 
 
 def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:

@@ -80,7 +80,7 @@ def search(
 ) -> tuple[list[Finding], float]:
     """Return the writers among a layer's parameters, and what is left of the output without them."""
     candidates = _candidates(bench.layer, d_model, names)
-    limit = dtype_limit(bench.call.hidden.dtype)
+    limit = dtype_limit(bench.dtype)
     known = memory.trials.setdefault(type(bench.layer), [])
     for trials in known[::-1]:
         found = _repeated(bench, candidates, trials)
@@ -138,7 +138,7 @@ def _searched(
     found: list[Finding] = []
     trials: list[Trial] = []
     leftover = bench.leftover([])
-    limit = dtype_limit(bench.call.hidden.dtype)
+    limit = dtype_limit(bench.dtype)
     for on, alone, quiet in ((bench, False, False), (bench, True, False), (bench.quiet(), True, True)):
         # What is left may be no writer's doing.
         zeroed = [f.candidate.parameter for f in found]

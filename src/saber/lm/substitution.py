@@ -32,6 +32,7 @@ TOKENS = 7
 """Tokens of a recorded call: a number that no other axis of a stream has."""
 MEASURED = "a gain of its own for every coordinate"
 FIT_LIMIT, LOW_PRECISION_FIT = 1e-3, 5e-2
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,15 @@ class Bench:
     """How it is called."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the layer rounds to at its coarsest; some keep a float32 stream beside 16-bit weights."""
+        used = {self.call.hidden.dtype, *(p.dtype for p in self.layer.parameters())}
+        return max((d for d in used if d in _COMPUTED), key=lambda d: torch.finfo(d).eps)
+
+    @property
     def floor(self) -> float:
         """The least change of the output, relative to it, that is no rounding error."""
-        return 16 * float(torch.finfo(self.call.hidden.dtype).eps)
+        return 16 * float(torch.finfo(self.dtype).eps)
 
     def quiet(self) -> Bench:
         """Return the same bench with a stream so weak that whatever is written drowns it."""
@@ -195,7 +202,7 @@ class Bench:
             if attempt == 2 or not share < 0.5:
                 break
             # Too small to be read off precisely, or at all, beside the stream.
-            factor *= 1 / share if share > self.floor else 100.0
+            factor *= 2.0 ** round(-math.log2(share)) if share > self.floor else 128.0
         if not bool(torch.isfinite(change).all()) or share <= self.floor:
             return None
         return Change(z, change, factor)
@@ -218,7 +225,7 @@ class Bench:
             ratio = torch.cat([c.change / c.z for c in tried]).flatten(0, -2)
             _, values, right = torch.linalg.svd(ratio, full_matrices=False)
             misfit = float((values[1:].pow(2).sum() / values.pow(2).sum()).sqrt())
-            low_precision = self.call.hidden.dtype != torch.float32
+            low_precision = self.dtype != torch.float32
             # Most that are no writers show it with the first z.
             if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
                 return None
@@ -313,11 +320,15 @@ def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
 
 
 def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return z (d_model) and z v^T in the parameter's layout; z has mean zero and no small entries."""
+    """Return z (d_model) and z v^T in the parameter's layout; z has mean zero and no small entries.
+
+    Both have few bits, so that 16-bit weights hold z v^T exactly and all its rows are one row times a
+    number: what is left of a token after cancellation is then no rounding error that a norm would enlarge.
+    """
     generator = torch.Generator().manual_seed(abs(seed))
     d_model = parameter.shape[axis]
     rest = [n for i, n in enumerate(parameter.shape) if i != axis]
-    half = 0.5 + torch.randn(d_model // 2, generator=generator).abs()
+    half = _few_bits(0.5 + torch.randn(d_model // 2, generator=generator).abs())
     z = torch.cat([half, -half])[torch.randperm(d_model // 2 * 2, generator=generator)]
     if d_model % 2:
         z = torch.cat([z[:-2], torch.tensor([1.0, 1.0, -2.0])])
@@ -326,5 +337,12 @@ def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, 
         z = torch.ones(d_model)
         generator.manual_seed(11)
     v = torch.randn(rest, generator=generator) / rest[-1] ** 0.5 if rest else torch.ones(())
+    v = _few_bits(v)
     value = torch.outer(z, v.reshape(-1)).reshape(d_model, *rest).movedim(0, axis)
     return z.double().to(parameter.device), value.to(parameter.device)
+
+
+def _few_bits(x: Tensor) -> Tensor:
+    """Round to four significant bits: a product of two such numbers is exact in bfloat16 and float16."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 16).round() / 16, exponent)
