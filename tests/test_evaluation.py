@@ -6,10 +6,19 @@ import torch
 from conftest import make_lm
 
 from saber.ablation import Removal, applied, orthogonal
-from saber.evaluation.divergence import diverge, keep_reference, kl_divergence, score_battery
+from saber.evaluation.divergence import (
+    diverge,
+    keep_reference,
+    kl_divergence,
+    own_answers,
+    rounding,
+    score_battery,
+)
 from saber.evaluation.readout import derive_readout
 from saber.linalg import unit
 from saber.lm.chat import encode, encode_answers
+from saber.lm.device import holds
+from saber.lm.forward import forward
 from saber.lm.writers import find_writers
 from saber.prompts import Prompt, PromptSet
 
@@ -44,6 +53,50 @@ def test_kl_equals_the_plain_one_from_two_copies():
             plain = kl_divergence(p, q)
             assert found.sequence[i] == pytest.approx(float(plain.mean()), rel=1e-3)
             assert found.first_token[i] == pytest.approx(float(plain[0]), rel=1e-3)
+
+
+def test_logits_are_not_rounded_where_the_model_is(lm):
+    lm.model.to(torch.bfloat16)
+    rows = encode(lm, ["How are you?", "No"], encode_answers(lm, ["fine", "yes"]))
+    ids, wanted = [e.ids for e in rows], [e.answer_positions for e in rows]
+    capped = lm.model.config.model_type in ("gemma2", "gemma3_text")
+    for batch, heads in forward(lm, ids, wanted, heads=True):
+        exact = heads @ lm.head.weight.float().T
+        if capped and lm.text_config.final_logit_softcapping:
+            cap = lm.text_config.final_logit_softcapping
+            exact = cap * torch.tanh(exact / cap)
+        torch.testing.assert_close(batch.logits, exact, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(batch.logits, batch.logits.bfloat16().float())
+
+
+def test_what_rounding_alone_moves_is_told(llama):
+    reference = own_answers(llama, ["How are you?", "No"], 8)
+    assert rounding(llama, reference) is None
+    llama.model.to(torch.bfloat16)
+    reference = own_answers(llama, ["How are you?", "No"], 8)
+    assert float(diverge(llama, reference).per_token.max()) < 1e-9
+    found = rounding(llama, reference)
+    assert found is not None
+    assert 1e-7 < float(found.sequence.mean()) < 0.1
+    # Nothing of it stays behind.
+    assert float(diverge(llama, reference).per_token.max()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored", "whole"),
+    [
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float16, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.bfloat16, torch.float16, False),
+        (torch.float16, torch.bfloat16, False),
+        (torch.float16, torch.float32, False),
+        (torch.float32, torch.float64, False),
+    ],
+)
+def test_which_dtypes_hold_which(dtype, stored, whole):
+    assert holds(dtype, stored) is whole
 
 
 def test_kl_by_hand():

@@ -31,6 +31,8 @@ from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
+from saber.lm.load import load
+from saber.lm.model import fingerprint
 from saber.lm.writers import find_writers
 from saber.memo import forgetful
 from saber.openings import Fitted
@@ -172,6 +174,29 @@ def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
         5,
         3,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["orthogonal", "default"])
+def test_a_run_in_half_precision_leaves_other_weights_as_they_are_stored(
+    model_folder, tmp_path, name
+):
+    config = small(name, refine={"passes": 1}, load={"dtype": "bfloat16"})
+    record = run(str(model_folder), tmp_path / "run", config, force=True).record
+    assert record["model"]["compute_dtype"] == "bfloat16"
+    assert record["model"]["storage_dtype"] == "float32"
+    # A later load in another dtype still knows the model.
+    assert record["model"]["fingerprint"] == fingerprint(load(str(model_folder)).model)
+    assert record["baseline"]["kl"]["sequence"] > 0  # what rounding moves
+    plan = EditPlan.load(tmp_path / "run" / "plan")
+    changes = {f"{n}.weight": factor.delta() for n, factor in plan.factors.items()}
+    before = load_file(model_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for weight, value in after.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[weight] + changes.pop(weight, 0))
+    assert not changes
 
 
 @pytest.mark.slow
