@@ -3,8 +3,9 @@
     python benchmarks/architectures.py [FAMILY ...] [--results FILE] [--fresh] [--write]
 
 For each family of transformers' auto-mappings a small random model (`tiny.py`) goes through: finding
-layers and writers, both laws, a full-strength edit of two random directions, saving, loading in
-plain transformers and comparing logits, and one pass of the whole pipeline. Every family runs in a
+layers and writers, both laws, a full-strength edit of two random directions, the same search in
+bfloat16, saving, loading in plain transformers and comparing logits, and one pass of the whole
+pipeline. Every family runs in a
 process of its own under a time limit, and results are appended to a file of JSON lines, so that a
 crash or an interruption costs one family. `--write` turns that file into docs/architectures.md.
 """
@@ -46,6 +47,8 @@ from saber.lm.model import LanguageModel  # noqa: E402
 from saber.lm.writers import ablated_law, find_writers, law_limit, zeroed_law  # noqa: E402
 
 SECONDS = 180
+GAIN_LIMIT = 0.02
+"""How far a gain that is read in bfloat16 may be from that in float32."""
 SMALL = {
     "data": {"limit": 2},
     "spectral": {"permutations": 20},
@@ -71,6 +74,27 @@ def language_model(family: str, **changes: Any) -> LanguageModel:
         stored_dtype=torch.float32,
         layers_path=find_layers(model),
     )
+
+
+def in_bfloat16(family: str, expected: Any) -> str:
+    """Find the writers of the same model in bfloat16; return "same", or what is another."""
+    lm = language_model(family)
+    lm.model.to(torch.bfloat16)
+    try:
+        found = {w.weight: w for w in find_writers(lm)}
+        if leftover := {w.weight for w in expected} ^ set(found):
+            return f"other writers: {', '.join(sorted(leftover)[:3])}"
+        for w in expected:
+            gain, exact = found[w.weight].gain, w.gain
+            if (gain is None) != (exact is None) or found[w.weight].centred != w.centred:
+                return f"another gain: {w.weight}"
+            if gain is not None and exact is not None:
+                off = float((gain - exact).norm() / exact.norm())
+                if off > GAIN_LIMIT:
+                    return f"another gain: {w.weight} ({off:.0%} off)"
+    except Exception as error:  # noqa: BLE001 - what fails in bfloat16 alone is no verdict on the family
+        return _reason(error)
+    return "same"
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -161,6 +185,7 @@ def check(family: str) -> dict[str, Any]:
         for law in ("zeroed",) if carried else ("zeroed", "ablated"):
             if record[law] > law_limit(lm):
                 raise UnprovenWriter(law, record["worst"], record[law], law_limit(lm))
+        record["half"] = in_bfloat16(family, writers)
         record["stage"] = "save"
         record["saved"] = saved_difference(lm, writers, directions, tiny.families()[family])
         if record["saved"] > 1e-4:
@@ -302,6 +327,8 @@ def document(records: dict[str, dict[str, Any]], compared: list[dict[str, Any]])
     """Return docs/architectures.md from the results."""
     count = {v: sum(r["verdict"] == v for r in records.values()) for v in VERDICTS}
     tried = count["proved"] + count["failed"]
+    tested = {f: r["half"] for f, r in records.items() if "half" in r}
+    other = [f"`{f}` ({found})" for f, found in tested.items() if found != "same"]
     lines = [
         "# Architectures",
         "",
@@ -315,6 +342,10 @@ def document(records: dict[str, dict[str, Any]], compared: list[dict[str, Any]])
         f"**{count['proved']} of {tried}** families ({count['proved'] / max(tried, 1):.1%}) that build, run "
         f"on text and let the stream pass are proved; {count['by design']} more renormalise the stream "
         "in place.",
+        "",
+        f"In bfloat16 the search finds the same writers with the same gains, to {GAIN_LIMIT:.0%}, in "
+        f"**{len(tested) - len(other)} of {len(tested)}** families whose laws were held against float32"
+        + (f"; not in {', '.join(other)}." if other else "."),
         "",
         "| verdict | families | meaning |",
         "|---|---|---|",
