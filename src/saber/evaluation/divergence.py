@@ -217,17 +217,22 @@ def diverge(
 
 
 def rounding(
-    lm: LanguageModel, reference: Reference, *, progress: Progress[Any] = silent
+    lm: LanguageModel,
+    reference: Reference,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress[Any] = silent,
 ) -> Divergence | None:
     """Return what rounding alone moves: the untouched model against itself, rounded in another way.
 
-    Half of what enters the first layer is put one unit in the last place further off, which by itself
-    is next to nothing, but from there on every result is rounded anew. No edit can be told from none
-    below that. None in float32, where it is nothing.
+    Half of what enters the first layer is put one unit in the last place of `dtype` further off, which
+    by itself is next to nothing, but from there on every result is rounded anew. No edit can be told
+    from none below that. By default `dtype` is what the model computes in; None where that is
+    float32, as it is nothing there.
     """
-    if lm.dtype == torch.float32:
+    if dtype is None and lm.dtype == torch.float32:
         return None
-    unit, generator = torch.finfo(lm.dtype).eps, torch.Generator().manual_seed(0)
+    unit, generator = torch.finfo(dtype or lm.dtype).eps, torch.Generator().manual_seed(0)
 
     def jitter(_module: Any, _args: Any, output: Tensor) -> Tensor:
         chosen = torch.randint(0, 2, output.shape, generator=generator).to(output.device)
