@@ -168,6 +168,17 @@ def test_writers_are_found_in_half_precision(lm, dtype):
             torch.testing.assert_close(writer.gain, gain, atol=0.05, rtol=0.05)
 
 
+def test_one_plus_a_large_gain_is_told_from_the_gain_in_half_precision():
+    lm = make_lm("gemma3")
+    for layer in lm.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.add_(6)
+    lm.model.to(torch.bfloat16)
+    conventions = [w.convention for w in find_writers(lm)]
+    assert len(conventions) == 8
+    assert all(c.startswith("(1 + ") and "*" not in c for c in conventions)
+
+
 def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):
     """A trained model's last layers write ten times what comes in: the rounding of that is no misfit."""
     llama.model.to(torch.bfloat16)

@@ -260,12 +260,15 @@ def _gain(
     if bool((gain / gain.mean() - 1).abs().max() < limit):
         return None, ""
     terms = {"": torch.ones_like(gain), **bench.gains(names)}
+    best, off = (gain, ""), limit
     for a, b in combinations_with_replacement(terms, 2):
         product = terms[a] * terms[b]
         exact = product * (product @ gain).sign() / product.pow(2).mean().sqrt().clamp_min(1e-30)
-        if bool((exact - gain).pow(2).mean().sqrt() < limit):
-            return exact.float().cpu(), " * ".join(n for n in (a, b) if n)
-    return gain.float().cpu(), ""
+        misfit = float((exact - gain).pow(2).mean().sqrt())
+        # Of large gains "weight" is almost "one plus weight": the better wins, the simpler of equal ones.
+        if misfit < off:
+            best, off = (exact, " * ".join(n for n in (a, b) if n)), 0.5 * misfit
+    return best[0].float().cpu(), best[1]
 
 
 _KINDS: tuple[tuple[str, Kind], ...] = (
