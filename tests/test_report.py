@@ -510,6 +510,17 @@ def test_each_row_of_a_table_is_as_wide_as_its_header() -> None:
         assert {len(row) for row in table.rows} == {len(table.header)}
 
 
+def test_what_rounding_alone_moves_stands_in_the_base_column() -> None:
+    run = fake_run()
+
+    def base() -> list[str]:
+        return [row[1] for row in tables.results(run).rows if "KL" in row[0] or "median" in row[0]]
+
+    assert base() == ["0", "0", "0"]
+    run["baseline"]["kl"].update(first_token=0.0017, sequence=0.0012, sequence_median=0.001)
+    assert base() == [f"{x} (rounding alone)" for x in ("0.0017", "0.0012", "0.001")]
+
+
 def test_prompts_that_were_left_out_are_told() -> None:
     run = fake_run()
     run["prompts"]["neutral"]["left_out"] = 7

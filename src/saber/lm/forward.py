@@ -181,12 +181,15 @@ def unrounded_head(lm: LanguageModel) -> Iterator[None]:
     """
 
     def again(module: nn.Linear, args: tuple[Any, ...], output: Any) -> Any:
-        if module.weight.is_meta:
+        weight = module.weight
+        if weight.is_meta:
             return output
-        x = args[0].float()
-        step = max(1, HEAD_VALUES // module.weight.shape[1])
-        logits = torch.cat([x @ rows.float().T for rows in module.weight.split(step)], -1)
-        return logits if module.bias is None else logits + module.bias.float()
+        # Of a model spread over several devices the input may lie on another.
+        x = args[0].to(weight.device, torch.float32)
+        step = max(1, HEAD_VALUES // weight.shape[1])
+        logits = torch.cat([x @ rows.float().T for rows in weight.split(step)], -1)
+        logits = logits if module.bias is None else logits + module.bias.float()
+        return logits.to(output.device)
 
     if lm.dtype == torch.float32 or type(lm.head) is not nn.Linear:
         yield
