@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 from conftest import make_lm, make_model
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from saber.ablation import Removal, applied, orthogonal
 from saber.errors import ModelError, UnprovenWriter
-from saber.inspection import inspect
+from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
 from saber.lm.layers import find_layers
 from saber.lm.writers import (
@@ -177,6 +178,24 @@ def test_one_plus_a_large_gain_is_told_from_the_gain_in_half_precision():
     conventions = [w.convention for w in find_writers(lm)]
     assert len(conventions) == 8
     assert all(c.startswith("(1 + ") and "*" not in c for c in conventions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writers_that_share_a_norm_of_one_plus_weight_have_its_gain(llama, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for layer in llama.layers:
+        mlp, width = layer.mlp, llama.d_model
+        mlp.again = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
+        mlp.again.weight.copy_(torch.randn(width, width, generator=generator) / width**0.5)
+        mlp.shared = Gemma3RMSNorm(width).requires_grad_(False)
+        mlp.shared.weight.copy_(0.5 * torch.randn(width, generator=generator))
+        mlp.register_forward_hook(lambda m, args, out: m.shared(out + m.again(torch.tanh(args[0]))))
+    llama.model.to(dtype)
+    writers = find_writers(llama)
+    assert len(writers) == 12
+    behind = [w for w in writers if ".mlp." in w.weight]
+    assert all(w.convention.endswith("mlp.shared.weight)") for w in behind)
+    require_ablated(llama, writers)
 
 
 def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):

@@ -160,6 +160,8 @@ def _searched(
                 fit = on.fit(candidate.parameter, candidate.axis, zero)
                 if fit is None:
                     continue
+                if alone:
+                    fit, beside = _with_gains(on, candidate, zero[: len(found)], beside, fit)
                 found.append(Finding(candidate, fit))
                 kept_at_zero = tuple(dict.fromkeys(local[id(p)] for p in beside))
                 trials.append(Trial(candidate.local, candidate.axis, quiet, kept_at_zero))
@@ -169,6 +171,25 @@ def _searched(
                 if leftover <= 0.1 * limit:
                     break
     return found, trials, leftover
+
+
+def _with_gains(
+    bench: Bench,
+    candidate: Candidate,
+    found: list[nn.Parameter],
+    beside: list[nn.Parameter],
+    fit: Fit,
+) -> tuple[Fit, list[nn.Parameter]]:
+    """Let go of vectors that were held at zero, as long as the candidate fits; return what is held then.
+
+    A norm that applies "one plus weight" lets everything pass with its weight at zero, but by no gain.
+    """
+    for vector in [p for p in beside if p.ndim == 1]:
+        fewer = [p for p in beside if p is not vector]
+        other = bench.fit(candidate.parameter, candidate.axis, found + fewer)
+        if other is not None:
+            fit, beside = other, fewer
+    return fit, beside
 
 
 def _vectors_beside(candidate: Candidate, rest: Sequence[Candidate]) -> list[nn.Parameter]:
