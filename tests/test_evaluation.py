@@ -1,5 +1,7 @@
 """Teacher-forced scores against plain computations, and the first-token readout."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ from saber.linalg import unit
 from saber.lm.chat import encode, encode_answers
 from saber.lm.device import holds
 from saber.lm.forward import forward
+from saber.lm.load import LoadSpec, as_stored, load
+from saber.lm.model import fingerprint
 from saber.lm.writers import find_writers
 from saber.prompts import Prompt, PromptSet
 
@@ -97,6 +101,15 @@ def test_what_rounding_alone_moves_is_told(llama):
 )
 def test_which_dtypes_hold_which(dtype, stored, whole):
     assert holds(dtype, stored) is whole
+
+
+def test_weights_are_read_again_only_where_they_were_rounded(llama, pico):
+    spec = LoadSpec(device="cpu", dtype="bfloat16")
+    assert as_stored(replace(llama, stored_dtype=torch.float64), spec).model is llama.model
+    rounded = load(str(pico), spec)
+    again = as_stored(rounded, spec)
+    assert (rounded.dtype, again.dtype) == (torch.bfloat16, torch.float32)
+    assert fingerprint(again.model) == fingerprint(load(str(pico), LoadSpec(device="cpu")).model)
 
 
 def test_kl_by_hand():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -59,15 +59,14 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
 
 
 def as_stored(lm: LanguageModel, spec: LoadSpec) -> LanguageModel:
-    """Return a model with the weights of its checkpoint, bit for bit.
+    """Return a model with the weights of its checkpoint as exactly as float32 holds them.
 
-    That is the model itself, unless it computes in a dtype that does not hold them all: then they are
-    read once more, to the CPU, in their own. `spec` is what it was loaded with.
+    That is the model itself, unless it computes in 16 bits that round them: then they are read once more,
+    to the CPU, in float32. `spec` is what it was loaded with.
     """
-    if holds(lm.dtype, lm.stored_dtype):
+    if lm.dtype == torch.float32 or holds(lm.dtype, lm.stored_dtype):
         return lm
-    own = cast(DtypeName, str(lm.stored_dtype).removeprefix("torch."))
-    there = replace(spec, device="cpu", device_map="", dtype=own)
+    there = replace(spec, device="cpu", device_map="", dtype="float32")
     return load(lm.name, there, tokenizer=lm.tokenizer is not None)
 
 
