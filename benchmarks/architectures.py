@@ -5,9 +5,9 @@
 For each family of transformers' auto-mappings a small random model (`tiny.py`) goes through: finding
 layers and writers, both laws, a full-strength edit of two random directions, the same search in
 bfloat16, saving, loading in plain transformers and comparing logits, and one pass of the whole
-pipeline. Every family runs in a
-process of its own under a time limit, and results are appended to a file of JSON lines, so that a
-crash or an interruption costs one family. `--write` turns that file into docs/architectures.md.
+pipeline. Every family runs in a process of its own under a time limit, and results are appended to a
+file of JSON lines, so that a crash or an interruption costs one family. `--write` turns that file into
+docs/architectures.md.
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ def test_what_rounding_alone_moves_is_told(llama):
     found = rounding(llama, reference)
     assert found is not None
     assert 1e-7 < float(found.sequence.mean()) < 0.1
+    assert found.scores is reference.scores
     # Nothing of it stays behind.
     assert float(diverge(llama, reference).per_token.max()) < 1e-9
 

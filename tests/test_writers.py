@@ -199,7 +199,7 @@ def test_writers_that_share_a_norm_of_one_plus_weight_have_its_gain(llama, dtype
 
 
 def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):
-    """A trained model's last layers write ten times what comes in: the rounding of that is no misfit."""
+    """A trained model's last layers write many times what comes in: the rounding of that is no misfit."""
     llama.model.to(torch.bfloat16)
     for layer in llama.layers:
         layer.self_attn.o_proj.weight.mul_(300)

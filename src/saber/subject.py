@@ -196,10 +196,8 @@ class Watch:
     def together(self, rows: Sequence[int]) -> tuple[Shown, Fitted]:
         """Return what `shown` and `fitted` do, by answers that are written in one batch."""
         texts = self.selecting.target_validation.texts
-        kept, fit = (
-            _texts(self.selecting.keep_validation),
-            [self.selecting.target.texts[row] for row in rows],
-        )
+        kept = _texts(self.selecting.keep_validation)
+        fit = [self.selecting.target.texts[row] for row in rows]
         written = iter(self._asked_for([*texts, *kept, *fit]))
         tried, later, rest = (list(islice(written, len(part))) for part in (texts, kept, fit))
         return self._of_validation(texts, tried, kept, later), self._of_fit(rows, fit, rest)

@@ -111,6 +111,8 @@ def export(
     """
     check_formats([kind])
     started = perf_counter()
+    # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
+    spec = replace(spec, load=replace(spec.load, dtype="auto"))
     single = out.suffix == ".gguf"
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
@@ -205,9 +207,10 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
 def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
     notes: tuple[str, ...] = ()
     if lm is None:
-        lm = as_stored(load(spec.base or run.model["name"], spec.load), spec.load)
+        lm = load(spec.base or run.model["name"], spec.load)
         notes = _same_model(run, lm, spec.force)
-    lm = as_stored(lm, spec.load)
+    else:
+        lm = as_stored(lm, spec.load)
     where = origin(run.record, run.plan)
     _weights_of(lm.model, run.plan)
     save_merged(lm, run.plan, out, where)
@@ -224,8 +227,7 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
     notes: tuple[str, ...] = ()
     if spec.base and not spec.force:
         # A base that the user names is held against the run; its own is taken at its word.
-        lm = as_stored(load(name, spec.load, tokenizer=False), spec.load)
-        notes = _same_model(run, lm, spec.force)
+        notes = _same_model(run, load(name, spec.load, tokenizer=False), spec.force)
     elif spec.base:
         notes = (f"{name} was not held against the model of the run (--force).",)
     model = skeleton(name, spec.load)
@@ -331,8 +333,7 @@ def _matches(
     sketch = run.sketch
     if sketch is None:
         # A run of an older version kept no samples: its model is asked.
-        there = replace(spec.load, device="cpu")
-        lm = as_stored(load(run.model["name"], there, tokenizer=False), there)
+        lm = load(run.model["name"], replace(spec.load, device="cpu"), tokenizer=False)
         _same_model(run, lm, False)
         sketch = take(lm.model, run.plan)
     gguf_fit.require_alike(file, edits, sketch)

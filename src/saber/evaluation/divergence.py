@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -240,7 +240,8 @@ def rounding(
 
     handle = lm.model.get_input_embeddings().register_forward_hook(jitter)
     try:
-        return diverge(lm, reference, progress=progress)
+        # How likely its answers are is told by the model as it is.
+        return replace(diverge(lm, reference, progress=progress), scores=reference.scores)
     finally:
         handle.remove()
 

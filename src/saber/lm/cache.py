@@ -44,6 +44,8 @@ class RoomyLayer(DynamicLayer):
             at = 0
             for layer, chosen in zip(layers, rows, strict=True):
                 given = layer._space[kind]
+                # Of a model spread over several devices a layer's may lie on another than the tokens.
+                chosen = chosen.to(given.device)
                 held = min(own, layer._used - prefix)
                 mine = space[at : at + len(chosen)]
                 mine[:, :, :prefix] = given[chosen, :, :prefix]
@@ -84,8 +86,8 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        keys, values = self._space
-        self._space = (keys[indices], values[indices])
+        keys, values = (t[indices.to(t.device)] for t in self._space)
+        self._space = (keys, values)
         self._show()
 
     def release(self) -> None:
