@@ -118,6 +118,22 @@ def test_device_map_places_the_model(model_folder):
     assert bool(torch.isfinite(out.logits).all())
 
 
+def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monkeypatch):
+    from saber.lm import load as loading
+
+    read = loading._read
+
+    def left_off(what, *args, **kwargs):
+        found = read(what, *args, **kwargs)
+        if "weights" in what:
+            found.model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
+        return found
+
+    monkeypatch.setattr(loading, "_read", left_off)
+    with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
+        load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
+
+
 def test_a_chat_template_file_is_used(tmp_path):
     folder = tmp_path / "plain"
     make_model("llama").save_pretrained(folder)

@@ -13,6 +13,7 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
 from saber.lm.layers import find_layers
+from saber.lm.substitution import layer_calls
 from saber.lm.writers import (
     Writer,
     ablated_law,
@@ -206,6 +207,15 @@ def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):
     writers = find_writers(llama)
     assert len(writers) == 8
     assert zeroed_law(llama, writers) < 1e-6
+
+
+def test_a_layer_is_tried_on_a_stream_on_its_own_device(llama):
+    last = llama.layers[-1]
+    # For lack of a second device its weights go elsewhere once it has been called.
+    handle = last.register_forward_hook(lambda module, _args, _output: module.to("meta") and None)
+    streams = [call.hidden.device.type for call in layer_calls(llama)]
+    handle.remove()
+    assert streams == ["cpu", "cpu", "cpu", "meta"]
 
 
 def test_ablated_stream_removes_the_direction_from_every_output(lm):

@@ -208,7 +208,7 @@ def _solve(
     reading = writer.read(directions.double())
     # (k, experts, d_in); a plain weight has one expert.
     whole = reading.float().to(weight.device) @ stored.float().reshape(stored.shape[0], -1)
-    read = whole.reshape(len(reading), writer.experts or 1, -1).double().cpu()
+    read = whole.reshape(len(reading), writer.experts or 1, -1).cpu().double()
     parts: list[_Part | None] = []
     worst, condition = ridge, 1.0
     for expert in range(read.shape[1]):

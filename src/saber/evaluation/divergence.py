@@ -70,7 +70,7 @@ def score_battery(
         losses = torch.nn.functional.cross_entropy(
             batch.logits, targets.to(batch.logits.device), reduction="none"
         )
-        for row, loss in zip(batch.rows, batch.split(losses.double().cpu()), strict=True):
+        for row, loss in zip(batch.rows, batch.split(losses.cpu().double()), strict=True):
             cut = counts[row]
             prompts.nll[row], prompts.tokens[row] = loss[:cut].sum(), cut
             answers.nll[row], answers.tokens[row] = loss[cut:].sum(), len(loss) - cut
@@ -201,7 +201,7 @@ def diverge(
         assert untouched is not None
         _add_losses(scores, batch, sequences)
         pairs = zip(untouched.split(KL_ROWS), batch.logits.split(KL_ROWS), strict=True)
-        kl = torch.cat([kl_divergence(p, q) for p, q in pairs]).double().cpu()
+        kl = torch.cat([kl_divergence(p, q) for p, q in pairs]).cpu().double()
         chosen = batch.logits.argmax(-1).cpu()
         pieces = zip(batch.rows, batch.split(kl), batch.split(chosen), strict=True)
         for row, piece, tokens in pieces:
@@ -255,5 +255,5 @@ def kl_divergence(untouched: Tensor, edited: Tensor) -> Tensor:
 def _add_losses(scores: TextScores, batch: Any, sequences: Sequence[Sequence[int]]) -> None:
     targets = _next_tokens(sequences, batch.rows, batch.wanted).to(batch.logits.device)
     losses = torch.nn.functional.cross_entropy(batch.logits, targets, reduction="none")
-    for row, loss in zip(batch.rows, batch.split(losses.double().cpu()), strict=True):
+    for row, loss in zip(batch.rows, batch.split(losses.cpu().double()), strict=True):
         scores.nll[row], scores.tokens[row] = loss.sum(), len(loss)

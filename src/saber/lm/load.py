@@ -122,6 +122,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         demo.merge_adapter(model)
     if not spec.device_map:
         model.to(device)
+    _refuse_offloaded(name, model)
     model.eval().requires_grad_(False)
     layers_path = find_layers(model, spec.layers_path)
     return LanguageModel(
@@ -165,6 +166,17 @@ def _refuse_quantized(name: str, config: Any) -> None:
                 "Give the checkpoint it was quantised from, or load this one with "
                 f"{_DEQUANTIZE.get(method, 'dequantisation')} and save it, edit that, and quantise again.",
             )
+
+
+def _refuse_offloaded(name: str, model: Any) -> None:
+    """Refuse a model of which parts lie elsewhere between their calls, where nothing can be edited."""
+    aside = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.is_meta})
+    if aside:
+        raise ModelError(
+            f"{name!r} does not fit on the devices: {len(aside)} of its modules, {aside[0]} for one, "
+            "were left off them.",
+            "Use --dtype bfloat16 if it is not that already, more or larger devices, or --device cpu.",
+        )
 
 
 _DEQUANTIZE = {

@@ -70,9 +70,12 @@ class Call:
 
 
 def by_token(hidden: Tensor) -> Float[Tensor, "tokens streams d_model"]:
-    """Bring a stream of any shape into rows by token; several streams of a token are kept apart."""
+    """Bring a stream of any shape into rows by token; several streams of a token are kept apart.
+
+    In float64 on the CPU: Apple's GPUs have none, and layers may lie on several devices.
+    """
     axis = list(hidden.shape[:-1]).index(TOKENS)
-    return hidden.movedim(axis, 0).reshape(TOKENS, -1, hidden.shape[-1]).double()
+    return hidden.movedim(axis, 0).reshape(TOKENS, -1, hidden.shape[-1]).cpu().double()
 
 
 def random_tokens(lm: LanguageModel, tokens: int, rows: int = 1) -> Tensor:
@@ -96,7 +99,10 @@ def layer_calls(lm: LanguageModel) -> list[Call]:
         with torch.no_grad():
             lm.model(input_ids=random_tokens(lm, TOKENS), use_cache=False)
     generator = torch.Generator().manual_seed(2)
-    return [c.on(torch.randn(c.hidden.shape, generator=generator).to(c.hidden)) for c in calls]
+    streams = [torch.randn(c.hidden.shape, generator=generator).to(c.hidden) for c in calls]
+    # Of a model spread over several devices the stream may come from another than the layer's own.
+    devices = [next((p.device for p in layer.parameters()), None) for layer in lm.layers]
+    return [c.on(s.to(d)) for c, s, d in zip(calls, streams, devices, strict=True)]
 
 
 def streams_axis(lm: LanguageModel) -> int | None:
@@ -278,7 +284,7 @@ class Bench:
         for parameter in dict.fromkeys(self.layer.parameters()):
             if tuple(parameter.shape) == (width,):
                 name = names[id(parameter)]
-                found[name] = parameter.detach().double()
+                found[name] = parameter.detach().cpu().double()
                 found[f"(1 + {name})"] = 1 + found[name]
         return found
 
@@ -339,7 +345,7 @@ def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, 
     v = torch.randn(rest, generator=generator) / rest[-1] ** 0.5 if rest else torch.ones(())
     v = _few_bits(v)
     value = torch.outer(z, v.reshape(-1)).reshape(d_model, *rest).movedim(0, axis)
-    return z.double().to(parameter.device), value.to(parameter.device)
+    return z.double(), value.to(parameter.device)
 
 
 def _few_bits(x: Tensor) -> Tensor:

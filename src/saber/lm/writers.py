@@ -150,7 +150,7 @@ def embedding_writer(lm: LanguageModel) -> Writer:
     with held(zeros([weight])):
         rest = _first_stream(lm, ids)
     change = with_rows - rest
-    rows = weight.detach()[ids[0].to(weight.device)].to(change)
+    rows = weight.detach()[ids[0].to(weight.device)].cpu().to(change)
     if rows.shape[-1] == change.shape[-1]:
         scale = float((change * rows[:, None]).sum() / (rows.pow(2).sum() * change.shape[1]))
         residual = float((change - scale * rows[:, None]).norm() / change.norm().clamp_min(1e-30))
