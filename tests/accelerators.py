@@ -24,6 +24,8 @@ import torch
 
 SOURCE = Path(__file__).parent / "accelerator.cpp"
 LAYERS = 4
+PROMPTS = {"target": "Tell me about number {}", "neutral": "Describe the letter {}"}
+"""A random model answers nothing, so any two sets will do; small ones save time."""
 
 
 def build(folder: Path) -> Path:
@@ -134,14 +136,17 @@ def edited(family: str, preset: str, where: str, placement: dict[str, str] | Non
     with tempfile.TemporaryDirectory() as folder, patch.object(load, "_read", placed):
         path = Path(folder)
         model = saved(family, path)
-        spec = {"device": where, "device_map": "auto" if placement else ""}
-        made = pipeline.run(
-            str(model),
-            path / "run",
-            small(preset, load=spec),
-            force=True,
-            export=("merged", "lora"),
+        files = {}
+        for name, text in PROMPTS.items():
+            files[name] = str(path / f"{name}.txt")
+            Path(files[name]).write_text("\n".join(text.format(i) for i in range(24)))
+        config = small(
+            preset,
+            load={"device": where, "device_map": "auto" if placement else ""},
+            data={**files, "limit": 4},
         )
+        formats = ("merged", "lora")
+        made = pipeline.run(str(model), path / "run", config, force=True, export=formats)
         record = made.record
     return {
         "device": record["model"]["device"],

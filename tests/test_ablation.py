@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_lm
 
+from saber import ablation
 from saber.ablation import EditPlan, Removal, applied, apply, in_scope, orthogonal
 from saber.errors import DataError
 from saber.linalg import accumulated_removal, unit
@@ -58,6 +59,15 @@ def test_what_is_undone_is_bit_equal(lm):
     with applied(lm.model, orthogonal(lm, find_writers(lm), removals([1.0, 0.3]), "all")):
         assert any(not torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
     assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+
+
+def test_a_change_is_made_where_its_weight_is_if_float64_is_there(llama, monkeypatch):
+    plan = orthogonal(llama, find_writers(llama), removals([1.0]), "all")
+    factor, elsewhere = next(iter(plan.factors.values())), torch.device("meta")
+    assert torch.equal(factor.delta(elsewhere), factor.delta())
+    monkeypatch.setattr(ablation, "has_float64", lambda device: device == elsewhere)
+    assert factor.delta(elsewhere).device == elsewhere
+    assert factor.delta(elsewhere).shape == factor.delta().shape
 
 
 def test_undone_after_an_error(llama):

@@ -17,6 +17,7 @@ from test_sweep import config_of
 
 from saber.config import override
 from saber.lm.forward import Share
+from saber.subject import Subject
 from saber.sweep.crew import MOST_DEATHS, Local
 from saber.sweep.drive import Plan, sweep
 from saber.sweep.grid import changed, grid, read_axis
@@ -116,6 +117,35 @@ def test_twenty_deaths_of_drivers_and_their_workers(world, tmp_path):
         deaths += killed_at_random(world, tmp_path / str(turn), 5, rng, workers=1 + turn % 2)
         assert told(tmp_path / str(turn)) == told(world[2].folder)
     assert deaths >= 20
+
+
+def test_each_worker_gets_a_gpu_of_its_own_where_there_are_several(tmp_path, monkeypatch):
+    def devices(count, device="auto", device_map=""):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        spec = {"load": {"device": device, "device_map": device_map}}
+        crew = Local(Job("pico", override(config_of(tmp_path), spec), None), 3)
+        return [crew.device(slot) for slot in range(3)]
+
+    assert devices(2) == devices(2, "cuda") == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices(1) == devices(0) == devices(2, device_map="balanced") == ["auto"] * 3
+    assert devices(2, "cuda:1") == ["cuda:1"] * 3
+    assert devices(2, "cpu") == ["cpu"] * 3
+
+
+def test_a_worker_loads_the_model_onto_its_device_and_settings_stay(tmp_path, monkeypatch):
+    config, asked = config_of(tmp_path), []
+
+    def loaded(_model, given):
+        asked.append(given.load.device)
+        raise InterruptedError
+
+    monkeypatch.setattr(Subject, "load", loaded)
+    job = Job("pico", config, None)
+    for device in ("cuda:1", ""):
+        with pytest.raises(InterruptedError):
+            Bench(job, device=device)
+    assert asked == ["cuda:1", config.load.device]
+    assert job.base.load.device == config.load.device
 
 
 @pytest.mark.slow

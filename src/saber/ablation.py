@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saber import artifacts, codec
 from saber.linalg import accumulated_removal
+from saber.lm.device import has_float64
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.products import exact_product
@@ -99,9 +100,14 @@ class Factor:
             bias=sum(biases[1:], biases[0]) if biases else None,
         )
 
-    def delta(self) -> Tensor:
-        """Return the change in the layout of the stored weight, the same bits as a part of it alone."""
-        change = exact_product(self.left, self.right.reshape(self.right.shape[0], -1))
+    def delta(self, device: torch.device | None = None) -> Tensor:
+        """Return the change in the layout of the stored weight, the same bits as a part of it alone.
+
+        It is made on the `device`, with the same bits again, where that has float64.
+        """
+        where = device if device and has_float64(device) else self.left.device
+        left, right = self.left.to(where), self.right.to(where)
+        change = exact_product(left, right.reshape(right.shape[0], -1))
         return change.reshape(-1, *self.right.shape[1:]).movedim(0, self.axis)
 
 
@@ -164,7 +170,8 @@ class EditPlan:
     def changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter that the plan changes, with its change, both as they are stored."""
         for name, factor in self.factors.items():
-            yield model.get_parameter(factor.weight or f"{name}.weight"), factor.delta()
+            weight = model.get_parameter(factor.weight or f"{name}.weight")
+            yield weight, factor.delta(weight.device)
             if factor.bias is not None:
                 yield model.get_parameter(factor.bias_name or f"{name}.bias"), factor.bias
 

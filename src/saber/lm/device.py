@@ -37,6 +37,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_of_worker(name: str, worker: int) -> str:
+    """Return the device of one of several processes that each load the model: GPUs take turns.
+
+    A device that is named with its number, or that is no CUDA device, is everybody's.
+    """
+    gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+    return f"cuda:{worker % gpus}" if gpus > 1 else name
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, where it is GNU's; elsewhere do nothing.
 
@@ -86,6 +95,11 @@ def matmul_rate(
 
     product()
     return 2e-9 * size**3 / min(product() for _ in range(repeats))
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device is known to compute in float64; Apple's GPUs do not."""
+    return device.type in ("cpu", "cuda")
 
 
 def holds(dtype: torch.dtype, stored: torch.dtype) -> bool:

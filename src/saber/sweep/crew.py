@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from saber.config import RunConfig
 from saber.errors import SaberError
+from saber.lm.device import device_of_worker
 from saber.lm.forward import Progress, Share, silent
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
@@ -116,10 +117,15 @@ class Local:
 
     def _executor(self, slot: int) -> ProcessPoolExecutor:
         if slot not in self._executors:
-            self._executors[slot] = ProcessPoolExecutor(
-                1, _context(), _enter, (self._job, self._threads)
-            )
+            given = (self._job, self._threads, self.device(slot))
+            self._executors[slot] = ProcessPoolExecutor(1, _context(), _enter, given)
         return self._executors[slot]
+
+    def device(self, slot: int) -> str:
+        """Return the device of a worker's model: with several GPUs each worker has one to itself."""
+        spec = self._job.base.load
+        # A model that is spread over the devices is so in each worker.
+        return spec.device if spec.device_map else device_of_worker(spec.device, slot)
 
     def about(self) -> dict[str, Any]:
         """Return `Bench.about` of the first worker, once all have probed their share."""
@@ -204,14 +210,15 @@ def _context() -> Any:
 _bench: Bench | None = None
 """In a worker process: its bench. An executor's tasks find it here, as they cannot be handed it."""
 _job: Job | None = None
+_device = ""
 
 
-def _enter(job: Job, threads: int) -> None:
+def _enter(job: Job, threads: int, device: str) -> None:
     """Prepare a worker process: it ends with its driver, and at once when interrupted."""
     import torch
 
-    global _job
-    _job = job
+    global _job, _device
+    _job, _device = job, device
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(threads)
     driver = parent_process()
@@ -228,7 +235,7 @@ def _mine() -> Bench:
     global _bench
     if _bench is None:
         assert _job is not None
-        _bench = Bench(_job)
+        _bench = Bench(_job, device=_device)
     return _bench
 
 

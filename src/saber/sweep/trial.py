@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -82,9 +82,13 @@ class Bench:
     """A loaded model, its baseline and what its trials share; trials leave it as it was."""
 
     def __init__(
-        self, job: Job, progress: Progress[Any] = silent, seed: Seed | None = None
+        self,
+        job: Job,
+        progress: Progress[Any] = silent,
+        seed: Seed | None = None,
+        device: str = "",
     ) -> None:
-        """Load the model and find whether it shows the behaviour."""
+        """Load the model, onto this `device` where one is given, and find whether it shows the behaviour."""
         base, self._progress = job.base, progress
         self._on_disk = job.shared is not None
         self.base = base
@@ -93,7 +97,8 @@ class Bench:
         """All prompts."""
         self._judge = make_judge(base.evaluation.judge, base.judging, base.data.behaviour)
         self._judged_by = describe(base.evaluation.judge, self._judge)
-        self.subject = Subject.load(job.model, base)
+        mine = replace(base, load=replace(base.load, device=device or base.load.device))
+        self.subject = Subject.load(job.model, mine)
         """The model."""
         self.watch = Watch(self.subject.lm, self._judge, self.data.selecting, base, progress)
         """Its answers to the prompts that select."""
