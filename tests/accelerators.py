@@ -145,8 +145,7 @@ def edited(family: str, preset: str, where: str, placement: dict[str, str] | Non
             load={"device": where, "device_map": "auto" if placement else ""},
             data={**files, "limit": 4},
         )
-        formats = ("merged", "lora")
-        made = pipeline.run(str(model), path / "run", config, force=True, export=formats)
+        made = pipeline.run(str(model), path / "run", config, force=True, export=("merged",))
         record = made.record
     return {
         "device": record["model"]["device"],

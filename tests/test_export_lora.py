@@ -1,20 +1,28 @@
 """An edit as a PEFT adapter is the edit itself: exact, scalable, and read by plain PEFT."""
 
 import json
+import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import ggufs
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_lm, make_model
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from saber.ablation import EditPlan, Factor, apply
-from saber.checkpoint.lora import layout, read_lora, write_lora
+from saber.checkpoint.export import check_places
+from saber.checkpoint.lora import WEIGHTS, layout, placeless, read_lora, write_lora
 from saber.errors import MissingExtra, ModelError, UsageError
 from saber.lm.load import skeleton
+from saber.lm.writers import find_writers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import tiny
 
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90, 100, 110]])
 
@@ -279,3 +287,35 @@ def test_a_plain_adapter_is_read_as_a_plan(tmp_path):
     back = read_lora(adapter)
     for name, factor in plan.factors.items():
         torch.testing.assert_close(back.factors[name].delta(), factor.delta())
+
+
+def test_what_peft_refuses_to_adapt_is_left_out_by_name_or_told_before_any_work(tmp_path):
+    folder = tmp_path / "hybrid"
+    tiny.tiny_model("falcon_h1").save_pretrained(folder)
+    model = skeleton(str(folder))
+    plan = EditPlan(
+        {
+            f"model.layers.0.{name}": Factor(torch.ones(64, 1), torch.ones(1, width), None, 0)
+            for name, width in (("mamba.out_proj", 128), ("self_attn.o_proj", 64))
+        }
+    )
+    refused = placeless(model)
+    where = layout(model, plan, refused)
+    assert where.lost == ("model.layers.0.mamba.out_proj.weight",)
+    assert list(where.modules) == ["model.layers.0.self_attn.o_proj"]
+    (tmp_path / "adapter").mkdir()
+    write_lora(model, plan, where, tmp_path / "adapter", str(folder), {})
+    assert {key.split(".lora_")[0] for key in load_file(tmp_path / "adapter" / WEIGHTS)} == {
+        "base_model.model.model.layers.0.self_attn.o_proj"
+    }
+
+    lm = make_lm("llama")
+    found = find_writers(lm)
+    check_places(["lora"], lm, found)
+    lm.model.config.model_type = "mamba2"  # by which PEFT tells, and by the last part of the name
+    check_places(["lora"], lm, found)
+    alike = [replace(w, weight="layers.0.mixer.out_proj.weight") for w in found]
+    check_places(["lora"], lm, [*alike, found[0]])
+    check_places(["merged"], lm, alike)
+    with pytest.raises(UsageError, match=r"adapts none of the residual writers .*mixer.out_proj"):
+        check_places(["lora"], lm, alike)

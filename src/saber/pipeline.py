@@ -22,7 +22,7 @@ import transformers
 from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
-from saber.checkpoint.export import PLACES, check_formats, export_all
+from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
 from saber.checkpoint.runs import SKETCH, Run
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
@@ -150,7 +150,7 @@ def run(
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
         lm, mark = subject.lm, subject.mark
-        subject.edited(config)  # what cannot be edited is told at once
+        check_places(export, lm, subject.edited(config))  # what cannot be edited is told at once
         if origin is not None:
             origin.require(model, mark)
     identity = {

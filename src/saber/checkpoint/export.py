@@ -18,7 +18,7 @@ from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.gguf_rewrite import Rounding, rewrite
-from saber.checkpoint.lora import layout, read_lora, require_peft, write_lora
+from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import save_merged
 from saber.checkpoint.origin import origin
 from saber.checkpoint.runs import Run
@@ -28,6 +28,7 @@ from saber.lm import demo
 from saber.lm.forward import Progress, silent
 from saber.lm.load import LoadSpec, as_stored, load, skeleton
 from saber.lm.model import LanguageModel, fingerprint
+from saber.lm.writers import Writer
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
 FORMATS: tuple[Format, ...] = ("lora", "merged", "gguf", "gguf-lora")
@@ -91,6 +92,15 @@ def check_formats(names: Sequence[str], model: str = "") -> None:
         raise UsageError(
             f"--export gguf builds on a .gguf file, and {model} is none.",
             "Export it after the run: saber export RUN --format gguf --base FILE.gguf --out OUT.gguf",
+        )
+
+
+def check_places(names: Sequence[str], lm: LanguageModel, writers: Sequence[Writer]) -> None:
+    """Refuse, before more work, a LoRA adapter of a model of whose writers PEFT adapts none."""
+    if "lora" in names and all(map(placeless(lm.model), (w.weight for w in writers))):
+        raise UsageError(
+            f"PEFT adapts none of the residual writers of {lm.name} ({writers[0].weight} for one).",
+            "Use --export merged.",
         )
 
 
@@ -231,7 +241,7 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
     elif spec.base:
         notes = (f"{name} was not held against the model of the run (--force).",)
     model = skeleton(name, spec.load)
-    where = layout(model, run.plan)
+    where = layout(model, run.plan, placeless(model))
     if where.lost:
         notes += (_lost("a PEFT LoRA adapter", where.lost, spec.partial),)
     if run.model.get("source") == "demo":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,12 +49,15 @@ def require_peft() -> Any:
     return peft
 
 
-def layout(model: Any, plan: EditPlan) -> Layout:
+def layout(
+    model: Any, plan: EditPlan, placeless: Callable[[str], bool] = lambda _weight: False
+) -> Layout:
     """Decide where each factor goes; raises `ModelError` when the model has no such weight or shape.
 
     Linear maps are adapted as modules. Weights of other modules, and linear maps that share their name
     with a stack of experts (which PEFT would take for one of them), are adapted as parameters. A bias
-    has a place only where every adapted module has one, as `lora_bias` is all or nothing.
+    has a place only where every adapted module has one, as `lora_bias` is all or nothing. What is
+    `placeless` (see there) has none.
     """
     stacks = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.ndim == 3}
     tied = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -66,7 +69,7 @@ def layout(model: Any, plan: EditPlan) -> Layout:
         parameter = _parameter(model, weight, factor)
         owner, _, leaf = weight.rpartition(".")
         module = model.get_submodule(owner)
-        if tied[id(parameter)] > 1 or parameter.ndim not in (2, 3):
+        if tied[id(parameter)] > 1 or parameter.ndim not in (2, 3) or placeless(weight):
             lost.append(weight)
         elif (
             isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
@@ -81,6 +84,23 @@ def layout(model: Any, plan: EditPlan) -> Layout:
     if not carried:
         lost += [plan.factors[n].bias_name or f"{n}.bias" for n in biased]
     return Layout(modules, parameters, carried, tuple(lost))
+
+
+def placeless(model: Any) -> Callable[[str], bool]:
+    """Return which weights PEFT refuses to adapt: Mamba's kernels take some and never call their module."""
+    peft = require_peft()
+    check = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
+
+    def refused(weight: str) -> bool:
+        owner = weight.rpartition(".")[0]
+        try:
+            if check is not None:
+                check(peft.LoraConfig(), model, owner.rpartition(".")[2])
+        except ValueError:
+            return True
+        return False
+
+    return refused
 
 
 def _parameter(model: Any, name: str, factor: Factor) -> Tensor:
@@ -142,7 +162,9 @@ def _config(peft: Any, model: Any, plan: EditPlan, where: Layout) -> Any:
     ranks = {t: plan.factors[n].left.shape[1] for n, t in where.modules.items()}
     stacked = [plan.factors[n].left.shape[1] for n in where.parameters]
     if not ranks and not stacked:
-        raise UsageError("nothing of this plan has a place in a LoRA adapter.")
+        raise UsageError(
+            "nothing of this edit has a place in a LoRA adapter of PEFT.", "Use --format merged."
+        )
     # Patterns are for modules: parameters all have the default rank, filled up with zeros.
     usual = max(stacked) if stacked else Counter(ranks.values()).most_common(1)[0][0]
     other = {target: rank for target, rank in sorted(ranks.items()) if rank != usual}
