@@ -141,17 +141,24 @@ def survives_saving(family: str) -> bool:
     return torch.allclose(again, logits(model), rtol=1e-4, atol=1e-4)
 
 
+def prompt_files(folder: Path) -> dict[str, str]:
+    """Write the prompts into a folder; return the settings that name them."""
+    files = {}
+    for name, text in PROMPTS.items():
+        path = folder / f"{name}.txt"
+        path.write_text("\n".join(text.format(i) for i in range(24)), encoding="utf-8")
+        files[name] = str(path)
+    return files
+
+
 def whole_pipeline(family: str) -> None:
     """Save a small model with its tokenizer and let one pass of the pipeline edit it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         tiny.tiny_model(family).save_pretrained(path / "model")
         make_tokenizer().save_pretrained(path / "model")
-        for name, text in PROMPTS.items():
-            lines = "\n".join(text.format(i) for i in range(24))
-            (path / f"{name}.txt").write_text(lines, encoding="utf-8")
-        files = {name: str(path / f"{name}.txt") for name in PROMPTS}
-        config = override(override(preset("default"), SMALL), {"data": files})
+        data = {"data": prompt_files(path)}
+        config = override(override(preset("default"), SMALL), data)
         pipeline.run(str(path / "model"), path / "run", config, force=True, export=("merged",))
 
 

@@ -24,8 +24,6 @@ import torch
 
 SOURCE = Path(__file__).parent / "accelerator.cpp"
 LAYERS = 4
-PROMPTS = {"target": "Tell me about number {}", "neutral": "Describe the letter {}"}
-"""A random model answers nothing, so any two sets will do; small ones save time."""
 
 
 def build(folder: Path) -> Path:
@@ -121,6 +119,7 @@ def spread(family: str) -> dict[str, str]:
 
 def edited(family: str, preset: str, where: str, placement: dict[str, str] | None = None) -> dict:
     """Run the whole pipeline on a device, or with a placement; return what came out, in numbers."""
+    from architectures import prompt_files
     from test_pipeline import small
 
     from saber import pipeline
@@ -136,17 +135,14 @@ def edited(family: str, preset: str, where: str, placement: dict[str, str] | Non
     with tempfile.TemporaryDirectory() as folder, patch.object(load, "_read", placed):
         path = Path(folder)
         model = saved(family, path)
-        files = {}
-        for name, text in PROMPTS.items():
-            files[name] = str(path / f"{name}.txt")
-            Path(files[name]).write_text("\n".join(text.format(i) for i in range(24)))
         config = small(
             preset,
             load={"device": where, "device_map": "auto" if placement else ""},
-            data={**files, "limit": 4},
+            data={**prompt_files(path), "limit": 4},
         )
-        made = pipeline.run(str(model), path / "run", config, force=True, export=("merged",))
-        record = made.record
+        record = pipeline.run(
+            str(model), path / "run", config, force=True, export=("merged",)
+        ).record
     return {
         "device": record["model"]["device"],
         "perplexity": record["edited"]["perplexity"]["overall"],

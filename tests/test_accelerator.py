@@ -27,13 +27,9 @@ ONE = ["--passes", "1", "--scope", "all", "--lambda", "1"]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return accelerators.build(tmp_path_factory.mktemp("accelerator"))
-
-
-@pytest.fixture(scope="module")
-def elsewhere(library):
+def elsewhere(tmp_path_factory):
     """A process that has the device."""
+    library = accelerators.build(tmp_path_factory.mktemp("accelerator"))
     with multiprocessing.get_context("spawn").Pool(1, accelerators.register, (library,)) as pool:
         yield pool
 
@@ -46,8 +42,8 @@ def test_the_device_refuses_what_real_ones_refuse(elsewhere):
         assert ("float64" if "float64" in name else "same device") in said[name]
 
 
-def assert_alike(there, here, device="acc"):
-    assert there["device"] == device
+def assert_alike(there, here):
+    assert there["device"] == "acc"
     assert there["writers"] == here["writers"] > 0
     assert there["untouched"] == pytest.approx(here["untouched"], rel=1e-4)
     assert there["perplexity"] == pytest.approx(here["perplexity"], rel=1e-4)

@@ -97,7 +97,7 @@ def check_formats(names: Sequence[str], model: str = "") -> None:
 
 def check_places(names: Sequence[str], lm: LanguageModel, writers: Sequence[Writer]) -> None:
     """Refuse, before more work, a LoRA adapter of a model of whose writers PEFT adapts none."""
-    if "lora" in names and all(map(placeless(lm.model), (w.weight for w in writers))):
+    if "lora" in names and writers and all(map(placeless(lm.model), (w.weight for w in writers))):
         raise UsageError(
             f"PEFT adapts none of the residual writers of {lm.name} ({writers[0].weight} for one).",
             "Use --export merged.",

@@ -176,14 +176,11 @@ def unrounded_head(lm: LanguageModel) -> Iterator[None]:
     """Let the output head give float32 logits where the model computes in 16 bits.
 
     Rounded to bfloat16, a logit of 20 is off by up to 0.06, and the divergence of two models that are
-    almost the same is made of that. A head other than a linear map, or one whose weights are elsewhere
-    between its calls, is left as it is.
+    almost the same is made of that. A head other than a linear map is left as it is.
     """
 
     def again(module: nn.Linear, args: tuple[Any, ...], output: Any) -> Any:
         weight = module.weight
-        if weight.is_meta:
-            return output
         # Of a model spread over several devices the input may lie on another.
         x = args[0].to(weight.device, torch.float32)
         step = max(1, HEAD_VALUES // weight.shape[1])
