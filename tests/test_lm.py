@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 
 from saber.errors import ModelError, UsageError
 from saber.lm import device as devices
+from saber.lm import thought
 from saber.lm.chat import encode, render
+from saber.lm.generate import Completion
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 
@@ -53,6 +56,53 @@ def test_an_open_think_block_is_closed_empty():
         CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"
     )
     assert render(lm, "x").endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("opener", "empty"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("[THINK]", "[THINK][/THINK]"),
+        ("<|channel>thought\n", "<|channel>thought\n<channel|>"),
+    ],
+)
+def test_a_thought_that_the_template_opens_is_closed_empty(opener, empty):
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
+    assert render(lm, "x") == "<s><user> x <end> <bot>" + empty
+
+
+HARMONY = "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("marks", "said", "prefix"),
+    [
+        (["<think>"], "<think>\nOkay", "<think>\n\n</think>\n\n"),
+        (["<think>"], "Paris is <think>", ""),
+        (["<|channel|>", "<|message|>"], "<|channel|>analysis<|message|>", HARMONY),
+        ([], "<think>\nOkay", ""),
+    ],
+)
+def test_a_model_that_thinks_by_itself_gets_an_empty_thought(marks, said, prefix, monkeypatch):
+    lm = make_lm("llama")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    assert thought.empty_thought(lm) == ""  # it writes what a random model writes
+    ids = tuple(lm.tokenizer(said, add_special_tokens=False).input_ids)
+    monkeypatch.setattr(thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked))
+    assert thought.empty_thought(lm) == prefix
+
+
+def test_a_thinking_models_prefix_stands_in_front_of_answers(model_folder):
+    lm = load(str(model_folder), LoadSpec(device="cpu", response_prefix="<t></t>"))
+    assert render(lm, "x") == "<s><user> x <end> <bot><t></t>"
+    assert load(str(model_folder), LoadSpec(device="cpu")).response_prefix == ""
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_on_every_day():
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|" + CHAT_TEMPLATE
+    assert render(lm, "x").startswith("01 Jan 2026|")
 
 
 def test_a_template_that_fails_is_one_clear_error():
@@ -126,12 +176,44 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
     def left_off(what, *args, **kwargs):
         found = read(what, *args, **kwargs)
         if "weights" in what:
-            found.model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
+            found[0].model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
     with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
+    folder = tmp_path / "torn"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    gone = "model.layers.2.self_attn.o_proj.weight"
+    save_file({k: v for k, v in whole.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lack 1 of its weights, {gone} for one.*again"):
+        load(str(folder), LoadSpec(device="cpu"))
+    packed = {k.replace(gone, gone.replace("weight", "qweight")): v for k, v in whole.items()}
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
+        load(str(folder), LoadSpec(device="cpu"))
+
+
+def test_a_tokenizer_that_takes_no_template_is_read_as_another(model_folder, monkeypatch):
+    from saber.lm import load as loading
+
+    class MistralCommonBackend:
+        chat_template = None
+
+    read = loading._read
+
+    def without(what, *args, mistral_format=None, **kwargs):
+        own = what.startswith("the tokenizer") and mistral_format is None
+        return MistralCommonBackend() if own else read(what, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "_read", without)
+    lm = load(str(model_folder), LoadSpec(device="cpu"))
+    assert render(lm, "hello") == "<s><user> hello <end> <bot>"
 
 
 def test_a_chat_template_file_is_used(tmp_path):

@@ -24,7 +24,7 @@ from saber.memo import Memo, forgetful
 from saber.moments import RIDGE, Decisions, Preserved, read_decisions
 from saber.openings import Fitted, Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
-from saber.probing import Activations, ProbeSpec
+from saber.probing import Activations, ProbeSpec, decision_count
 from saber.selective import solve
 from saber.sensitivity import fisher, sample, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
@@ -125,7 +125,7 @@ class SelectiveEditor:
             [*answered, encode(lm, data.capability.texts, references)],
             # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
             [encode(lm, p.texts) for p in (data.neutral, *data.keep)] if data.keep else [],
-            positions=self.probing.positions,
+            positions=decision_count(lm, self.probing),
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
@@ -273,6 +273,6 @@ class SelectiveEditor:
             self.lm,
             self.writers,
             *encoded,
-            positions=1 if opening else self.probing.positions,
+            positions=1 if opening else decision_count(self.lm, self.probing),
             progress=self.progress,
         )

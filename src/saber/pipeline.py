@@ -613,6 +613,7 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
         "compute_dtype": str(lm.dtype).removeprefix("torch."),
         "storage_dtype": str(lm.stored_dtype).removeprefix("torch."),
         "device": lm.device.type,
+        "response_prefix": lm.response_prefix,
     }
 
 

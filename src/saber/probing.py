@@ -130,6 +130,11 @@ def join(parts: Sequence[Part]) -> Activations:
     )
 
 
+def decision_count(lm: LanguageModel, spec: ProbeSpec) -> int:
+    """Return how many tokens decide: those asked for, as far as the template puts them behind the text."""
+    return min(spec.positions, measure_template(lm).suffix_length)
+
+
 def _probe(
     lm: LanguageModel,
     prompts: PromptSet,
@@ -141,7 +146,7 @@ def _probe(
     share: Share,
 ) -> Part:
     encoded = encode(lm, prompts.texts, [opening] * len(prompts))
-    count = 1 if opening else min(spec.positions, measure_template(lm).suffix_length)
+    count = 1 if opening else decision_count(lm, spec)
     where = [list(range(len(e.ids) - count, len(e.ids))) for e in encoded]
     inputs = _Inputs(where)
     label = f"probe {prompts.name}"

@@ -249,6 +249,11 @@ def _load_options(parser: argparse.ArgumentParser) -> None:
         help="spread over several devices, as transformers does: auto, balanced, ...",
     )
     parser.add_argument("--chat-template", help="a Jinja file to use as chat template")
+    parser.add_argument(
+        "--response-prefix",
+        metavar="TEXT",
+        help="text in front of every answer (default: an empty thought where the model opens one)",
+    )
     parser.add_argument("--layers-path", help="dotted path of the decoder's layer list")
     parser.add_argument(
         "--trust-remote-code",
@@ -362,6 +367,7 @@ FLAGS = {
     "device_map": "load.device_map",
     "chat_template": "load.chat_template",
     "system": "load.system",
+    "response_prefix": "load.response_prefix",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
     "allow_unproven": "load.allow_unproven",

@@ -237,11 +237,13 @@ def forward(
     the second item is instead this model's own head inputs at the wanted positions. Hooks that the
     caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
     is at most `earliest`. Logits are float32 ones, whatever the model computes in. Of the batches that
-    all sequences make, those of `share` run.
+    all sequences make, those of `share` run. Raises ValueError for a wanted position below 0.
     """
     if not sequences:
         return
     first = min((w[0] for w in wanted if len(w)), default=1 << 30)
+    if first < 0:
+        raise ValueError(f"no position lies before a sequence, so none is {first}")
     shortest = min(len(s) for s in sequences)
     if earliest is not None:
         first = min(first, earliest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from saber.errors import ModelError
 from saber.lm import demo
 from saber.lm.device import DtypeName, choose_device, choose_dtype, holds, share_keys_on_cpu
 from saber.lm.layers import find_layers
-from saber.lm.model import LanguageModel, Source
+from saber.lm.model import LanguageModel, Source, Work
+from saber.lm.thought import empty_thought
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LoadSpec:
     """A Jinja file that replaces the tokenizer's chat template."""
     system: str = ""
     """System prompt in front of every prompt; empty leaves it to the chat template."""
+    response_prefix: str = ""
+    """Text in front of every answer; empty takes an empty thought where the model would open one."""
     layers_path: str = ""
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
@@ -107,15 +110,17 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     placement = {"device_map": spec.device_map} if spec.device_map else {}
     if gguf:
         files["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _read(
+    model, told = _read(
         f"the weights of {name!r}",
         auto_class,
         location,
         dtype=dtype,
+        output_loading_info=True,
         **files,
         **trusted,
         **placement,
     )
+    _refuse_incomplete(name, model, told)
     if gguf:
         _forget_quantization(model)
     if source == "demo":
@@ -125,7 +130,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     _refuse_offloaded(name, model)
     model.eval().requires_grad_(False)
     layers_path = find_layers(model, spec.layers_path)
-    return LanguageModel(
+    lm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
@@ -135,12 +140,19 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         layers_path=layers_path,
         allow_unproven=spec.allow_unproven,
         before=(("system", spec.system),) if spec.system else (),
+        response_prefix=spec.response_prefix,
     )
+    if with_tokenizer and not spec.response_prefix:
+        lm = replace(lm, response_prefix=empty_thought(lm), work=Work())
+    return lm
 
 
 def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:
     """Return the tokenizer, with a chat template and a padding token."""
-    tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **options)
+    what, auto_class = f"the tokenizer of {name!r}", transformers.AutoTokenizer
+    tokenizer = _read(what, auto_class, location, **options)
+    if type(tokenizer).__name__ == _TEMPLATELESS:
+        tokenizer = _read(what, auto_class, location, mistral_format=False, **options)
     if spec.chat_template:
         tokenizer.chat_template = _read_template(Path(spec.chat_template))
     if not tokenizer.chat_template:
@@ -168,6 +180,18 @@ def _refuse_quantized(name: str, config: Any) -> None:
             )
 
 
+def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights are not in its files: transformers makes up random ones."""
+    lacking = sorted(set(told["missing_keys"]) & {n for n, _ in model.named_parameters()})
+    if lacking:
+        unknown = sorted(told["unexpected_keys"])
+        remedy = f"They hold {len(unknown)} others, {unknown[0]} for one. " if unknown else ""
+        raise ModelError(
+            f"the files of {name!r} lack {len(lacking)} of its weights, {lacking[0]} for one.",
+            remedy + "Download the checkpoint again, or give one that is whole and not quantised.",
+        )
+
+
 def _refuse_offloaded(name: str, model: Any) -> None:
     """Refuse a model of which parts lie elsewhere between their calls, where nothing can be edited."""
     aside = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.is_meta})
@@ -179,6 +203,8 @@ def _refuse_offloaded(name: str, model: Any) -> None:
         )
 
 
+_TEMPLATELESS = "MistralCommonBackend"
+"""transformers' tokenizer over Mistral's own package, which takes no chat template."""
 _DEQUANTIZE = {
     "mxfp4": "transformers' Mxfp4Config(dequantize=True)",
     "fp8": "transformers' FineGrainedFP8Config(dequantize=True)",
