@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer
 
 from saber.cli.main import main
@@ -70,6 +71,20 @@ def test_truncated_weights(capsys, model_folder):
     file = model_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
     assert "cannot read the weights" in failing(capsys, "inspect", model_folder)[1]
+
+
+def test_a_device_without_memory_left_is_one_line(capsys, model_folder, monkeypatch):
+    def full(*_a, **_k):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("saber.inspection.shares_left", full)
+    code, error = failing(capsys, "inspect", model_folder)
+    assert code == 1
+    assert "no memory left" in error
+    assert "--device-map auto" in error
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    code, error = failing(capsys, "inspect", model_folder)
+    assert (code, "--device-map auto" in error, "the hub" in error) == (2, True, False)
 
 
 def test_no_chat_template_says_how_to_pass_one(capsys, tmp_path):

@@ -143,7 +143,7 @@ def test_battery_perplexity_equals_the_plain_one(lm):
 
 
 def test_perplexity_of_texts_with_nothing_before_them_leaves_their_first_token_out(lm):
-    lm.tokenizer.chat_template = "{{ messages[-1]['content'] }}{% if add_generation_prompt %} <bot>{% endif %}"
+    lm.tokenizer.chat_template = "{{ messages[-1]['content'] }} <bot>"
     lm.tokenizer.bos_token = None
     battery = PromptSet(
         "b", tuple(Prompt(str(i), "c", t, reference="so it is") for i, t in enumerate(PROMPTS))

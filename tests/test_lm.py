@@ -42,6 +42,26 @@ def test_devices_that_are_not_here_are_named():
             devices.choose_device("cuda")
 
 
+def test_caches_get_a_share_of_what_the_weights_leave_and_no_more_than_is_free(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _d: (free, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _d: 16 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _d: 15 * gib)
+    cuda = torch.device("cuda")
+    free = 8 * gib
+    assert devices.memory_for_caches(cuda, 14 * gib) == 4 * gib
+    free = 1 * gib
+    assert devices.memory_for_caches(cuda, 14 * gib) == int(1.6 * gib)
+    assert devices.memory_for_caches(CPU, 14 * gib) is None
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    assert devices.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried ..."))
+    assert devices.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: ..."))
+    assert not devices.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not devices.is_out_of_memory(ValueError("out of memory"))
+
+
 def test_thinking_is_switched_off_where_the_template_knows_how():
     lm = make_lm("llama")
     lm.tokenizer.chat_template = (

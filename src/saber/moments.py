@@ -212,10 +212,10 @@ class Preserved:
     """Second moments of each writer's inputs over all tokens of texts that must not change.
 
     C = sum over sets of E_set[h h^T]: a set counts as one whatever its size, so that a small keep
-    set is not drowned. The prefix that all texts of a set share is a set of its own. Of the sets in `decisions` the last `positions` tokens alone are read. An
-    expert's moment is over the tokens routed to it, per token of the set. They are kept when all of
-    them fit into `memory` bytes; otherwise `groups` reads the texts again for each group of writers
-    that fits.
+    set is not drowned. The prefix that all texts of a set share, where it is read once, is a set of its
+    own. Of the sets in `decisions` the last `positions` tokens alone are read. An expert's moment is
+    over the tokens routed to it, per token of the set. They are kept when all of them fit into `memory`
+    bytes; otherwise `groups` reads the texts again for each group of writers that fits.
     """
 
     def __init__(

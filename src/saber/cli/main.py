@@ -44,6 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 1
+    except RuntimeError as error:
+        from saber.lm.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(
+            SaberError(
+                "the device has no memory left for this.",
+                "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu, and see "
+                "that nothing else runs there.",
+            ),
+            arguments,
+        )
     except OSError as error:
         return _fail(
             SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."),

@@ -93,7 +93,8 @@ def _key(
     # Prompts as the model gets them: the same words are other tokens under another chat template.
     read = [encode(lm, s.texts) for s in named if s is not None]
     asked = sorted(described.items())
-    return codec.digest(mark, str(prompts), str(read), sorted(sets.seen), spec, asked, versions, where)[:32]
+    found = (mark, str(prompts), str(read), sorted(sets.seen), spec, asked, versions, where)
+    return codec.digest(*found)[:32]
 
 
 def _settings(lm: LanguageModel) -> str:

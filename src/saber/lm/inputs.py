@@ -25,6 +25,7 @@ from saber.lm.forward import (
     cache_name,
     carried,
     carry,
+    enlarged,
     expanded,
     gathered_head,
     prefix_cache,
@@ -86,9 +87,9 @@ def plan_reading(
     encoded: Sequence[Encoded],
     *,
     last: int = 0,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int = 0,
 ) -> Reading:
-    """Arrange sequences for reading and run their shared prefix.
+    """Arrange sequences for reading and run their shared prefix; 0 tokens a batch: as many as usual.
 
     Where a router decides which rows an expert gets, padding would be routed too and could not be
     told from tokens: sequences of equal length run together then.
@@ -102,10 +103,11 @@ def plan_reading(
     tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
     pad = lm.tokenizer.pad_token_id or 0
     batches: list[tuple[Tensor, tuple[int, ...]]] = []
+    most = tokens_per_batch or enlarged(lm.device) * TOKENS_PER_BATCH
     while tails:
         # From the longest on, so that the widest batch comes first.
         width = len(tails[-1])
-        room = max(1, tokens_per_batch // width)
+        room = max(1, most // width)
         rows = [t for t in tails[-room:] if padded or len(t) == width]
         del tails[-len(rows) :]
         ids = torch.tensor([t + [pad] * (width - len(t)) for t in rows])

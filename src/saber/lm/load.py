@@ -20,7 +20,14 @@ from transformers.models.auto import modeling_auto
 
 from saber.errors import ModelError
 from saber.lm import demo
-from saber.lm.device import DtypeName, choose_device, choose_dtype, holds, share_keys_on_cpu
+from saber.lm.device import (
+    DtypeName,
+    choose_device,
+    choose_dtype,
+    holds,
+    is_out_of_memory,
+    share_keys_on_cpu,
+)
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.thought import empty_thought
@@ -307,7 +314,9 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
     except _LOAD_ERRORS as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "Check the name, the files, and the connection to the hub."
-        if "trust_remote_code" in str(error):
+        if is_out_of_memory(error):
+            remedy = "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu."
+        elif "trust_remote_code" in str(error):
             remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
         raise ModelError(f"cannot read {what}: {first}", remedy) from error
 
