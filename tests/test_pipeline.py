@@ -335,6 +335,54 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
         run("no-such-model", tmp_path / "file", small())
 
 
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_no_run_has_marked_stays_as_it_is(model_folder, tmp_path, options):
+    """A folder with a model and a README only looks like a run's."""
+    mine = tmp_path / "mine"
+    shutil.copytree(model_folder, mine / "model")
+    (mine / "README.md").write_text("mine")
+    (mine / "run.json").write_text('{"lap": 1}')
+    before = contents(mine)
+    for model in (str(mine / "model"), str(model_folder)):
+        with pytest.raises(OutputError) as caught:
+            run(model, mine, small(), force=True, **options)
+        assert "--resume" not in caught.value.remedy
+    assert contents(mine) == before
+
+
+def test_a_model_inside_out_is_refused(model_folder, tmp_path):
+    (tmp_path / "link").symlink_to(model_folder)
+    for out in (model_folder, model_folder.parent, tmp_path / "link"):
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="lies in --out"):
+                run(str(model_folder), out, small(), overwrite=overwrite)
+    assert (model_folder / "config.json").is_file()
+
+
+def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
+    state = {"model": "", "config": {}, "judge": {}, "version": "0"}
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "state.json").write_text(json.dumps(state))
+    with pytest.raises(OutputError, match=r"interrupted run.*--resume, or --overwrite"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    pipeline.prepare_folder(out, overwrite=False, resume=True)
+    (out / "run.json").write_text(json.dumps({"config": {}, "saber_version": "0"}))
+    with pytest.raises(OutputError, match=r"finished run.*another, or --overwrite\.$"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    (out / "plots").mkdir()
+    (out / "plots" / "fig1.pdf").write_text("mine")
+    with pytest.raises(OutputError, match=r"plots/fig1\.pdf"):
+        pipeline.prepare_folder(out, overwrite=True, resume=False)
+    (out / "plots" / "fig1.pdf").rename(out / "plots" / "fig1.png")
+    pipeline.prepare_folder(out, overwrite=True, resume=False)
+    assert not list(out.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
 def test_overwrite_replaces_a_former_run(finished, pico, tmp_path):

@@ -69,6 +69,25 @@ def require_writable(out: Path) -> None:
         ) from error
 
 
+def require_apart(out: Path, model: str) -> None:
+    """Raise `OutputError` where a model is `out` itself or lies in it, and would be written over."""
+    place, target = Path(model).expanduser(), out.expanduser()
+    if model == "demo" or not place.exists():
+        return
+    for form in (Path.absolute, Path.resolve):
+        if form(target) in (form(place), *form(place).parents):
+            raise OutputError(
+                f"the model {model} lies in --out {out}, where it would be written over.",
+                "Choose another folder for --out.",
+            )
+
+
+def foreign_plots(folder: Path) -> list[str]:
+    """Return what lies in the plots of a run or a sweep and is no plot."""
+    inside = (folder / "plots").glob("*") if (folder / "plots").is_dir() else ()
+    return sorted(f"plots/{p.name}" for p in inside if p.suffix not in (".png", ".svg"))
+
+
 def write_json(path: Path, value: Mapping[str, Any], *, sync: bool = True) -> None:
     """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

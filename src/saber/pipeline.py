@@ -145,7 +145,7 @@ def run(
     data = gather(config)
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     judged_by = describe(config.evaluation.judge, judge)
-    prepare_folder(out, overwrite=overwrite, resume=resume)
+    prepare_folder(out, model, overwrite=overwrite, resume=resume)
     with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
@@ -174,7 +174,8 @@ def run(
         try:
             watch.require(model, config.minimum_rate)
         except WeakBehaviour:
-            (out / STATE).unlink()
+            if not done:
+                (out / STATE).unlink()
             raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
@@ -483,20 +484,50 @@ def _separate(reporting: PromptSet, selecting: PromptSet) -> PromptSet:
     return reporting
 
 
-def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the run folder usable before any work is done; raises `OutputError` when it is not."""
+def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:
+    """Make the run folder usable before any work is done; raises `OutputError` when it is not.
+
+    Only a folder that a run has marked as its own is gone on with or replaced, and none with `model` in it.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if resume and (out / RUN).exists():
+    if model:
+        artifacts.require_apart(out, model)
+    if out.is_dir() and any(not _is_part(p.name) for p in out.iterdir()):
+        finished, begun = _is_marked(out / RUN), _is_marked(out / STATE)
+        if not (finished or begun):
+            raise OutputError(
+                f"--out {out} is not empty and holds no run{' to resume' if resume else ''}.",
+                "Choose another folder; --overwrite replaces runs alone.",
+            )
+        if resume and finished:
             raise OutputError(f"the run in {out} is finished.", "There is nothing to resume.")
         if not resume:
             if not overwrite:
-                raise OutputError(
-                    f"--out {out} is not empty.", "Choose another, or --overwrite, or --resume."
+                what, ways = (
+                    ("a finished run", "--overwrite")
+                    if finished
+                    else ("an interrupted run", "--resume, or --overwrite")
                 )
+                raise OutputError(f"--out {out} holds {what}.", f"Choose another, or {ways}.")
             _remove_run(out)
     artifacts.require_writable(out)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a name is that of a file that was being written."""
+    return name.startswith(".") and name.endswith(".part")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file is a run's `run.json` or `state.json`, and not somebody else's."""
+    if not path.is_file():
+        return False
+    try:
+        found = artifacts.read_json(path)
+    except DataError:
+        return False
+    return "config" in found and bool({"version", "saber_version"} & found.keys())
 
 
 @contextmanager
@@ -515,14 +546,17 @@ def _remove_run(out: Path) -> None:
     ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
     foreign = sorted(
         p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
-    )
+    ) + artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(
             f"--out {out} holds files that are not a run's ({', '.join(foreign[:3])}).",
             "Choose another folder; --overwrite replaces runs alone.",
         )
-    for path in sorted(out.iterdir(), key=lambda p: p.name != RUN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (out / RUN).exists():
+        # What is left when this is cut off is an unfinished run's, and still marked as such.
+        os.replace(out / RUN, out / STATE)
+    for path in sorted(out.iterdir(), key=lambda p: p.name == STATE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
