@@ -311,6 +311,54 @@ def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
         run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
 
 
+@pytest.mark.slow
+def test_resume_with_other_prompts_or_another_template_is_refused(model_folder, tmp_path):
+    """The names of the files and the settings are the same; what is in the files is not."""
+    files = {}
+    for kind in ("target", "neutral", "eval_target"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+    template = tmp_path / "t.jinja"
+    template.write_text(make_tokenizer().chat_template)
+    config = small(data=files, load={"chat_template": str(template)})
+
+    def go(**options):
+        run(str(model_folder), tmp_path / "x", config, force=True, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(listener=pipeline.Listener(on_stage=_interrupt_measuring))
+    for path, what in ((tmp_path / "eval_target.txt", "prompts"), (template, "template")):
+        kept = path.read_text()
+        path.write_text(kept.replace("request", "demand").replace("<end>", "<end> "))
+        with pytest.raises(UsageError, match=f"another .*{what}"):
+            go(resume=True)
+        path.write_text(kept)
+    with pytest.raises(KeyboardInterrupt):
+        go(resume=True, listener=pipeline.Listener(on_stage=_interrupt_measuring))
+
+
+def test_each_split_of_each_set_has_a_fingerprint_of_its_own(tmp_path):
+    files = {}
+    for kind in ("target", "neutral", "eval_target", "keep"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+
+    def described():
+        return pipeline.describe_data(gather(override(preset("default"), {"data": files})))
+
+    before = described()
+    parts = ("fingerprint", "validation_fingerprint", "heldout_fingerprint")
+    marks = [before[kind][part] for kind in ("target", "neutral", "keep 1") for part in parts]
+    assert len(set(marks)) == len(marks)
+    (tmp_path / "eval_target.txt").write_text("another one\n")
+    after = described()
+    changed = {p for p in parts if before["target"][p] != after["target"][p]}
+    assert changed == {"heldout_fingerprint"}
+    assert {k for k in before if before[k] != after[k]} == {"target"}
+
+
 def _interrupt_measuring(stage):
     if stage.startswith("measuring"):
         raise KeyboardInterrupt

@@ -157,6 +157,8 @@ def run(
         "model": mark,
         "config": resolved(config),
         "judge": judged_by,
+        "prompts": describe_data(data),
+        "template": subject.template,
         "version": __version__,
     }
     done = _resume_state(out, identity) if resume else []
@@ -565,7 +567,8 @@ def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
         return []
     state = artifacts.read_json(out / STATE)
     if state != identity:
-        changed = [k for k in identity if state.get(k) != identity[k]]
+        words = {"prompts": "set of prompts", "template": "chat template"}
+        changed = [words.get(k, k) for k in identity if state.get(k) != identity[k]]
         raise UsageError(
             f"the run in {out} was made with another {' and '.join(changed)}.",
             "Give the same arguments, or start anew with --overwrite.",
@@ -654,7 +657,11 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
 def describe_data(
     data: RunData, left_out: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used."""
+    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used.
+
+    `fingerprint` is that of the prompts to fit on, or of all where there is no split; the other splits have
+    their own.
+    """
     chosen, held = data.selecting, data.reporting
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
@@ -664,6 +671,8 @@ def describe_data(
             "validation": len(validation),
             "heldout": len(heldout),
             "fingerprint": fit.fingerprint(),
+            "validation_fingerprint": validation.fingerprint(),
+            "heldout_fingerprint": heldout.fingerprint(),
         }
 
     def one(prompts_: PromptSet) -> dict[str, Any]:
@@ -682,6 +691,9 @@ def describe_data(
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
+    # In over-refusal mode the first kept set is the reported target set.
+    reported = [*([held.target] if len(held.kept) < len(chosen.keep) else []), *held.kept]
+    kept = zip(chosen.keep, chosen.keep_validation, reported, strict=True)
     return {
         "target": splits(chosen.target, chosen.target_validation, held.target),
         "neutral": {
@@ -692,6 +704,7 @@ def describe_data(
         "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
         "everyday": everyday,
         "battery": one(held.battery),
+        **{f"keep {i}": splits(*parts) for i, parts in enumerate(kept, 1)},
     }
 
 

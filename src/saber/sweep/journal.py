@@ -138,7 +138,7 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> None:
     artifacts.write_json(folder / STUDY, {"kind": KIND, "schema": artifacts.SCHEMA, **study})
 
 
-SAME = ("model", "config", "judge", "prompts", "version")
+SAME = ("model", "config", "judge", "prompts", "template", "version")
 """Parts of a study that a resumed sweep must have in common with it."""
 
 
