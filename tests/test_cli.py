@@ -165,6 +165,31 @@ def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
     )
 
 
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_seeds_out_of_range(capsys, tmp_path, seed):
+    out = tmp_path / "o"
+    said = failing(capsys, "run", "demo", "--seed", seed, "--out", out)[1]
+    assert "between 0 and 2147483647" in said
+    axis = ("--preset", "card", "--axis", f"seed={seed},0")
+    assert "between 0 and 2147483647" in failing(capsys, "sweep", "demo", *axis, "--out", out)[1]
+    assert "2147483647" in failing(capsys, "diff", "a", "b", "--seed", seed)[1]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", ["5", '["card"]', "{ name = 1 }"])
+def test_a_preset_that_is_no_name(capsys, tmp_path, value):
+    file = lines(tmp_path / "c.toml", [f"preset = {value}"])
+    code, said = failing(capsys, "run", "demo", "--config", file, "--out", tmp_path / "o")
+    assert code == 2
+    assert "setting preset needs one name" in said
+    assert "card, default, orthogonal" in said
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "hpu", "cuda:99", "mps"])
+def test_devices_that_are_not_here(capsys, model_folder, device):
+    assert "not available here" in failing(capsys, "inspect", model_folder, "--device", device)[1]
+
+
 def test_wrong_use_of_the_command_line(capsys):
     assert failing(capsys, "rum")[0] == 2
     assert failing(capsys, "run")[0] == 2

@@ -94,6 +94,30 @@ def call(capsys, *arguments):
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("lacks", ["model", "model.name", "model.fingerprint", "config"])
+def test_a_run_that_lacks_what_is_needed(capsys, made, tmp_path, lacks):
+    run, _ = made
+    record = artifacts.read_json(run / "run.json")
+    part, _, leaf = lacks.partition(".")
+    record.pop(part) if not leaf else record[part].pop(leaf)
+    artifacts.write_json(run / "run.json", record)
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "lora")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        assert f"lacks {lacks}" in failing(capsys, *ask, *out)[1]
+
+
+def test_a_damaged_plan_is_named(capsys, made, tmp_path):
+    run, _ = made
+    file = run / "plan" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "lora")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        said = failing(capsys, *ask, *out)[1]
+        assert "tensors.safetensors cannot be read" in said
+        assert "damaged" in said
+    assert not (tmp_path / "o").exists()
+
+
 def test_lora_from_the_command_line(capsys, made, tmp_path):
     run, folder = made
     code, said = call(capsys, run, "--format", "lora", "--out", tmp_path / "a")

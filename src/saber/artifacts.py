@@ -125,14 +125,20 @@ def save(folder: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[s
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load a stage result of this kind: its tensors and its meta data."""
+    """Load a stage result of this kind: its tensors and its meta data; raises `DataError`."""
     meta = read_json(folder / META)
     if meta.get("kind") != kind or meta.get("schema") != SCHEMA:
         raise DataError(
             f"{folder} holds {meta.get('kind')!r} of schema {meta.get('schema')!r}, "
             f"not {kind!r} of schema {SCHEMA}."
         )
-    return load_file(folder / TENSORS), meta
+    try:
+        return load_file(folder / TENSORS), meta
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{folder / TENSORS} cannot be read ({error}).",
+            "It is damaged or incomplete: copy it anew, or make it again.",
+        ) from error
 
 
 @contextmanager

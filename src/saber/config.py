@@ -108,6 +108,7 @@ PRESETS: dict[str, RunConfig] = {
 }
 
 _LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
     "minimum_rate": (0, 1),
     "data.limit": (0, 1e9),
     "probe.positions": (1, 64),
@@ -241,7 +242,7 @@ def validate(config: RunConfig) -> None:
             )
         if not low <= value <= high:
             raise UsageError(
-                f"setting {path} is {value}; it must lie between {low:g} and {high:g}."
+                f"setting {path} is {value}; it must lie between {low:g} and {high:.10g}."
             )
     gated = config.data.keep or config.data.retain or config.data.mode != "removal"
     if gated and config.edit.kind != "selective":

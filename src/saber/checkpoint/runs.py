@@ -15,6 +15,21 @@ from saber.errors import DataError
 RUN, PLAN, SKETCH = "run.json", "plan", "sketch"
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a run folder's `run.json`; raises `DataError` where it does not say what chat and export need."""
+    record = artifacts.read_json(folder / RUN)
+    model, config = record.get("model"), record.get("config")
+    named = model if isinstance(model, dict) else {}
+    lacking = [f"model.{k}" for k in ("name", "fingerprint") if not isinstance(named.get(k), str)]
+    lacking += [] if isinstance(config, dict) else ["config"]
+    if lacking:
+        raise DataError(
+            f"{folder / RUN} lacks {' and '.join(lacking)}.",
+            "It is damaged, or no run's: copy it anew, or make the run again.",
+        )
+    return record
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run: what was found, and on which model."""
@@ -42,7 +57,7 @@ class Run:
         plan = EditPlan.load(folder / PLAN)
         if not plan.factors:
             raise DataError(f"the plan in {folder / PLAN} changes nothing.")
-        return cls(artifacts.read_json(folder / RUN), plan, Sketch.load(folder / PLAN / SKETCH))
+        return cls(read_record(folder), plan, Sketch.load(folder / PLAN / SKETCH))
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from saber import artifacts
 from saber.ablation import EditPlan, applied
+from saber.checkpoint.runs import read_record
 from saber.config import RunConfig
 from saber.errors import UsageError
 from saber.lm.chat import encode
@@ -22,6 +22,7 @@ from saber.lm.generate import generate
 from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.pipeline import PLAN, RUN
+from saber.report.reading import dig
 
 Said = tuple[tuple[str, str], ...]
 """What was said in a conversation: (role, text), a user's message and its answer in turn."""
@@ -104,9 +105,9 @@ def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
     folder = Path(name)
     if not (folder / RUN).is_file():
         return name, None, None, ""
-    record = artifacts.read_json(folder / RUN)
+    record = read_record(folder)
     model = record["model"]
-    system = record["config"].get("load", {}).get("system", "")
+    system = dig(record, "config", "load", "system") or ""
     return model["name"], EditPlan.load(folder / PLAN), model["fingerprint"], system
 
 

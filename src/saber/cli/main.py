@@ -377,11 +377,14 @@ FLAGS = {
 
 def read_config(arguments: argparse.Namespace) -> Any:
     """Return the resolved configuration: defaults < preset < TOML < flags."""
-    from saber.config import override, preset, read_toml
+    from saber.config import PRESETS, override, preset, read_toml
 
     file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
     usual = "orthogonal" if getattr(arguments, "edit", None) == "orthogonal" else "default"
     name = getattr(arguments, "preset", None) or file.get("preset", usual)
+    if not isinstance(name, str):
+        known = ", ".join(sorted(PRESETS))
+        raise UsageError(f"setting preset needs one name, not {name!r}.", f"Known: {known}.")
     config = override(preset(name), {**file, "preset": name})
     flags: dict[str, Any] = {}
     for option in getattr(arguments, "set", []):
