@@ -117,7 +117,10 @@ def test_a_system_prompt_and_an_earlier_exchange_come_before_every_prompt(model_
     assert render(lm, "x") == "<s><user> be brief<s><user> x <end> <bot>"
     longer = replace(lm, before=(("user", "a?"), ("assistant", "b.")))
     assert render(longer, "x") == "<s><user> a?<s><user> b.<s><user> x <end> <bot>"
-    assert encode(longer, ["x"])[0].prompt_length > encode(replace(lm, before=()), ["x"])[0].prompt_length
+    assert (
+        encode(longer, ["x"])[0].prompt_length
+        > encode(replace(lm, before=()), ["x"])[0].prompt_length
+    )
 
 
 def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
@@ -125,6 +128,16 @@ def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
     lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] }}"
     with pytest.raises(ModelError, match=r"leaves out the system message.*--system"):
         render(lm, "x")
+
+
+def test_a_template_that_leaves_the_prompt_out_is_one_clear_error():
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = "<s><user> {{ messages[0]['role'] }} <bot>"
+    with pytest.raises(ModelError, match=r"leaves out the user message.*--chat-template"):
+        render(lm, "hello there")
+    # One that strips and folds white space does not.
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'].split() | join(' ') }}<bot>"
+    assert render(lm, " hello\n  there ") == "<s>hello there<bot>"
 
 
 def test_a_doubled_bos_is_an_error():
@@ -180,7 +193,9 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
-    with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
+    with pytest.raises(
+        ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"
+    ):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
 
 
