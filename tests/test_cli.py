@@ -190,6 +190,53 @@ def test_devices_that_are_not_here(capsys, model_folder, device):
     assert "not available here" in failing(capsys, "inspect", model_folder, "--device", device)[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--judge-pattern", "^x"], "--judge-pattern does nothing with --judge phrases"),
+        (["--judge", "regex", "--judge-pattern", "x", "--judge-url", "u"], "--judge endpoint"),
+        (["--set", "judging.retries=1"], "judging.retries does nothing"),
+        (["--lambda", "3", "--preset", "card"], "It goes with --edit selective"),
+        (["--edit", "orthogonal", "--set", "edit.sensitivity=1"], "goes with --edit selective"),
+        (["--scope", "all"], "--scope does nothing with --edit selective"),
+    ],
+)
+def test_options_that_do_nothing(capsys, tmp_path, options, what):
+    assert what in failing(capsys, "run", "demo", "--out", tmp_path / "o", *options)[1]
+    code, said = failing(capsys, "eval", "no-such-model", *options)
+    assert code == 2
+    judged = "--judge" in what or "judging" in what
+    assert (what in said) if judged else ("does nothing" not in said)
+
+
+def test_edits_are_no_business_of_eval(capsys):
+    for option in ("--preset", "--edit", "--lambda", "--top-k", "--alpha", "--passes", "--scope"):
+        assert "unrecognized arguments" in failing(capsys, "eval", "demo", option, "1")[1]
+
+
+def test_axes_that_do_nothing(capsys, tmp_path):
+    ask = ("sweep", "demo", "--out", tmp_path / "o", "--axis", "edit.lambda=1,2")
+    said = failing(capsys, *ask, "--preset", "card")[1]
+    assert "--lambda does nothing with --edit orthogonal" in said
+    kinds = ("--axis", "edit.kind=selective,orthogonal", "--trials", "-1")
+    assert "does nothing" not in failing(capsys, *ask, *kinds)[1]
+
+
+def test_settings_at_their_default_do_not_count(capsys, tmp_path):
+    """Here the prompts are not to be found, which is told later."""
+    file = lines(
+        tmp_path / "c.toml", ["[edit]", 'scope = "nearest"', "[judging]", "threshold = 0.5"]
+    )
+    ask = ("run", "demo", "--config", file, "--target", "none.txt", "--neutral", "none.txt")
+    assert "no prompt file" in failing(capsys, *ask, "--out", tmp_path / "o")[1]
+    assert "no prompt file" in failing(capsys, *ask, "--lambda", "0", "--edit", "orthogonal")[1]
+
+
+def test_a_type_goes_with_gguf_alone(capsys, tmp_path):
+    ask = ("export", tmp_path, "--type", "q4_0", "--out", tmp_path / "o", "--format")
+    assert "--format gguf" in failing(capsys, *ask, "merged")[1]
+
+
 def test_wrong_use_of_the_command_line(capsys):
     assert failing(capsys, "rum")[0] == 2
     assert failing(capsys, "run")[0] == 2

@@ -14,11 +14,16 @@ from saber.checkpoint.runs import Run
 from saber.cli import push
 from saber.cli.progress import listening
 from saber.config import RunConfig
+from saber.errors import UsageError
 
 
 def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Write one format; print where it is and what to know of it."""
     check_formats([arguments.format])
+    if arguments.type != "auto" and arguments.format != "gguf":
+        raise UsageError(
+            f"--type goes with --format gguf, not {arguments.format}.", "Leave it out."
+        )
     target = push.destination(arguments)
     run = Run.load(arguments.run)
     spec = ExportSpec(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from saber import __version__
@@ -104,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", help="measure a model, or an edited one against its base"
     )
     _model_options(evaluate)
-    _config_options(evaluate)
+    _config_options(evaluate, edits=False)
     evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
     evaluate.add_argument(
         "--lm-eval",
@@ -278,9 +279,26 @@ def _system_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config_options(parser: argparse.ArgumentParser) -> None:
+def _edit_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", default=None, help="default, orthogonal, or card (the published settings)")
+    add("--edit", help="selective or orthogonal (default: selective)")
+    add(
+        "--lambda",
+        dest="lambda_",
+        type=float,
+        help="weight of what must not change; 0 lets validation prompts choose (selective edit)",
+    )
+    add("--top-k", type=int, help="directions ablated in a pass (0: all)")
+    add("--alpha", type=float, help="share of a pure direction that is removed")
+    add("--passes", type=int, help="most passes")
+    add("--scope", help="writers that are edited: own, nearest, upstream or all")
+
+
+def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
+    add = parser.add_argument
+    if edits:
+        _edit_options(parser)
     add("--config", type=Path, help="a TOML file with settings")
     add(
         "--set",
@@ -309,17 +327,6 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--retain", metavar="CATEGORY,...", help="target categories that keep the behaviour")
     add("--limit", type=int, help="measure on at most this many prompts of each set")
-    add("--edit", help="selective or orthogonal (default: selective)")
-    add(
-        "--lambda",
-        dest="lambda_",
-        type=float,
-        help="weight of what must not change; 0 lets validation prompts choose (selective edit)",
-    )
-    add("--top-k", type=int, help="directions ablated in a pass (0: all)")
-    add("--alpha", type=float, help="share of a pure direction that is removed")
-    add("--passes", type=int, help="most passes")
-    add("--scope", help="writers that are edited: own, nearest, upstream or all")
     add("--max-new-tokens", type=int, help="length of judged answers")
     add("--lengths", metavar="N,...", help="judge answers to targets at these lengths as well")
     add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
@@ -375,6 +382,53 @@ FLAGS = {
 """Option -> the setting that it gives."""
 
 
+_EDITS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "edit.lambda": ("edit.kind", ("selective",)),
+    "edit.ridge": ("edit.kind", ("selective",)),
+    "edit.sensitivity": ("edit.kind", ("selective",)),
+    "edit.scope": ("edit.kind", ("orthogonal",)),
+}
+_JUDGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "judging.pattern": ("evaluation.judge", ("regex",)),
+    "judging.model": ("evaluation.judge", ("classifier", "endpoint")),
+    "judging.label": ("evaluation.judge", ("classifier",)),
+    "judging.threshold": ("evaluation.judge", ("classifier",)),
+    "judging.url": ("evaluation.judge", ("endpoint",)),
+    "judging.key": ("evaluation.judge", ("endpoint",)),
+    "judging.description": ("evaluation.judge", ("endpoint",)),
+    "judging.timeout": ("evaluation.judge", ("endpoint",)),
+    "judging.retries": ("evaluation.judge", ("endpoint",)),
+    "judging.parallel": ("evaluation.judge", ("endpoint",)),
+}
+"""Setting -> another setting, and the values of that one with which it does anything."""
+
+
+def require_used(
+    config: Any, *, edits: bool = True, axes: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Raise `UsageError` for a setting, or an axis of a sweep, that does nothing; defaults are none.
+
+    Without `edits` only the judge's are looked at.
+    """
+    from saber.config import RunConfig, value_of
+
+    plain = RunConfig()
+    for path, (other, wanted) in ({**_EDITS, **_JUDGES} if edits else _JUDGES).items():
+        given = path in axes or value_of(config, path) != value_of(plain, path)
+        now = axes.get(other) or [value_of(config, other)]
+        if given and not set(now) & set(wanted):
+            raise UsageError(
+                f"{_option(path)} does nothing with {_option(other)} {now[0]}.",
+                f"It goes with {_option(other)} {' or '.join(wanted)}.",
+            )
+
+
+def _option(path: str) -> str:
+    """Return the option that gives a setting, or the setting's name where there is none."""
+    flag = next((f for f, known in FLAGS.items() if known == path), None)
+    return f"--{flag.rstrip('_').replace('_', '-')}" if flag else path
+
+
 def read_config(arguments: argparse.Namespace) -> Any:
     """Return the resolved configuration: defaults < preset < TOML < flags."""
     from saber.config import PRESETS, override, preset, read_toml
@@ -419,7 +473,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("--trial goes with --from-sweep.")
     from saber.cli.commands import run_command
 
-    return run_command(arguments, read_config(arguments))
+    config = read_config(arguments)
+    require_used(config)
+    return run_command(arguments, config)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -431,9 +487,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from saber.cli.commands import eval_command, tasks_command
 
+    config = read_config(arguments)
+    require_used(config, edits=False)
     if arguments.lm_eval is not None:
-        return tasks_command(arguments, read_config(arguments))
-    return eval_command(arguments, read_config(arguments))
+        return tasks_command(arguments, config)
+    return eval_command(arguments, config)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
