@@ -23,7 +23,7 @@ from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
-from saber.checkpoint.runs import SKETCH, Run
+from saber.checkpoint.runs import SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
@@ -227,7 +227,7 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": describe_model(lm, mark),
+        "model": {**describe_model(lm, mark), **way_back(out, lm.name, lm.source)},
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from rich.console import Console
 
 from saber.ablation import EditPlan, applied
-from saber.checkpoint.runs import read_record
+from saber.checkpoint.runs import base_of, read_record
 from saber.config import RunConfig
 from saber.errors import UsageError
 from saber.lm.chat import encode
@@ -33,7 +33,10 @@ AFRESH = "/new"
 
 def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -> int:
     """`saber chat`: what is typed in a terminal is a conversation; other messages stand on their own."""
-    name, plan, mark, system = _resolve(arguments.model)
+    base = (arguments.base,) if arguments.base else ()
+    name, plan, mark, system = _resolve(arguments.model, *base)
+    if base and plan is None:
+        raise UsageError("--base needs a run folder.", "Give the folder that saber run wrote.")
     if arguments.compare and plan is None:
         raise UsageError("--compare needs a run folder.", "Give the folder that saber run wrote.")
     console = Console()
@@ -100,15 +103,19 @@ def remembered(lm: LanguageModel, said: Said, prompt: str, limit: int) -> Said:
     return said
 
 
-def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
-    """Return the model to load, and a run's plan, the fingerprint it was made on and its system prompt."""
+def _resolve(name: str, base: str = "") -> tuple[str, EditPlan | None, str | None, str]:
+    """Return the model to load, and a run's plan, the fingerprint it was made on and its system prompt.
+
+    `base` is where a run's model lies, if not where the run says.
+    """
     folder = Path(name)
     if not (folder / RUN).is_file():
         return name, None, None, ""
     record = read_record(folder)
     model = record["model"]
     system = dig(record, "config", "load", "system") or ""
-    return model["name"], EditPlan.load(folder / PLAN), model["fingerprint"], system
+    plan = EditPlan.load(folder / PLAN)
+    return base or base_of(folder, model), plan, model["fingerprint"], system
 
 
 def _typed(console: Console, talking: bool) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from saber import __version__
 from saber.cli import diff, push
-from saber.errors import SaberError, UsageError
+from saber.errors import ModelError, SaberError, UsageError
 
 INTERRUPTED = 130
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 wrong use, 3 target missed, 130)."""
     arguments = build_parser().parse_args(argv)
     try:
+        _enter_runs(arguments)
         return int(arguments.handler(arguments))
     except SaberError as error:
         return _fail(error, arguments)
@@ -50,6 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."),
             arguments,
         )
+
+
+def _enter_runs(arguments: argparse.Namespace) -> None:
+    """Where a model is wanted and a run folder given, take the edited model in it."""
+    for name in ("model", "base"):
+        given = getattr(arguments, name, None)
+        own = arguments.command == "diff" or (arguments.command == "chat" and name == "model")
+        if given and not own:
+            setattr(arguments, name, _model_in(given))
+
+
+def _model_in(name: str) -> str:
+    folder = Path(name).expanduser()
+    if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
+        return name
+    if not (folder / "model" / "config.json").is_file():
+        raise ModelError(
+            f"{name} is a run folder with no edited model in it.",
+            f"Make one: saber export {name} --format merged --out DIR.",
+        )
+    return str(folder / "model")
 
 
 def _resumable(arguments: argparse.Namespace) -> bool:
@@ -129,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
     )
     _system_option(chat)
+    chat.add_argument("--base", help="the untouched model, if not where the run says")
     chat.add_argument(
         "--prompt", action="append", help="ask this and leave; more than one: each by itself"
     )
