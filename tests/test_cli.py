@@ -1,11 +1,13 @@
 """Bad input: one clear line, a non-zero exit, nothing half-written."""
 
 import json
+import re
 
 import pytest
 from conftest import make_model, make_tokenizer
 
 from saber.cli.main import main
+from saber.config import PRESETS
 
 
 def failing(capsys, *arguments):
@@ -235,6 +237,47 @@ def test_settings_at_their_default_do_not_count(capsys, tmp_path):
 def test_a_type_goes_with_gguf_alone(capsys, tmp_path):
     ask = ("export", tmp_path, "--type", "q4_0", "--out", tmp_path / "o", "--format")
     assert "--format gguf" in failing(capsys, *ask, "merged")[1]
+
+
+def helped(capsys, *command):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_says_what_the_presets_have(capsys):
+    said = helped(capsys, "run")
+    plain, orthogonal, card = (PRESETS[name] for name in ("default", "orthogonal", "card"))
+    assert orthogonal.refine.top_k == card.refine.top_k
+    assert orthogonal.edit.alpha == plain.edit.alpha
+    assert {p.edit.scope for p in PRESETS.values()} == {plain.edit.scope}
+    passes = [p.refine.passes for p in (plain, orthogonal, card)]
+    for text in (
+        f"(default: {plain.refine.top_k}; orthogonal, card: {card.refine.top_k})",
+        f"(default: {plain.edit.alpha:g}; card: {card.edit.alpha:g})",
+        "(default: {}; orthogonal: {}; card: {})".format(*passes),
+        f"own, nearest, upstream or all (default: {plain.edit.scope})",
+        f"length of judged answers (default: {plain.evaluation.max_new_tokens})",
+        f"of splits, nulls and bootstraps (default: {plain.seed})",
+        f"(default: {plain.preset})",
+    ):
+        assert text in said
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "sweep", "eval", "inspect", "chat", "export", "apply", "verify", "diff"]
+)
+def test_what_an_option_takes_is_a_word(capsys, command):
+    names = re.findall(r"--[a-z-]+ ([A-Z][A-Z_]*)", helped(capsys, command))
+    assert not [name for name in names if "_" in name]
+
+
+def test_retain_without_categories(capsys, tmp_path):
+    target, neutral = lines(tmp_path / "t.txt", MANY), lines(tmp_path / "n.txt", OTHERS)
+    ask = ("run", "demo", "--target", target, "--neutral", neutral, "--out", tmp_path / "o")
+    said = failing(capsys, *ask, "--retain", "weapons")[1]
+    assert "these targets have none" in said
+    assert "column category" in said
 
 
 def test_wrong_use_of_the_command_line(capsys):

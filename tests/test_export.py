@@ -166,6 +166,13 @@ def test_a_run_folder_is_its_edited_model_where_a_model_is_wanted(made, capsys, 
     assert "nothing-here" in failing(capsys, "eval", "./nothing-here", "--base", run)[1]
 
 
+def test_a_merged_model_is_written_without_bars(made, capfd, tmp_path):
+    run, _ = made
+    assert main(["export", str(run), "--format", "merged", "--out", str(tmp_path / "m")]) == 0
+    assert "shard" not in capfd.readouterr().err
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_lora_from_the_command_line(capsys, made, tmp_path):
     run, folder = made
     code, said = call(capsys, run, "--format", "lora", "--out", tmp_path / "a")

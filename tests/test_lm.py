@@ -117,10 +117,7 @@ def test_a_system_prompt_and_an_earlier_exchange_come_before_every_prompt(model_
     assert render(lm, "x") == "<s><user> be brief<s><user> x <end> <bot>"
     longer = replace(lm, before=(("user", "a?"), ("assistant", "b.")))
     assert render(longer, "x") == "<s><user> a?<s><user> b.<s><user> x <end> <bot>"
-    assert (
-        encode(longer, ["x"])[0].prompt_length
-        > encode(replace(lm, before=()), ["x"])[0].prompt_length
-    )
+    assert encode(longer, ["x"])[0].prompt_length > encode(replace(lm, before=()), ["x"])[0].prompt_length
 
 
 def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
@@ -193,9 +190,7 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
-    with pytest.raises(
-        ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"
-    ):
+    with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
 
 

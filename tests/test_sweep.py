@@ -604,6 +604,9 @@ def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, 
 
 def test_bad_input_of_the_command(capsys, tmp_path):
     out = tmp_path / "o"
+    ask = ("sweep", "demo", "--alpha", "1", "--out", out, "--minutes")
+    for minutes in ("nan", "-1"):
+        assert "must not be below 0" in failing(capsys, *ask, minutes)[1]
     assert "the grid is empty" in failing(capsys, "sweep", "demo", "--out", out)[1]
     code, said = failing(capsys, "sweep", "demo", "--axis", "edit.alhpa=1", "--out", out)
     assert code == 2

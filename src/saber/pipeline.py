@@ -449,7 +449,12 @@ def _without(targets: Splits, categories: Sequence[str], seed: int) -> tuple[Spl
     if not categories:
         return targets, None
     parts = (targets.fit, targets.validation, targets.heldout)
-    known = {p.category for part in parts for p in part}
+    known = {p.category for part in parts for p in part} - {""}
+    if not known:
+        raise UsageError(
+            "--retain names categories, and these targets have none.",
+            "Give them a column category: .jsonl, .csv or .parquet.",
+        )
     for name in categories:
         if name not in known:
             raise UnknownName("category to retain", name, sorted(known))

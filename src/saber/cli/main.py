@@ -101,9 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="find, measure and remove a behaviour")
     _model_options(run)
     _config_options(run)
-    run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
+    run.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/MODEL)")
     run.add_argument(
         "--export",
+        metavar="FORMAT,...",
         default="merged",
         help="any of merged, lora, gguf and gguf-lora, or none for the plan alone (default: merged)",
     )
@@ -112,8 +113,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--force", action="store_true", help="edit even if the model hardly shows the behaviour"
     )
-    run.add_argument("--from-sweep", type=Path, help="build a trial of this sweep's folder")
-    run.add_argument("--trial", type=int, help="which one (default: the one that was chosen)")
+    run.add_argument(
+        "--from-sweep", metavar="DIR", type=Path, help="build a trial of this sweep's folder"
+    )
+    run.add_argument(
+        "--trial", metavar="N", type=int, help="which one (default: the one that was chosen)"
+    )
     run.set_defaults(handler=_run)
     _sweep_options(
         commands.add_parser(
@@ -128,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_options(evaluate)
     _config_options(evaluate, edits=False)
-    evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
+    evaluate.add_argument(
+        "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
+    )
     evaluate.add_argument(
         "--lm-eval",
         metavar="TASK,...",
@@ -148,12 +155,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="show the untouched model's answer too (a run folder)",
     )
     chat.add_argument(
-        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=256,
+        help="length of an answer (default: 256)",
     )
     _system_option(chat)
-    chat.add_argument("--base", help="the untouched model, if not where the run says")
     chat.add_argument(
-        "--prompt", action="append", help="ask this and leave; more than one: each by itself"
+        "--base", metavar="MODEL", help="the untouched model, if not where the run says"
+    )
+    chat.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="ask this and leave; more than one: each by itself",
     )
     chat.set_defaults(handler=_chat)
 
@@ -161,11 +177,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="ship a run's edit: LoRA, merged folder, GGUF")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    export.add_argument("--format", required=True, help="lora, merged, gguf or gguf-lora")
-    export.add_argument("--out", required=True, type=Path, help="folder or .gguf file; must be new")
-    export.add_argument("--base", help="the model or .gguf file to build on (default: the run's)")
+    export.add_argument(
+        "--format", metavar="FORMAT", required=True, help="lora, merged, gguf or gguf-lora"
+    )
+    export.add_argument(
+        "--out",
+        metavar="PATH",
+        required=True,
+        type=Path,
+        help="folder or .gguf file; must be new",
+    )
+    export.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the model or .gguf file to build on (default: the run's)",
+    )
     export.add_argument(
         "--type",
+        metavar="NAME",
         default="auto",
         help="GGUF, changed tensors: keep their type, q8_0, f16, ...; auto keeps it where the edit "
         "outlives it and takes q8_0 elsewhere (default: auto)",
@@ -196,9 +225,12 @@ def _file_commands(commands: Any) -> None:
     apply = commands.add_parser("apply", help="make a run's edit on a checkpoint's files, unloaded")
     apply.add_argument("run", metavar="RUN", type=Path, help="run folder")
     apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
-    apply.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
+    apply.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder to write; must be new"
+    )
     apply.add_argument(
         "--workers",
+        metavar="N",
         type=int,
         default=0,
         help="processes that write shards (default: by size and cores)",
@@ -224,8 +256,8 @@ def _file_commands(commands: Any) -> None:
 
     verify = commands.add_parser("verify", help="check where an edited model comes from")
     verify.add_argument("path", metavar="DIR", type=Path, help="what SABER wrote")
-    verify.add_argument("--run", type=Path, help="the run that it should come from")
-    verify.add_argument("--base", help="the model that it should be made from")
+    verify.add_argument("--run", metavar="RUN", type=Path, help="the run that it should come from")
+    verify.add_argument("--base", metavar="MODEL", help="the model that it should be made from")
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.set_defaults(handler=_verify)
 
@@ -243,14 +275,37 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=V,...",
         help="any setting as an axis; for a search also FIELD=LOW..HIGH or FIELD=LOW..HIGH:log",
     )
-    add("--out", type=Path, help="sweep folder (default: runs/MODEL-sweep)")
+    add("--out", metavar="DIR", type=Path, help="sweep folder (default: runs/MODEL-sweep)")
     add("--overwrite", action="store_true", help="replace a former sweep in --out")
     add("--resume", action="store_true", help="go on with the sweep in --out")
     add("--force", action="store_true", help="go on even if the model hardly shows the behaviour")
-    add("--aim", type=float, help="share of validation prompts that may be left amiss (0.05)")
-    add("--trials", type=int, default=0, help="search so many settings instead of a grid")
-    add("--minutes", type=float, default=0.0, help="begin no trial after so many minutes")
-    add("--workers", type=int, default=1, help="local processes, each with a model of its own")
+    add(
+        "--aim",
+        metavar="SHARE",
+        type=float,
+        help="share of validation prompts that may be left amiss (default: 0.05)",
+    )
+    add(
+        "--trials",
+        metavar="N",
+        type=int,
+        default=0,
+        help="search so many settings instead of a grid",
+    )
+    add(
+        "--minutes",
+        metavar="N",
+        type=float,
+        default=0.0,
+        help="begin no trial after so many minutes",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=1,
+        help="local processes, each with a model of its own (default: 1)",
+    )
     add("--ray", action="store_true", help="workers are Ray's, on this machine")
     add("--ray-address", metavar="HOST:PORT", help="workers are those of this Ray cluster")
     add("--also", metavar="NAME,...", help="search: over-refusal, accuracy as further objectives")
@@ -264,21 +319,30 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
     parser.add_argument(
-        "--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)"
+        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:i or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, float16 or bfloat16 (default: what the device is fast at)",
     )
     parser.add_argument(
         "--device-map",
+        metavar="NAME",
         help="spread over several devices, as transformers does: auto, balanced, ...",
     )
-    parser.add_argument("--chat-template", help="a Jinja file to use as chat template")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja file to use as chat template"
+    )
     parser.add_argument(
         "--response-prefix",
         metavar="TEXT",
         help="text in front of every answer (default: an empty thought where the model opens one)",
     )
-    parser.add_argument("--layers-path", help="dotted path of the decoder's layer list")
+    parser.add_argument(
+        "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -304,25 +368,51 @@ def _system_option(parser: argparse.ArgumentParser) -> None:
 
 def _edit_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--preset", default=None, help="default, orthogonal, or card (the published settings)")
-    add("--edit", help="selective or orthogonal (default: selective)")
+    add(
+        "--preset",
+        metavar="NAME",
+        help="default, orthogonal, or card: the published settings (default: default)",
+    )
+    add("--edit", metavar="KIND", help="selective or orthogonal (default: selective)")
     add(
         "--lambda",
         dest="lambda_",
+        metavar="WEIGHT",
         type=float,
-        help="weight of what must not change; 0 lets validation prompts choose (selective edit)",
+        help="selective edit: weight of what must not change; 0 lets validation prompts choose "
+        "(default: 0)",
     )
-    add("--top-k", type=int, help="directions ablated in a pass (0: all)")
-    add("--alpha", type=float, help="share of a pure direction that is removed")
-    add("--passes", type=int, help="most passes")
-    add("--scope", help="writers that are edited: own, nearest, upstream or all")
+    add(
+        "--top-k",
+        metavar="N",
+        type=int,
+        help="directions ablated in a pass, 0 for all (default: 0; orthogonal, card: 10)",
+    )
+    add(
+        "--alpha",
+        metavar="SHARE",
+        type=float,
+        help="share of a pure direction that is removed (default: 1; card: 0.85)",
+    )
+    add(
+        "--passes",
+        metavar="N",
+        type=int,
+        help="most passes (default: 4; orthogonal: 3; card: 5)",
+    )
+    add(
+        "--scope",
+        metavar="NAME",
+        help="orthogonal edit: writers that are edited: own, nearest, upstream or all "
+        "(default: nearest)",
+    )
 
 
 def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
     add = parser.add_argument
     if edits:
         _edit_options(parser)
-    add("--config", type=Path, help="a TOML file with settings")
+    add("--config", metavar="FILE", type=Path, help="a TOML file with settings")
     add(
         "--set",
         action="append",
@@ -330,18 +420,41 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         metavar="NAME=VALUE",
         help="any setting, such as spectral.components=5",
     )
-    add("--seed", type=int)
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="of splits, nulls and bootstraps (default: 0)",
+    )
     _system_option(parser)
     add(
         "--target",
+        metavar="FILE",
         help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset",
     )
-    add("--neutral", help="prompts that do not")
-    add("--eval-target", help="targets to measure on (default: the held-out split)")
-    add("--eval-neutral", help="neutral prompts to measure on")
-    add("--borderline", help="safe prompts that sound unsafe")
-    add("--everyday", help="ordinary requests whose answers must stay, or none (default: bundled)")
-    add("--mode", help="removal, or over-refusal: take out false refusals alone, keep true ones")
+    add("--neutral", metavar="FILE", help="prompts that do not")
+    add(
+        "--eval-target",
+        metavar="FILE",
+        help="targets to measure on (default: the held-out split)",
+    )
+    add(
+        "--eval-neutral",
+        metavar="FILE",
+        help="neutral prompts to measure on (default: the held-out split)",
+    )
+    add("--borderline", metavar="FILE", help="safe prompts that sound unsafe")
+    add(
+        "--everyday",
+        metavar="FILE",
+        help="ordinary requests whose answers must stay, or none (default: bundled)",
+    )
+    add(
+        "--mode",
+        metavar="NAME",
+        help="removal, or over-refusal: take out false refusals alone, keep true ones "
+        "(default: removal)",
+    )
     add(
         "--keep",
         action="append",
@@ -349,15 +462,34 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         help="prompts whose answers must not change; may be given more than once",
     )
     add("--retain", metavar="CATEGORY,...", help="target categories that keep the behaviour")
-    add("--limit", type=int, help="measure on at most this many prompts of each set")
-    add("--max-new-tokens", type=int, help="length of judged answers")
+    add(
+        "--limit",
+        metavar="N",
+        type=int,
+        help="measure on at most this many prompts of each set (default: all)",
+    )
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        help="length of judged answers (default: 32)",
+    )
     add("--lengths", metavar="N,...", help="judge answers to targets at these lengths as well")
     add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
-    add("--judge", help="phrases (default), regex, classifier or endpoint")
+    add(
+        "--judge",
+        metavar="NAME",
+        help="phrases, regex, classifier or endpoint (default: phrases)",
+    )
     add("--judge-pattern", metavar="REGEX", help="regex: a pattern, or @FILE with one a line")
     add("--judge-model", metavar="NAME", help="classifier: folder or hub id; endpoint: model")
     add("--judge-label", metavar="NAME", help="classifier: label of answers with the behaviour")
-    add("--judge-threshold", type=float, help="classifier: least probability (default: 0.5)")
+    add(
+        "--judge-threshold",
+        metavar="SHARE",
+        type=float,
+        help="classifier: least probability (default: 0.5)",
+    )
     add("--judge-url", metavar="URL", help="endpoint: OpenAI-compatible address, .../v1")
     add("--judge-key", metavar="VARIABLE", help="endpoint: environment variable with the key")
     add("--judge-description", metavar="TEXT", help="endpoint: when an answer shows the behaviour")

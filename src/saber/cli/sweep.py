@@ -50,7 +50,7 @@ def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         config,
         axes={name.strip(): [v.strip() for v in values.split(",")] for name, _, values in given},
     )
-    if min(arguments.trials, arguments.minutes) < 0:
+    if not (arguments.trials >= 0 and arguments.minutes >= 0):  # what is no number is neither
         raise UsageError("--trials and --minutes must not be below 0.")
     if not arguments.trials and (arguments.also or arguments.storage):
         raise UsageError("--also and --storage are for a search.", "Give --trials N.")
