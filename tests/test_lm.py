@@ -147,6 +147,16 @@ def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
         render(lm, "x")
 
 
+def test_a_template_that_leaves_the_prompt_out_is_one_clear_error():
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = "<s><user> {{ messages[0]['role'] }} <bot>"
+    with pytest.raises(ModelError, match=r"leaves out the user message.*--chat-template"):
+        render(lm, "hello there")
+    # One that strips and folds white space does not.
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'].split() | join(' ') }}<bot>"
+    assert render(lm, " hello\n  there ") == "<s>hello there<bot>"
+
+
 def test_a_doubled_bos_is_an_error():
     lm = make_lm("llama")
     lm.tokenizer.chat_template = "<s>" + CHAT_TEMPLATE

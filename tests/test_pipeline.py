@@ -311,6 +311,54 @@ def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
         run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
 
 
+@pytest.mark.slow
+def test_resume_with_other_prompts_or_another_template_is_refused(model_folder, tmp_path):
+    """The names of the files and the settings are the same; what is in the files is not."""
+    files = {}
+    for kind in ("target", "neutral", "eval_target"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+    template = tmp_path / "t.jinja"
+    template.write_text(make_tokenizer().chat_template)
+    config = small(data=files, load={"chat_template": str(template)})
+
+    def go(**options):
+        run(str(model_folder), tmp_path / "x", config, force=True, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(listener=pipeline.Listener(on_stage=_interrupt_measuring))
+    for path, what in ((tmp_path / "eval_target.txt", "prompts"), (template, "template")):
+        kept = path.read_text()
+        path.write_text(kept.replace("request", "demand").replace("<end>", "<end> "))
+        with pytest.raises(UsageError, match=f"another .*{what}"):
+            go(resume=True)
+        path.write_text(kept)
+    with pytest.raises(KeyboardInterrupt):
+        go(resume=True, listener=pipeline.Listener(on_stage=_interrupt_measuring))
+
+
+def test_each_split_of_each_set_has_a_fingerprint_of_its_own(tmp_path):
+    files = {}
+    for kind in ("target", "neutral", "eval_target", "keep"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+
+    def described():
+        return pipeline.describe_data(gather(override(preset("default"), {"data": files})))
+
+    before = described()
+    parts = ("fingerprint", "validation_fingerprint", "heldout_fingerprint")
+    marks = [before[kind][part] for kind in ("target", "neutral", "keep 1") for part in parts]
+    assert len(set(marks)) == len(marks)
+    (tmp_path / "eval_target.txt").write_text("another one\n")
+    after = described()
+    changed = {p for p in parts if before["target"][p] != after["target"][p]}
+    assert changed == {"heldout_fingerprint"}
+    assert {k for k in before if before[k] != after[k]} == {"target"}
+
+
 def _interrupt_measuring(stage):
     if stage.startswith("measuring"):
         raise KeyboardInterrupt
@@ -333,6 +381,54 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         run("no-such-model", tmp_path / "file", small())
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_no_run_has_marked_stays_as_it_is(model_folder, tmp_path, options):
+    """A folder with a model and a README only looks like a run's."""
+    mine = tmp_path / "mine"
+    shutil.copytree(model_folder, mine / "model")
+    (mine / "README.md").write_text("mine")
+    (mine / "run.json").write_text('{"lap": 1}')
+    before = contents(mine)
+    for model in (str(mine / "model"), str(model_folder)):
+        with pytest.raises(OutputError) as caught:
+            run(model, mine, small(), force=True, **options)
+        assert "--resume" not in caught.value.remedy
+    assert contents(mine) == before
+
+
+def test_a_model_inside_out_is_refused(model_folder, tmp_path):
+    (tmp_path / "link").symlink_to(model_folder)
+    for out in (model_folder, model_folder.parent, tmp_path / "link"):
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="lies in --out"):
+                run(str(model_folder), out, small(), overwrite=overwrite)
+    assert (model_folder / "config.json").is_file()
+
+
+def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
+    state = {"model": "", "config": {}, "judge": {}, "version": "0"}
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "state.json").write_text(json.dumps(state))
+    with pytest.raises(OutputError, match=r"interrupted run.*--resume, or --overwrite"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    pipeline.prepare_folder(out, overwrite=False, resume=True)
+    (out / "run.json").write_text(json.dumps({"config": {}, "saber_version": "0"}))
+    with pytest.raises(OutputError, match=r"finished run.*another, or --overwrite\.$"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    (out / "plots").mkdir()
+    (out / "plots" / "fig1.pdf").write_text("mine")
+    with pytest.raises(OutputError, match=r"plots/fig1\.pdf"):
+        pipeline.prepare_folder(out, overwrite=True, resume=False)
+    (out / "plots" / "fig1.pdf").rename(out / "plots" / "fig1.png")
+    pipeline.prepare_folder(out, overwrite=True, resume=False)
+    assert not list(out.iterdir())
 
 
 @pytest.mark.slow

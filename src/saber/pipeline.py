@@ -23,7 +23,7 @@ from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
-from saber.checkpoint.runs import SKETCH, Run
+from saber.checkpoint.runs import SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.entanglement import Entanglement
@@ -145,7 +145,7 @@ def run(
     data = gather(config)
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     judged_by = describe(config.evaluation.judge, judge)
-    prepare_folder(out, overwrite=overwrite, resume=resume)
+    prepare_folder(out, model, overwrite=overwrite, resume=resume)
     with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
@@ -157,6 +157,8 @@ def run(
         "model": mark,
         "config": resolved(config),
         "judge": judged_by,
+        "prompts": describe_data(data),
+        "template": subject.template,
         "version": __version__,
     }
     done = _resume_state(out, identity) if resume else []
@@ -174,7 +176,8 @@ def run(
         try:
             watch.require(model, config.minimum_rate)
         except WeakBehaviour:
-            (out / STATE).unlink()
+            if not done:
+                (out / STATE).unlink()
             raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
@@ -224,7 +227,7 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": describe_model(lm, mark),
+        "model": {**describe_model(lm, mark), **way_back(out, lm.name, lm.source)},
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
@@ -446,7 +449,12 @@ def _without(targets: Splits, categories: Sequence[str], seed: int) -> tuple[Spl
     if not categories:
         return targets, None
     parts = (targets.fit, targets.validation, targets.heldout)
-    known = {p.category for part in parts for p in part}
+    known = {p.category for part in parts for p in part} - {""}
+    if not known:
+        raise UsageError(
+            "--retain names categories, and these targets have none.",
+            "Give them a column category: .jsonl, .csv or .parquet.",
+        )
     for name in categories:
         if name not in known:
             raise UnknownName("category to retain", name, sorted(known))
@@ -483,20 +491,50 @@ def _separate(reporting: PromptSet, selecting: PromptSet) -> PromptSet:
     return reporting
 
 
-def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the run folder usable before any work is done; raises `OutputError` when it is not."""
+def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:
+    """Make the run folder usable before any work is done; raises `OutputError` when it is not.
+
+    Only a folder that a run has marked as its own is gone on with or replaced, and none with `model` in it.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if resume and (out / RUN).exists():
+    if model:
+        artifacts.require_apart(out, model)
+    if out.is_dir() and any(not _is_part(p.name) for p in out.iterdir()):
+        finished, begun = _is_marked(out / RUN), _is_marked(out / STATE)
+        if not (finished or begun):
+            raise OutputError(
+                f"--out {out} is not empty and holds no run{' to resume' if resume else ''}.",
+                "Choose another folder; --overwrite replaces runs alone.",
+            )
+        if resume and finished:
             raise OutputError(f"the run in {out} is finished.", "There is nothing to resume.")
         if not resume:
             if not overwrite:
-                raise OutputError(
-                    f"--out {out} is not empty.", "Choose another, or --overwrite, or --resume."
+                what, ways = (
+                    ("a finished run", "--overwrite")
+                    if finished
+                    else ("an interrupted run", "--resume, or --overwrite")
                 )
+                raise OutputError(f"--out {out} holds {what}.", f"Choose another, or {ways}.")
             _remove_run(out)
     artifacts.require_writable(out)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a name is that of a file that was being written."""
+    return name.startswith(".") and name.endswith(".part")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file is a run's `run.json` or `state.json`, and not somebody else's."""
+    if not path.is_file():
+        return False
+    try:
+        found = artifacts.read_json(path)
+    except DataError:
+        return False
+    return "config" in found and bool({"version", "saber_version"} & found.keys())
 
 
 @contextmanager
@@ -515,14 +553,17 @@ def _remove_run(out: Path) -> None:
     ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
     foreign = sorted(
         p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
-    )
+    ) + artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(
             f"--out {out} holds files that are not a run's ({', '.join(foreign[:3])}).",
             "Choose another folder; --overwrite replaces runs alone.",
         )
-    for path in sorted(out.iterdir(), key=lambda p: p.name != RUN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (out / RUN).exists():
+        # What is left when this is cut off is an unfinished run's, and still marked as such.
+        os.replace(out / RUN, out / STATE)
+    for path in sorted(out.iterdir(), key=lambda p: p.name == STATE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
@@ -531,7 +572,8 @@ def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
         return []
     state = artifacts.read_json(out / STATE)
     if state != identity:
-        changed = [k for k in identity if state.get(k) != identity[k]]
+        words = {"prompts": "set of prompts", "template": "chat template"}
+        changed = [words.get(k, k) for k in identity if state.get(k) != identity[k]]
         raise UsageError(
             f"the run in {out} was made with another {' and '.join(changed)}.",
             "Give the same arguments, or start anew with --overwrite.",
@@ -620,7 +662,11 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
 def describe_data(
     data: RunData, left_out: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used."""
+    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used.
+
+    `fingerprint` is that of the prompts to fit on, or of all where there is no split; the other splits have
+    their own.
+    """
     chosen, held = data.selecting, data.reporting
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
@@ -630,6 +676,8 @@ def describe_data(
             "validation": len(validation),
             "heldout": len(heldout),
             "fingerprint": fit.fingerprint(),
+            "validation_fingerprint": validation.fingerprint(),
+            "heldout_fingerprint": heldout.fingerprint(),
         }
 
     def one(prompts_: PromptSet) -> dict[str, Any]:
@@ -648,6 +696,9 @@ def describe_data(
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
+    # In over-refusal mode the first kept set is the reported target set.
+    reported = [*([held.target] if len(held.kept) < len(chosen.keep) else []), *held.kept]
+    kept = zip(chosen.keep, chosen.keep_validation, reported, strict=True)
     return {
         "target": splits(chosen.target, chosen.target_validation, held.target),
         "neutral": {
@@ -658,6 +709,7 @@ def describe_data(
         "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
         "everyday": everyday,
         "battery": one(held.battery),
+        **{f"keep {i}": splits(*parts) for i, parts in enumerate(kept, 1)},
     }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from saber import artifacts
 from saber.ablation import EditPlan, apply
@@ -30,13 +32,25 @@ def save_merged(
     if lm.dtype != lm.stored_dtype and getattr(lm.model, "hf_device_map", None) is None:
         lm.model.to(lm.stored_dtype)
     try:
-        with artifacts.staged_folder(folder) as part:
+        with artifacts.staged_folder(folder) as part, _without_bars():
             lm.model.save_pretrained(part)
             lm.tokenizer.save_pretrained(part)
             for file in sorted(part.glob("*.safetensors")) if metadata else []:
                 stamp(file, metadata or {})
     except (SafetensorError, RuntimeError) as error:
         raise OutputError(f"cannot save the model to {folder}: {error}.") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars, which the caller's own would run into."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def stamp(file: Path, metadata: Mapping[str, str]) -> None:

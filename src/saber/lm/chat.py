@@ -63,7 +63,7 @@ def render(lm: LanguageModel, prompt: str) -> str:
     """Return the templated text behind the messages that come `before`, ready for the answer.
 
     A thinking model gets an empty thought, and a template that writes the date is told `TODAY`. Raises
-    `ModelError` where the template fails, or leaves out a system prompt.
+    `ModelError` where the template fails, or leaves out a system prompt or the prompt itself.
     """
     messages = [*lm.before, ("user", prompt)]
     try:
@@ -86,10 +86,20 @@ def render(lm: LanguageModel, prompt: str) -> str:
                 f"the chat template of {lm.name!r} leaves out the {role} message.",
                 "Pass another with --chat-template, or leave --system out.",
             )
+    if _spaceless(prompt) not in _spaceless(text):
+        raise ModelError(
+            f"the chat template of {lm.name!r} leaves out the user message.",
+            "Pass another with --chat-template.",
+        )
     for opener, empty in EMPTY_THOUGHTS.items():
         if text.rstrip().endswith(opener):
             text = text.rstrip().removesuffix(opener) + empty
     return text + lm.response_prefix
+
+
+def _spaceless(text: str) -> str:
+    """Return a text without its white space, which templates strip and fold."""
+    return "".join(text.split())
 
 
 def encode(

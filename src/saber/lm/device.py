@@ -27,14 +27,20 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"unknown device {name!r}.", "Use auto, cpu, cuda, cuda:0 or mps."
         ) from error
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present.get(device.type, True):
+    if not _is_present(device):
         raise UsageError(f"device {name!r} is not available here.", "Use --device auto.")
     return device
+
+
+def _is_present(device: torch.device) -> bool:
+    """Return whether torch has such a device here, and as many of them as its number asks for."""
+    if device.type == "cpu":
+        return True
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        return False  # torch was not built for it
+    return bool(module.is_available()) and (device.index or 0) < module.device_count()
 
 
 def device_of_worker(name: str, worker: int) -> str:
