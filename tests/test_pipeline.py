@@ -1,6 +1,7 @@
 """The main job on a pico model: files, determinism, resume, and that held-out prompts select nothing."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -363,13 +364,10 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
 
 @pytest.mark.slow
 def test_disk_full_while_saving_leaves_no_model(model_folder, tmp_path, monkeypatch):
-    import transformers
-
-    def full(self, folder, **_kwargs):
-        (folder / "model.safetensors").write_bytes(b"half")
+    def full(_handle, _data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(OutputError, match="No space left"):
         run(str(model_folder), tmp_path / "out", small(), force=True)
     assert not (tmp_path / "out" / "model").exists()

@@ -240,7 +240,7 @@ def run(
     }
     with clock("save"):
         listener.on_stage("saving the edit")
-        made = Run(record, outcome.plan, sketch)
+        made = Run(record, outcome.plan, sketch, out)
         record["exports"] = export_all(
             made, export, out, lm=lm, spec=config.load, progress=listener.progress
         )

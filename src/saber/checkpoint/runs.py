@@ -25,6 +25,8 @@ class Run:
     """The edit."""
     sketch: Sketch | None
     """Samples of the weights before the edit; runs of older versions have none."""
+    folder: Path | None = None
+    """Where it lies; None for a run of which nothing is on the disk."""
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -42,7 +44,8 @@ class Run:
         plan = EditPlan.load(folder / PLAN)
         if not plan.factors:
             raise DataError(f"the plan in {folder / PLAN} changes nothing.")
-        return cls(artifacts.read_json(folder / RUN), plan, Sketch.load(folder / PLAN / SKETCH))
+        sketch = Sketch.load(folder / PLAN / SKETCH)
+        return cls(artifacts.read_json(folder / RUN), plan, sketch, folder)
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -142,7 +142,7 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
     """Return the tokenizer, with a chat template and a padding token."""
     tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **options)
     if spec.chat_template:
-        tokenizer.chat_template = _read_template(Path(spec.chat_template))
+        tokenizer.chat_template = read_template(Path(spec.chat_template))
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, as is usual for a base model.",
@@ -255,7 +255,8 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
     return None
 
 
-def _read_template(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """Return the text of a chat template; raises `ModelError` when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
