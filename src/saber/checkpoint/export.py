@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -169,26 +170,50 @@ def export_all(
     lm: LanguageModel,
     spec: LoadSpec,
     progress: Progress[Any] = silent,
-) -> list[dict[str, Any]]:
-    """Write several formats into a run folder, the merged one last; return what to record of them.
+) -> Iterator[dict[str, Any]]:
+    """Write several formats into a finished run's folder, the merged one last; yield what to record of each.
 
     Files of an interrupted run are replaced. `spec` is what the model was loaded with. The model in
-    memory stays edited if one is `merged`, unless it computes in a dtype that rounds its weights.
+    memory stays edited if one is `merged`, unless that is written off files or its weights are read again.
+    Raises `OutputError` for whatever goes wrong, which says how to write what is missing.
     """
-    made = []
-    for kind in sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged"):
+    order = sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged")
+    for index, kind in enumerate(order):
         out = folder / PLACES[kind]
         shutil.rmtree(out, ignore_errors=True)
-        done = export(run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress)
-        made.append(
-            {
-                "format": kind,
-                "path": PLACES[kind],
-                "bytes": done.bytes,
-                "notes": list(done.notes),
-            }
-        )
-    return made
+        try:
+            done = export(
+                run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress
+            )
+        except Exception as error:  # the run is finished, and this says how to go on
+            raise OutputError(
+                f"the run in {folder} is finished, but not its export as {kind}: {_told(error)}",
+                f"Go on with: {' && '.join(_command(k, folder, spec) for k in order[index:])}",
+            ) from error
+        yield {
+            "format": kind,
+            "path": PLACES[kind],
+            "bytes": done.bytes,
+            "notes": list(done.notes),
+        }
+
+
+def _told(error: Exception) -> str:
+    """Return an error as one sentence."""
+    if isinstance(error, SaberError):
+        return error.problem
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}{f': {first}' if first else ''}".rstrip(".") + "."
+
+
+def _command(kind: str, folder: Path, spec: LoadSpec) -> str:
+    """Return the command that writes a format into a run folder, as the run would have."""
+    out = str(folder / PLACES[kind])
+    words = ["saber", "export", str(folder), "--format", kind, "--out", out]
+    words += [] if kind == "merged" else ["--partial"]
+    words += ["--chat-template", spec.chat_template] if spec.chat_template else []
+    words += ["--trust-remote-code"] if spec.trust_remote_code else []
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
