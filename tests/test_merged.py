@@ -258,3 +258,26 @@ def test_nothing_is_edited_in_memory_where_the_files_are_written(base, tmp_path)
     mark = fingerprint(lm.model)
     export(run, "merged", tmp_path / "out", lm=lm)
     assert fingerprint(lm.model) == mark
+
+
+def test_a_snapshot_of_the_hub_is_copied_through_its_links(base, tmp_path, monkeypatch):
+    """The cache of the hub holds files under their hashes, and a folder of links to them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    base.rename(blobs)
+    snapshot.mkdir()
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    run, lm = ran(snapshot, tmp_path / "run")
+    asked = []
+    monkeypatch.setattr(plan_on_disk, "hub_folder", lambda *what: asked.append(what) or snapshot)
+    lm.model.config._commit_hash = "abc"
+    record = {**run.record, "model": {**run.model, "name": "me/base", "base": "me/base"}}
+    done = export(
+        replace(run, record=record), "merged", tmp_path / "out", lm=replace(lm, name="me/base")
+    )
+    assert asked == [("me/base", "abc")]
+    assert not any("transformers saves" in note for note in done.notes)
+    for path in (tmp_path / "out").iterdir():
+        assert not path.is_symlink()
+    assert IGNORED in tensors(tmp_path / "out")
+    assert "base_model: me/base" in done.card.read_text()
