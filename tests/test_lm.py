@@ -1,5 +1,6 @@
 """Devices and dtypes by what is fast, chat templates, loading, fingerprints."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from saber.lm import device as devices
 from saber.lm import thought
 from saber.lm.chat import encode, render
 from saber.lm.generate import Completion
-from saber.lm.load import LoadSpec, load
+from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.model import fingerprint
 
 CPU = torch.device("cpu")
@@ -267,3 +268,66 @@ def test_the_public_face_is_whole():
         assert getattr(saber, name) is not None
     with pytest.raises(AttributeError):
         saber.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("shard", ["50GB", "40KB"])
+@pytest.mark.parametrize(
+    ("most", "few"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_a_configuration_that_names_no_dtype_leaves_it_to_the_files(tmp_path, shard, most, few):
+    """The dtype of most entries, not of most tensors: norms may well be in another."""
+    from saber.ablation import EditPlan
+    from saber.checkpoint import save_merged
+
+    model = make_model("llama").to(most)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "k_proj" in name or "v_proj" in name:
+            parameter.data = parameter.data.to(few)
+    model.save_pretrained(tmp_path / "m", max_shard_size=shard)
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "dtype"})
+    )
+    lm = load(str(tmp_path / "m"), LoadSpec(device="cpu"))
+    assert lm.stored_dtype == most
+    save_merged(lm, EditPlan(), tmp_path / "out")
+    assert load(str(tmp_path / "out"), LoadSpec(device="cpu")).stored_dtype == most
+
+
+def test_files_that_cannot_be_read_for_their_dtype_are_told(model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    del config["dtype"]
+    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="cannot read the weights"):
+        load(str(model_folder), LoadSpec(device="cpu"))
+
+
+def adapter_in(folder, model_folder):
+    """A LoRA adapter as PEFT saves it."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    spec = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, spec).save_pretrained(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused_before_any_work(model_folder, monkeypatch):
+    adapter_in(model_folder, model_folder)
+    monkeypatch.setattr("saber.lm.load._read", lambda *_, **__: pytest.fail("it was read"))
+    for call in (load, skeleton):
+        with pytest.raises(ModelError, match=r"beside its weights.*merge_and_unload"):
+            call(str(model_folder))
+
+
+def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
+    adapter_in(tmp_path / "adapter", model_folder)
+    with pytest.raises(ModelError, match=r"is a LoRA adapter, no model.*merge_and_unload"):
+        load(str(tmp_path / "adapter"))
+    monkeypatch.setattr(
+        "saber.lm.load.find_adapter_config_file", lambda _name: "adapter_config.json"
+    )
+    with pytest.raises(ModelError, match="is or holds a LoRA adapter"):
+        load("me/adapter")

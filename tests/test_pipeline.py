@@ -1,6 +1,8 @@
 """The main job on a pico model: files, determinism, resume, and that held-out prompts select nothing."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from safetensors.torch import load_file
 from saber import editors, pipeline, prompts, subject
 from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
+from saber.checkpoint.export import export_all
+from saber.checkpoint.runs import Run
+from saber.cli.main import main
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
@@ -31,7 +36,7 @@ from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
-from saber.lm.load import load
+from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.lm.writers import find_writers
 from saber.memo import forgetful
@@ -458,19 +463,46 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_disk_full_while_saving_leaves_no_model(model_folder, tmp_path, monkeypatch):
-    import transformers
+def test_an_export_that_fails_leaves_a_finished_run(model_folder, tmp_path, monkeypatch, capsys):
+    """Whatever an exporter comes to, one line says how to go on, and that works."""
 
-    def full(self, folder, **_kwargs):
-        (folder / "model.safetensors").write_bytes(b"half")
+    def full(_handle, _data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OutputError, match="No space left"):
-        run(str(model_folder), tmp_path / "out", small(), force=True)
-    assert not (tmp_path / "out" / "model").exists()
-    assert not (tmp_path / "out" / "run.json").exists()
-    assert not list((tmp_path / "out").glob(".*.part"))
+    out = tmp_path / "out"
+    plots = pipeline.Listener(on_record=lambda folder: Path(folder, "told").touch())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(OutputError, match=r"is finished.*No space left") as caught:
+            run(str(model_folder), out, small(), force=True, listener=plots)
+    assert not (out / "model").exists()
+    assert not list(out.glob(".*.part"))
+    assert not (out / "state.json").exists()
+    assert (out / "told").exists()
+    record = json.loads((out / "run.json").read_text())
+    assert record["exports"] == []
+    assert record["seconds"]["total"] > 0
+    with pytest.raises(OutputError, match="saber export writes"):
+        run(str(model_folder), out, small(), force=True, resume=True)
+
+    with monkeypatch.context() as patched:
+        broken = Mock(side_effect=RuntimeError("no such kernel\nand much more"))
+        patched.setattr("saber.checkpoint.export.write_lora", broken)
+        made = Run.load(out)
+        with pytest.raises(OutputError, match="RuntimeError: no such kernel") as both:
+            list(
+                export_all(
+                    made, ["merged", "lora"], out, lm=load(str(model_folder)), spec=LoadSpec()
+                )
+            )
+    assert both.value.remedy.count("saber export") == 2
+    assert both.value.exit_code == caught.value.exit_code == 2
+
+    assert main(["report", str(out)]) == 0
+    command = shlex.split(caught.value.remedy.partition(": ")[2])
+    assert command[:2] == ["saber", "export"]
+    assert main(command[1:]) == 0
+    assert load_file(out / "model" / "model.safetensors")
 
 
 def test_settings_from_toml_and_their_errors(tmp_path):

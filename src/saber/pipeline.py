@@ -118,6 +118,8 @@ class Listener:
     """Told in a few words what begins."""
     on_pass: Callable[[Pass], None] = lambda _pass: None
     """Told of each finished pass."""
+    on_record: Callable[[Path], None] = lambda _folder: None
+    """Told of the run folder once all but the exports is there."""
 
 
 def run(
@@ -135,9 +137,10 @@ def run(
 ) -> RunResult:
     """Find, measure and remove the behaviour; write the run folder `out`.
 
-    `run.json` is written last and marks the folder as complete. Raises children of `SaberError`;
-    `WeakBehaviour` when the model hardly shows the behaviour and `force` is not set. `origin` names
-    the trial of a sweep that the configuration is from.
+    `run.json` marks the folder as complete; exports come after it and are noted in it one by one, so
+    that one that fails loses nothing else. Raises children of `SaberError`; `WeakBehaviour` when the
+    model hardly shows the behaviour and `force` is not set. `origin` names the trial of a sweep that the
+    configuration is from.
     """
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
@@ -239,14 +242,9 @@ def run(
         "comparison": compare(before, after, seed=config.seed),
         **_describe_passes(lm, outcome, config),
         "examples": examples(before, after),
+        "exports": [],
         **({"sweep": origin.describe(outcome.plan)} if origin else {}),
     }
-    with clock("save"):
-        listener.on_stage("saving the edit")
-        made = Run(record, outcome.plan, sketch)
-        record["exports"] = export_all(
-            made, export, out, lm=lm, spec=config.load, progress=listener.progress
-        )
     total = clock.total()
     record["seconds"] = {**clock.seconds, "total": total}
     record["work"] = {
@@ -257,6 +255,15 @@ def run(
     }
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)
+    listener.on_record(out)
+    if export:
+        listener.on_stage("saving the edit")
+    made, begun = Run(record, outcome.plan, sketch, out), perf_counter()
+    for one in export_all(made, export, out, lm=lm, spec=config.load, progress=listener.progress):
+        record["exports"].append(one)
+        took = perf_counter() - begun
+        record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
+        artifacts.write_json(out / RUN, record)
     return RunResult(out, record)
 
 
@@ -508,7 +515,10 @@ def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool)
                 "Choose another folder; --overwrite replaces runs alone.",
             )
         if resume and finished:
-            raise OutputError(f"the run in {out} is finished.", "There is nothing to resume.")
+            raise OutputError(
+                f"the run in {out} is finished.",
+                "There is nothing to resume. What it lacks of exports, saber export writes.",
+            )
         if not resume:
             if not overwrite:
                 what, ways = (

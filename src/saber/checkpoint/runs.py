@@ -71,6 +71,8 @@ class Run:
     """The edit."""
     sketch: Sketch | None
     """Samples of the weights before the edit; runs of older versions have none."""
+    folder: Path | None = None
+    """Where it lies; None for a run of which nothing is on the disk."""
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -88,7 +90,8 @@ class Run:
         plan = EditPlan.load(folder / PLAN)
         if not plan.factors:
             raise DataError(f"the plan in {folder / PLAN} changes nothing.")
-        return cls(read_record(folder), plan, Sketch.load(folder / PLAN / SKETCH))
+        sketch = Sketch.load(folder / PLAN / SKETCH)
+        return cls(read_record(folder), plan, sketch, folder)
 
     @property
     def model(self) -> Mapping[str, Any]:
