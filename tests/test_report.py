@@ -420,6 +420,55 @@ def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
     assert "Numbered list: 97%" in said(draw("refusal_rates", run))
 
 
+def narrow_run() -> dict[str, Any]:
+    """A run that took out false refusals: 31 of 48 before, 1 after; 6 of 109 right ones went, 3 came."""
+    run = fake_run()
+    run["config"]["data"] = {"mode": "over-refusal", "behaviour": "refusal"}
+    run["prompts"]["target"] = {**prompt_set("target and harmful"), "fit": 224, "validation": 64}
+    run["prompts"]["borderline"] = {
+        **prompt_set("borderline"), "fit": 416, "validation": 56, "heldout": 48
+    }  # fmt: skip
+    run["prompts"]["kept"] = [{**prompt_set("house style"), "fit": 15, "heldout": 4}]
+    run["comparison"]["refusal"] = {"b": 6, "c": 3, "p_value": 0.51}
+    return run
+
+
+def test_over_refusal_mode_leads_with_false_refusals_and_right_ones_kept(tmp_path: Path) -> None:
+    run = narrow_run()
+    finding = (
+        "False refusals 65% → 2% on 48 held-out borderline prompts; right refusals kept 103/109"
+    )
+    card, page = model_card(run), html_report(run, tmp_path)
+    for text in (card, page):
+        assert finding in text
+    assert said(draw("refusal_rates", run)).replace("\n", " ").count(finding) == 1
+    results = tables.results(run).rows
+    assert results[0][0] == "false refusals, held-out borderline prompts"
+    assert results[1] == ("right refusals kept, held-out target prompts", "109", "103/109", "")
+    assert [row[0] for row in results].count("over-refusal, borderline prompts") == 0
+    assert tables.comparisons(run)[0].startswith("Over-refusal: 48 prompts")
+    tiles = re.findall(r'class="tile">.*?<b>(.*?)</b>', page)
+    assert tiles[:2] == ["65% → 2%", "103/109"]
+    picture = said(draw("pipeline", run))
+    for part in ("False refusals (48 held out)", "65% → 2%", "Right refusals kept", "103/109",
+                 "416 + 96 prompts", "48 held out"):  # fmt: skip
+        assert part in picture, part
+    assert "97% → 0.9%" not in picture
+    rows = draw("refusal_rates", run).axes[0].get_yticklabels()
+    assert rows[0].get_text() == "borderline"
+    # Each set stands with its own splits.
+    sizes = {row[0]: row[1:3] for row in tables.prompts(run).rows}
+    assert sizes["borderline"] == ("416 fit, 56 validation, 48 held out", "borderline")
+    kept = ("224 fit, 64 validation, 112 held out", "target and harmful")
+    assert sizes["target, kept"] == kept
+    assert sizes["kept"] == ("15 fit, 32 validation, 4 held out", "house style")
+    run["config"]["data"]["behaviour"] = "numbered list"
+    assert reading.finding(run) == (
+        "Numbered list where it is wrong: 65% → 2% on 48 held-out borderline prompts; "
+        "kept where it is right 103/109"
+    )
+
+
 def test_rates_by_length_are_shown_where_they_were_measured(tmp_path: Path) -> None:
     run = fake_run()
     assert "By length" not in model_card(run) + html_report(run, tmp_path)

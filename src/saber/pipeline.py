@@ -410,8 +410,9 @@ def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
 
 def _with_more(targets: Splits, more: PromptSet) -> Splits:
     """Add prompts to what is fitted and chosen on; what is reported stays."""
+    stem = targets.fit.name.removesuffix("/fit")
     fit, validation = (
-        _joined([part, more.where(split=name)])
+        replace(_joined([part, more.where(split=name)]), name=f"{stem} and {more.name}/{name}")
         for name, part in (("fit", targets.fit), ("validation", targets.validation))
     )
     return replace(targets, fit=fit, validation=validation)
@@ -621,6 +622,8 @@ def describe_data(
 ) -> dict[str, Any]:
     """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used."""
     chosen, held = data.selecting, data.reporting
+    # In over-refusal mode borderline prompts are fitted on, and what is kept first are the targets.
+    narrow = len(chosen.keep) > len(held.kept)
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
         return {
@@ -628,7 +631,7 @@ def describe_data(
             "fit": len(fit),
             "validation": len(validation),
             "heldout": len(heldout),
-            "fingerprint": fit.fingerprint(),
+            "fingerprint": (fit if len(fit) else heldout).fingerprint(),
         }
 
     def one(prompts_: PromptSet) -> dict[str, Any]:
@@ -647,16 +650,25 @@ def describe_data(
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
+    nothing = _none_of(chosen.target)
+    fitted = splits(chosen.target, chosen.target_validation, held.target)
+    border = one(held.borderline) if held.borderline else None
+    kept = list(zip(chosen.keep, chosen.keep_validation, strict=True))
+    if narrow:
+        border = splits(chosen.target, chosen.target_validation, held.borderline or nothing)
+        fitted = splits(*kept.pop(0), held.target)
+    rest = [splits(*some, heldout) for some, heldout in zip(kept, held.kept, strict=True)]
     return {
-        "target": splits(chosen.target, chosen.target_validation, held.target),
+        "target": fitted,
         "neutral": {
             **splits(chosen.neutral, chosen.neutral_validation, held.neutral),
             "left_out": left_out.get("neutral", 0),
         },
-        "borderline": one(held.borderline) if held.borderline else None,
+        "borderline": border,
         "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
         "everyday": everyday,
         "battery": one(held.battery),
+        **({"kept": rest} if rest else {}),
     }
 
 

@@ -65,12 +65,7 @@ def warning(run: Run) -> str:
     """What whoever runs the edited model has to know."""
     if not reading.refusals(run):
         return GENERIC
-    return NARROW if _narrow(run) else WARNING
-
-
-def _narrow(run: Run) -> bool:
-    """Whether false refusals alone were to go."""
-    return dig(run, "config", "data", "mode") == "over-refusal"
+    return NARROW if reading.narrow(run) else WARNING
 
 
 def metadata(run: Run) -> ModelCardData:
@@ -88,7 +83,7 @@ def metadata(run: Run) -> ModelCardData:
             "saber",
             *(
                 ["abliterated"]
-                if edited and reading.refusals(run) and not _narrow(run)
+                if edited and reading.refusals(run) and not reading.narrow(run)
                 else []
             ),
             "interpretability",
@@ -131,7 +126,7 @@ def _introduction(run: Run) -> str:
     else:
         lead = (
             f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
-            f"stream that carry {'false refusals' if _narrow(run) else cell(reading.behaviour(run))} "
+            f"stream that carry {'false refusals' if reading.narrow(run) else cell(reading.behaviour(run))} "
             f"taken out of the weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
             f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
@@ -183,7 +178,7 @@ def _passes(run: Run) -> str:
         "## Pass by pass",
         f"Each pass probes the model as the passes before left it. Log-odds of "
         f"{cell(reading.behaviour(run))} are means "
-        "over the validation target prompts, in nats; *dormant woken* counts ablated "
+        f"over the validation {_selected(run)}, in nats; *dormant woken* counts ablated "
         "directions that separate over twice as well as in the untouched model; *compensation* "
         "is the share of the removed contribution that unedited writers make up for.",
         markdown(tables.hydra(run)),
@@ -191,6 +186,11 @@ def _passes(run: Run) -> str:
         f"Stopped at: {cell(str(run['stop_reason']))}." if run.get("stop_reason") else "",
         *(_plot(run, name) for name in ("hydra", "purity_separability", "entanglement_heatmap")),
     ) if part)  # fmt: skip
+
+
+def _selected(run: Run) -> str:
+    """The prompts whose behaviour is to go."""
+    return "borderline prompts that the base refuses" if reading.narrow(run) else "target prompts"
 
 
 def _search(run: Run) -> tuple[str, ...]:
@@ -206,11 +206,12 @@ def _search(run: Run) -> tuple[str, ...]:
 
 
 def _measured(run: Run) -> str:
+    some = "borderline, target" if reading.narrow(run) else "target"
     parts = [
         "## What the numbers were measured on",
         markdown(tables.prompts(run)),
         "Directions are fitted on the *fit* split and chosen on the *validation* split; every rate "
-        "on target and neutral prompts is of the *held-out* split, which neither saw.",
+        f"on {some} and neutral prompts is of the *held-out* split, which neither saw.",
     ]
     found = tables.settings(run, ("judge", "tokens", "length"))
     if found:

@@ -13,7 +13,7 @@ from saber.report.reading import Run, dig, known
 
 
 def _splits(axes: Axes, run: Run, colour: str) -> None:
-    for y, kind in ((1, "target"), (0, "neutral")):
+    for y, kind in ((1, reading.fitted(run)), (0, "neutral")):
         left = 0
         for part, alpha in (("fit", 1.0), ("validation", 0.6), ("heldout", 0.28)):
             size = dig(run, "prompts", kind, part) or 0

@@ -88,8 +88,9 @@ def _heading(canvas: Axes, run: Run) -> None:
 def _stages(run: Run) -> list[_Stage]:
     first = reading.candidates(run, first_pass_only=True)
     layers = run.get("candidate_layers") or sorted({d["layer"] for d in first})
-    target, neutral = (dig(run, "prompts", k, "fit") for k in ("target", "neutral"))
-    held = dig(run, "prompts", "target", "heldout")
+    kind = reading.fitted(run)
+    target, neutral = (dig(run, "prompts", k, "fit") for k in (kind, "neutral"))
+    held = dig(run, "prompts", kind, "heldout")
     best = max(first, key=lambda d: d["d_prime"], default=None)
     worst = max(first, key=lambda d: d.get("worst_entanglement") or 0.0, default=None)
     purities = [d["purity"] for d in first if known(d.get("purity")) is not None]
@@ -224,13 +225,20 @@ def _outcome(canvas: Axes, run: Run) -> None:
             facecolor="#F2F4F7",
         )
     )
-    n = dig(run, "baseline", "refusal", "n")
+    path = reading.lowered(run)
+    n = dig(run, "baseline", *path, "n")
     kl = dig(run, "edited", "kl", "sequence")
+    beside = (reading.worded(run, "Over-refusal (neutral)", "Neutral"),
+              reading.change(run, percent, "over_refusal", "neutral", "rate"))  # fmt: skip
+    lead = reading.worded(run, "Refusals", "Target")
+    if reading.narrow(run):
+        lead = reading.worded(run, "False refusals", "Borderline")
+        if run.get("edited") is not None:
+            beside = (reading.worded(run, "Right refusals kept", "Kept where right"),
+                      reading.right_kept(run))  # fmt: skip
     items = [
-        (reading.worded(run, "Refusals", "Target") + f" ({number(n)} held out)",
-         reading.change(run, percent, "refusal", "rate")),
-        (reading.worded(run, "Over-refusal (neutral)", "Neutral"),
-         reading.change(run, percent, "over_refusal", "neutral", "rate")),
+        (f"{lead} ({number(n)} held out)", reading.change(run, percent, *path, "rate")),
+        beside,
         ("Perplexity (answers)", reading.change(run, number, "perplexity", "overall")),
         ("KL, nats per token", number(kl)) if known(kl) is not None
         else ("Accuracy", reading.change(run, percent, "accuracy", "overall")),

@@ -206,12 +206,58 @@ def worded(run: Run, refusal: str, other: str) -> str:
     return refusal
 
 
+def narrow(run: Run) -> bool:
+    """Whether false refusals alone were to go (`--mode over-refusal`)."""
+    return dig(run, "config", "data", "mode") == "over-refusal"
+
+
+def fitted(run: Run) -> str:
+    """The prompt set that directions are fitted on, against neutral prompts."""
+    return "borderline" if narrow(run) else "target"
+
+
+def lowered(run: Run) -> tuple[str, ...]:
+    """Where the proportion is that the run was to lower."""
+    return ("over_refusal", "borderline") if narrow(run) else ("refusal",)
+
+
+def lowered_name(run: Run) -> str:
+    """What that proportion is called at the start of a line."""
+    if narrow(run):
+        return worded(run, "False refusals", "{} where it is wrong")
+    return worded(run, "Refusals", "{}")
+
+
+def where(run: Run) -> str:
+    """The prompts that proportion is of: `112 held-out prompts`."""
+    noun = "held-out borderline prompt" if narrow(run) else "held-out prompt"
+    n = dig(run, "baseline", *lowered(run), "n")
+    return f"{noun}s" if n is None else count(n, noun)
+
+
+def right_kept(run: Run) -> str:
+    """Held-out targets that showed the behaviour and still do: `99/105`; a dash where not compared."""
+    shown = dig(run, "baseline", "refusal", "successes")
+    lost = dig(run, "comparison", "refusal", "b")
+    return MISSING if shown is None or lost is None else f"{shown - lost}/{shown}"
+
+
+def right_name(run: Run) -> str:
+    """What those are called, at the start of a line."""
+    return worded(run, "Right refusals kept", "Kept where it is right")
+
+
+def inside(name: str) -> str:
+    """A name within a line or a sentence."""
+    return name[:1].lower() + name[1:]
+
+
 def finding(run: Run) -> str:
     """The run in one line: `Refusals 97% → 0.9% on 112 held-out prompts`."""
-    n = dig(run, "baseline", "refusal", "n")
-    where = "held-out prompts" if n is None else count(n, "held-out prompt")
-    if not refusals(run):
-        return worded(run, "", "{}") + f": {change(run, percent, 'refusal', 'rate')} on {where}"
-    if run.get("edited") is None:
-        return f"The untouched model refuses {change(run, percent, 'refusal', 'rate')} of {where}"
-    return f"Refusals {change(run, percent, 'refusal', 'rate')} on {where}"
+    rates, prompts = change(run, percent, *lowered(run), "rate"), where(run)
+    if run.get("edited") is None and refusals(run):
+        return f"The untouched model refuses {rates} of {prompts}"
+    said = f"{lowered_name(run)}{'' if refusals(run) else ':'} {rates} on {prompts}"
+    if narrow(run) and run.get("edited") is not None:
+        said += f"; {inside(right_name(run))} {right_kept(run)}"
+    return said
