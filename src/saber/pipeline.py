@@ -23,6 +23,7 @@ from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
+from saber.checkpoint.licence import licence
 from saber.checkpoint.runs import SKETCH, Run
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
@@ -224,7 +225,7 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": describe_model(lm, mark),
+        "model": {**describe_model(lm, mark), **licence(lm.name, lm.source)},
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
