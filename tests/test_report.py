@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
@@ -301,12 +302,55 @@ def test_titles_state_the_finding() -> None:
         draw("capability", run)
     )
     assert "from 3.2 to −3.9 nats" in said(draw("hydra", run))
-    worst = max(d["worst_entanglement"] for d in run["passes"][0]["candidates"])
+    worst = max(d["worst_entanglement"] for p in run["passes"] for d in p["directions"])
     assert f"at worst {worst:.3g}" in said(draw("entanglement_heatmap", run))
     assert "50 of 270 candidates used" in said(draw("purity_separability", run))
     picture = said(draw("pipeline", run))
     for part in ("97% → 0.9%", "12.3 → 12.5", "96 + 96 prompts", "50 directions", "5 passes"):
         assert part in picture
+
+
+def test_pictures_of_entanglement_tell_of_what_was_edited_and_by_which_measure() -> None:
+    run = fake_run()
+    run["config"]["entanglement"] = {"measure": "energy"}
+    left = min(run["passes"][0]["candidates"], key=lambda d: d["score"])
+    assert left["status"] == "not selected"
+    left.update(layer=0, worst_entanglement=1.0, worst_category="logic", purity=0.0)
+    left["entanglement"] = dict.fromkeys(CATEGORIES, 1.0)
+    edited = [d for p in run["passes"] for d in p["directions"]]
+    worst = max(edited, key=lambda d: d["worst_entanglement"])
+    middle = median(d["purity"] for d in edited)
+    heat, purity, picture = (
+        draw(name, run) for name in ("entanglement_heatmap", "purity_separability", "pipeline")
+    )
+    title = f"of edits is at worst {worst['worst_entanglement']:.3g}: "
+    title += f"{worst['worst_category'].replace('_', ' ')}, layer {worst['layer']}"
+    assert title in said(heat).replace("\n", " ")
+    assert "Energy ratio (0 to 1)" in said(heat)
+    assert f"median purity {middle:.2f}" in said(purity)
+    assert f"median purity {middle:.2f}" in said(picture)
+    assert f"worst {worst['worst_entanglement']:.2f} (" in said(picture)
+    for name in ("arithmetic", "logic", "code", "instruction", "factual", "mean energy ratio"):
+        assert name in said(picture)
+    run["config"]["entanglement"]["measure"] = "overlap"
+    assert "mean subspace overlap" in said(draw("pipeline", run))
+    assert "Subspace overlap (0 to 1)" in said(draw("entanglement_heatmap", run))
+
+
+def test_intervals_are_called_what_they_are(tmp_path: Path) -> None:
+    for text in (model_card(fake_run()), html_report(fake_run(), tmp_path)):
+        (line,) = [line for line in text.splitlines() if "Brackets are" in line]
+        assert "Wilson" in line
+        assert "bootstrap" in line
+
+
+def test_no_label_of_an_axis_runs_into_the_heading() -> None:
+    with style.styled():
+        figure = PLOTS["hydra"](fake_run())
+        figure.canvas.draw()
+    low = min(text.get_window_extent().y0 for text in figure.texts)
+    for axes in figure.axes:
+        assert axes.yaxis.label.get_window_extent().y1 < low
 
 
 @pytest.mark.slow

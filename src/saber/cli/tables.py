@@ -20,7 +20,7 @@ def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
         "d'",
         "AUROC",
         "purity",
-        "worst overlap",
+        "worst entanglement",
         "causal",
         "strength",
         "lambda",

@@ -153,8 +153,7 @@ def _plot(run: Run, name: str) -> str:
 
 def results(run: Run, *, heading: str = "## Results", plots: bool = True) -> str:
     """Every measurement before and after; `plots` shows the pictures that lie beside a run's card."""
-    parts = [heading, markdown(tables.results(run)),
-             "Brackets are 95% intervals (Wilson) in per cent."]  # fmt: skip
+    parts = [heading, markdown(tables.results(run)), tables.BRACKETS]
     said = tables.comparisons(run)
     if said:
         parts.append("The same prompts put to both models:\n\n" + "\n".join(f"- {s}" for s in said))

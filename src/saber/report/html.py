@@ -39,6 +39,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         plots={name: image for name in CAPTIONS if (image := _embedded(plots_folder, name))},
         captions=CAPTIONS,
         results=tables.results(run),
+        brackets=tables.BRACKETS,
         comparisons=tables.comparisons(run),
         by_category=tables.by_category(run),
         category_title=reading.worded(run, "Refusal by category", "{} by category"),

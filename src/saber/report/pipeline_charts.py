@@ -53,12 +53,21 @@ def _separability(axes: Axes, run: Run, colour: str) -> None:
 
 
 def _overlap(axes: Axes, run: Run, colour: str) -> None:
-    scored = [d["entanglement"] for d in reading.candidates(run, True) if d.get("entanglement")]
+    scored = [d["entanglement"] for d in reading.taken(run) if d.get("entanglement")]
     if not scored:
         return
     names = list(scored[0])
     means = [sum(s.get(n, 0.0) for s in scored) / len(scored) for n in names]
-    axes.barh(range(len(names)), means, height=0.66, color=colour, lw=0)
+    axes.barh(range(len(names)), means, height=0.8, color=to_rgba(colour, 0.55), lw=0)
+    for y, name in enumerate(names):
+        axes.text(
+            0.02,
+            y,
+            reading.short(name),
+            size=7.5,
+            va="center_baseline",
+            transform=axes.get_yaxis_transform(),
+        )
     axes.set(xlim=(0, 1.05 * max([*means, 1e-9])), ylim=(len(names) - 0.5, -0.5))
 
 

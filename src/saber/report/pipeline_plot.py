@@ -13,7 +13,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon
 
 from saber.report import reading, style
 from saber.report.pipeline_charts import CHARTS
-from saber.report.reading import PRIME, Run, dig, fixed, known, number, percent, plain
+from saber.report.reading import PRIME, Run, dig, fixed, known, number, percent
 
 WIDTH, HEIGHT = 9.0, 4.9
 MARGIN, GAP = 0.16, 0.20
@@ -92,8 +92,7 @@ def _stages(run: Run) -> list[_Stage]:
     target, neutral = (dig(run, "prompts", k, "fit") for k in (kind, "neutral"))
     held = dig(run, "prompts", kind, "heldout")
     best = max(first, key=lambda d: d["d_prime"], default=None)
-    worst = max(first, key=lambda d: d.get("worst_entanglement") or 0.0, default=None)
-    purities = [d["purity"] for d in first if known(d.get("purity")) is not None]
+    worst, purity = reading.worst(run), reading.median_purity(run)
     strengths = [d["strength"] for _, d in reading.ablated(run) if known(d.get("strength"))]
     alpha = dig(run, "config", "edit", "alpha")
     strength = (
@@ -114,10 +113,10 @@ def _stages(run: Run) -> list[_Stage]:
         _Stage((f"{reading.count(len(first), 'candidate')}" if first else f"{len(layers)} layers",
                 f"best d{PRIME} {best['d_prime']:.1f} (layer {best['layer']})" if best
                 else "no candidates"), f"best d{PRIME} by layer"),
-        _Stage((f"median purity {median(purities):.2f}" if purities else "not scored",
-                f"worst {worst['worst_entanglement']:.2f} ({_short(worst)})" if worst
-                and known(worst.get("worst_entanglement")) is not None else "–"),
-               "overlap by category"),
+        _Stage(("not scored" if purity is None else f"median purity {purity:.2f}",
+                f"worst {worst['worst_entanglement']:.2f} "
+                f"({reading.short(str(worst.get('worst_category') or ''))})" if worst else "–"),
+               f"mean {reading.entanglement_name(run)}"),
         _Stage((reading.count(run.get("directions_ablated", 0), "direction"),
                 f"{reading.count(run.get('layers_edited', 0), 'layer')}, {strength}"
                if run.get("directions_ablated") else "nothing edited"),
@@ -125,11 +124,6 @@ def _stages(run: Run) -> list[_Stage]:
         _Stage((reading.count(len(passes), "pass", "passes"), odds),
                reading.worded(run, "refusal log-odds", "log-odds")),
     ]  # fmt: skip
-
-
-def _short(direction: Run) -> str:
-    name = plain(str(direction.get("worst_category") or ""))
-    return name if len(name) <= 10 else name.split()[0][:11]
 
 
 def _card(canvas: Axes, left: float | int, name: str, index: int, stage: _Stage) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 Run = Mapping[str, Any]
@@ -134,6 +135,12 @@ def duration(seconds: Any) -> str:
     return f"{int(x) // 3600} h {int(x) % 3600 // 60:02d} min"
 
 
+def short(name: str) -> str:
+    """A name of the code in a word: `instruction_following` -> `instruction`."""
+    words = plain(name)
+    return words if len(words) <= 10 else words.split()[0][:11]
+
+
 def plain(name: str) -> str:
     """A name of the code as words: `instruction_following` -> `instruction following`."""
     return name.replace("_", " ")
@@ -159,6 +166,29 @@ def ablated(run: Run) -> list[tuple[int, Mapping[str, Any]]]:
         for i, p in enumerate(passes(run))
         for d in p.get("directions") or []
     ]
+
+
+def taken(run: Run) -> list[Mapping[str, Any]]:
+    """The directions that entanglement is told of: those ablated, or else the first pass's candidates."""
+    return [d for _, d in ablated(run)] or candidates(run, first_pass_only=True)
+
+
+def median_purity(run: Run) -> float | None:
+    """Median purity of those directions."""
+    purities = [x for d in taken(run) if (x := known(d.get("purity"))) is not None]
+    return median(purities) if purities else None
+
+
+def worst(run: Run) -> Mapping[str, Any] | None:
+    """The most entangled of those directions."""
+    scored = [d for d in taken(run) if known(d.get("worst_entanglement")) is not None]
+    return max(scored, key=lambda d: d["worst_entanglement"], default=None)
+
+
+def entanglement_name(run: Run) -> str:
+    """What measured the entanglement, as docs/method.md calls it."""
+    measure = str(dig(run, "config", "entanglement", "measure"))
+    return {"energy": "energy ratio", "overlap": "subspace overlap"}.get(measure, "entanglement")
 
 
 def categories(run: Run, *path: str) -> list[str]:

@@ -41,6 +41,10 @@ class Table:
     """Whether the columns are text rather than numbers."""
 
 
+BRACKETS = "Brackets are 95% intervals: of rates Wilson's, in per cent; of KL a bootstrap's, in nats."
+"""What stands under the table of results."""
+
+
 def results(run: Run) -> Table:
     """Every headline measurement: base, edited, change; a bracket is a 95% interval."""
     rows: list[tuple[str, ...]] = []
