@@ -348,9 +348,12 @@ def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
         "--set",
         "refine.stop=never",
     ]
+    (model_folder / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
     assert main(["run", str(model_folder), "--out", str(out), *options]) == 0
     printed = capsys.readouterr().out
     assert "refusal (target)" in printed
+    for card in (out / "README.md", out / "model" / "README.md"):
+        assert "license: mit" in card.read_text()
     for name in (
         "run.json",
         "README.md",

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
 from saber.checkpoint.export import ExportSpec, export
+from saber.checkpoint.licence import licence
 from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, way_back
 from saber.checkpoint.sketch import take
@@ -29,6 +31,7 @@ from saber.cli.main import main
 from saber.errors import ModelError
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
+from saber.report.card import limits, results
 
 MEASURED = {
     "refusal": {"rate": 0.9, "low": 0.8, "high": 0.95, "n": 10},
@@ -263,6 +266,55 @@ def test_the_card_has_the_notice_that_fits(tmp_path):
         folder = run_folder(tmp_path, model, tmp_path / "pico", random_plan(model), **data)
         card = export(Run.load(folder), "lora", tmp_path / f"o{index}").card
         assert notice in card.read_text(encoding="utf-8")
+
+
+def test_the_card_tells_the_costs_and_the_limits_as_the_runs_own_does(made, tmp_path):
+    folder, _ = made
+    record = artifacts.read_json(folder / "run.json")
+    told = {**MEASURED, "incoherent": {"rate": 0.036, "low": 0.01, "high": 0.09, "n": 112}}
+    told["over_refusal"] = {"borderline": {"rate": 0.08, "low": 0.03, "high": 0.2, "n": 48}}
+    licences = {"license": "other", "license_name": "mine", "license_link": "https://x.org/l"}
+    record["model"].update(licences)
+    record.update(baseline=told, edited=told, judge={"name": "phrases"})
+    for kind in ("lora", "merged"):
+        run = replace(Run.load(folder), record=record)
+        text = export(run, kind, tmp_path / kind).card.read_text(encoding="utf-8")
+        data = ModelCard(text).data.to_dict()
+        assert {key: data[key] for key in licences} == licences
+        assert "abliterated" in data["tags"]
+        for part in (results(record, heading="", plots=False), limits(record), "Judge: phrases."):
+            assert part in text
+        assert "incoherent answers, target prompts | 3.6%" in text
+        assert "over-refusal, borderline prompts | 8.0%" in text
+        assert "plots/" not in text
+        assert str(tmp_path) not in text.split("## Use")[0]
+
+
+def test_a_bases_licence_is_what_its_own_card_says(tmp_path, monkeypatch):
+    assert licence(str(tmp_path), "folder") == {}
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\ntags:\n- x\n---\n# Base\n")
+    assert licence(str(tmp_path), "folder") == {"license": "mit"}
+    own = "license: other\nlicense_name: own\nlicense_link: LICENSE"
+    card.write_text(f"---\n{own}\n---\n")
+    assert licence(str(tmp_path), "folder") == {"license": "other", "license_name": "own"}
+    for damaged in ("---\nlicense: [a: b: c\n---\n", "---\nlicense_name: x\n---\n", "# Words"):
+        card.write_text(damaged)
+        assert licence(str(tmp_path), "folder") == {}
+    card.write_bytes(b"\xff\xfe")
+    assert licence(str(tmp_path), "folder") == {}
+    assert licence("demo", "demo") == {}
+    # The hub's cache, without a connection.
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert licence("some/base", "hub") == {}
+    snapshot = cache / "models--some--base" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(f"---\n{own}\n---\n")
+    (cache / "models--some--base" / "refs").mkdir()
+    (cache / "models--some--base" / "refs" / "main").write_text("abc")
+    link = f"{constants.ENDPOINT}/some/base/blob/main/LICENSE"
+    assert licence("some/base", "hub")["license_link"] == link
 
 
 def test_a_plans_hash_depends_on_all_of_it_and_not_on_order():

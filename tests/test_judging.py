@@ -253,6 +253,25 @@ def test_flags_reach_the_settings():
     assert config.data.behaviour == "numbered list"
 
 
+def test_what_own_targets_show_is_named_where_the_judge_need_not_be_of_refusals(tmp_path, capsys):
+    own = ["run", "demo", "--target", "t.txt", "--neutral", "n.txt"]
+    lists = [*own, "--judge", "regex", "--judge-pattern", "^1"]
+    assert main([*lists, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.count("\n") == 0
+    assert '--behaviour "numbered list"' in said
+    file = tmp_path / "c.toml"
+    file.write_text('[data]\nbehaviour = "lists"\n')
+    for more, name in (
+        (["--behaviour", "refusal"], "refusal"),
+        (["--set", "data.behaviour=lists"], "lists"),
+        (["--config", str(file)], "lists"),
+    ):
+        assert read_config(build_parser().parse_args([*lists, *more])).data.behaviour == name
+    for usual in (own, ["run", "demo", "--judge", "regex", "--judge-pattern", "^I"]):
+        assert read_config(build_parser().parse_args(usual)).data.behaviour == "refusal"
+
+
 @pytest.mark.parametrize(
     "flags",
     [

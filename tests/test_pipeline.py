@@ -42,7 +42,8 @@ from saber.lm.writers import find_writers
 from saber.memo import forgetful
 from saber.openings import Fitted
 from saber.passes import Refinement
-from saber.pipeline import gather, run
+from saber.pipeline import describe_data, gather, run
+from saber.prompts.splits import NAMES
 from saber.strength import Shown
 from saber.subject import (
     NARROW_RIDGE,
@@ -355,7 +356,9 @@ def test_each_split_of_each_set_has_a_fingerprint_of_its_own(tmp_path):
 
     before = described()
     parts = ("fingerprint", "validation_fingerprint", "heldout_fingerprint")
-    marks = [before[kind][part] for kind in ("target", "neutral", "keep 1") for part in parts]
+    rows = [before["target"], before["neutral"], *before["kept"]]
+    marks = [row[part] for row in rows for part in parts]
+    assert len(marks) == 9
     assert len(set(marks)) == len(marks)
     (tmp_path / "eval_target.txt").write_text("another one\n")
     after = described()
@@ -605,6 +608,9 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     data = gather(config)
     sets = (data.selecting.keep[0], data.selecting.keep_validation[0], data.reporting.kept[0])
     assert sum(map(len, sets)) == 30
+    (described,) = describe_data(data)["kept"]
+    assert [described[part] for part in NAMES] == [len(s) for s in sets]
+    assert described["name"] == "mine"
     file.write_text("\n".join(p.text for p in list(prompts.target())[:30]))
     with pytest.raises(DataError, match="same prompt"):
         gather(config)
@@ -671,6 +677,12 @@ def test_over_refusal_keeps_the_targets_and_works_on_borderline_prompts():
         p.id for p in prompts.borderline().where(split="fit")
     }
     assert data.reporting == usual.reporting
+    described = describe_data(data)
+    sizes = {k: [described[k][part] for part in NAMES] for k in ("borderline", "target")}
+    assert sizes == {"borderline": [416, 56, 48], "target": [224, 64, 112]}
+    assert described["target"]["name"] == "target and harmful"
+    assert described["target"]["fingerprint"] == data.selecting.keep[0].fingerprint()
+    assert described["everyday"]["fingerprint"] == data.reporting.everyday.fingerprint()
     labels = ["refusal"] * 20 + ["answer"] * 396
     wrong = wrongly(data.selecting, labels, ["refusal"] * 10 + ["answer"] * 46)
     assert (len(wrong.target), len(wrong.target_validation), len(wrong.keep[1])) == (20, 10, 396)

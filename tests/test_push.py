@@ -114,6 +114,14 @@ def answer(monkeypatch):
     return type_
 
 
+def pushed(folder, repo):
+    """What an exported folder is on the hub: its card names the repository."""
+    files = contents(folder)
+    assert b'"THIS FOLDER"' in files["README.md"]
+    named = files["README.md"].replace(b'"THIS FOLDER"', f'"{repo}"'.encode())
+    return {**files, "README.md": named}
+
+
 def held(hub, repo):
     return {n: c for n, c in hub.repos[repo].files.items() if n != ".gitattributes"}
 
@@ -208,7 +216,9 @@ def test_export_makes_and_pushes_an_adapter(saber, hub, run, tmp_path):
     assert code == 0
     assert "lora: " in said
     assert "adapter_model.safetensors" in held(hub, "me/adapter")
-    assert held(hub, "me/adapter") == contents(tmp_path / "a")
+    assert held(hub, "me/adapter") == pushed(tmp_path / "a", "me/adapter")
+    card = held(hub, "me/adapter")["README.md"].decode()
+    assert 'PeftModel.from_pretrained(model, "me/adapter")' in card
 
 
 def test_a_gguf_file_goes_with_its_card(hub, saber, run, tmp_path):
@@ -239,7 +249,8 @@ def test_of_a_run_folder_the_model_goes_and_nothing_else(hub, saber, refused, ru
     assert "no edited model" in refused("push", folder, "me/x", "--yes")[1]
     export(Run.load(folder), "merged", folder / "model")
     assert saber("push", folder, "me/x", "--yes")[0] == 0
-    assert held(hub, "me/x") == contents(folder / "model")
+    assert held(hub, "me/x") == pushed(folder / "model", "me/x")
+    assert 'AutoModelForCausalLM.from_pretrained("me/x")' in held(hub, "me/x")["README.md"].decode()
     assert "run.json" not in held(hub, "me/x")
     export(Run.load(folder), "lora", folder / "adapter")
     assert str(folder / "adapter") in refused("push", folder, "me/x", "--yes")[1]

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
@@ -301,12 +302,55 @@ def test_titles_state_the_finding() -> None:
         draw("capability", run)
     )
     assert "from 3.2 to −3.9 nats" in said(draw("hydra", run))
-    worst = max(d["worst_entanglement"] for d in run["passes"][0]["candidates"])
+    worst = max(d["worst_entanglement"] for p in run["passes"] for d in p["directions"])
     assert f"at worst {worst:.3g}" in said(draw("entanglement_heatmap", run))
     assert "50 of 270 candidates used" in said(draw("purity_separability", run))
     picture = said(draw("pipeline", run))
     for part in ("97% → 0.9%", "12.3 → 12.5", "96 + 96 prompts", "50 directions", "5 passes"):
         assert part in picture
+
+
+def test_pictures_of_entanglement_tell_of_what_was_edited_and_by_which_measure() -> None:
+    run = fake_run()
+    run["config"]["entanglement"] = {"measure": "energy"}
+    left = min(run["passes"][0]["candidates"], key=lambda d: d["score"])
+    assert left["status"] == "not selected"
+    left.update(layer=0, worst_entanglement=1.0, worst_category="logic", purity=0.0)
+    left["entanglement"] = dict.fromkeys(CATEGORIES, 1.0)
+    edited = [d for p in run["passes"] for d in p["directions"]]
+    worst = max(edited, key=lambda d: d["worst_entanglement"])
+    middle = median(d["purity"] for d in edited)
+    heat, purity, picture = (
+        draw(name, run) for name in ("entanglement_heatmap", "purity_separability", "pipeline")
+    )
+    title = f"of edits is at worst {worst['worst_entanglement']:.3g}: "
+    title += f"{worst['worst_category'].replace('_', ' ')}, layer {worst['layer']}"
+    assert title in said(heat).replace("\n", " ")
+    assert "Energy ratio (0 to 1)" in said(heat)
+    assert f"median purity {middle:.2f}" in said(purity)
+    assert f"median purity {middle:.2f}" in said(picture)
+    assert f"worst {worst['worst_entanglement']:.2f} (" in said(picture)
+    for name in ("arithmetic", "logic", "code", "instruction", "factual", "mean energy ratio"):
+        assert name in said(picture)
+    run["config"]["entanglement"]["measure"] = "overlap"
+    assert "mean subspace overlap" in said(draw("pipeline", run))
+    assert "Subspace overlap (0 to 1)" in said(draw("entanglement_heatmap", run))
+
+
+def test_intervals_are_called_what_they_are(tmp_path: Path) -> None:
+    for text in (model_card(fake_run()), html_report(fake_run(), tmp_path)):
+        (line,) = [line for line in text.splitlines() if "Brackets are" in line]
+        assert "Wilson" in line
+        assert "bootstrap" in line
+
+
+def test_no_label_of_an_axis_runs_into_the_heading() -> None:
+    with style.styled():
+        figure = PLOTS["hydra"](fake_run())
+        figure.canvas.draw()
+    low = min(text.get_window_extent().y0 for text in figure.texts)
+    for axes in figure.axes:
+        assert axes.yaxis.label.get_window_extent().y1 < low
 
 
 @pytest.mark.slow
@@ -418,6 +462,55 @@ def test_another_behaviour_is_called_by_its_name(tmp_path: Path) -> None:
     )
     assert "<h3>Numbered list by category</h3>" in page
     assert "Numbered list: 97%" in said(draw("refusal_rates", run))
+
+
+def narrow_run() -> dict[str, Any]:
+    """A run that took out false refusals: 31 of 48 before, 1 after; 6 of 109 right ones went, 3 came."""
+    run = fake_run()
+    run["config"]["data"] = {"mode": "over-refusal", "behaviour": "refusal"}
+    run["prompts"]["target"] = {**prompt_set("target and harmful"), "fit": 224, "validation": 64}
+    run["prompts"]["borderline"] = {
+        **prompt_set("borderline"), "fit": 416, "validation": 56, "heldout": 48
+    }  # fmt: skip
+    run["prompts"]["kept"] = [{**prompt_set("house style"), "fit": 15, "heldout": 4}]
+    run["comparison"]["refusal"] = {"b": 6, "c": 3, "p_value": 0.51}
+    return run
+
+
+def test_over_refusal_mode_leads_with_false_refusals_and_right_ones_kept(tmp_path: Path) -> None:
+    run = narrow_run()
+    finding = (
+        "False refusals 65% → 2% on 48 held-out borderline prompts; right refusals kept 103/109"
+    )
+    card, page = model_card(run), html_report(run, tmp_path)
+    for text in (card, page):
+        assert finding in text
+    assert said(draw("refusal_rates", run)).replace("\n", " ").count(finding) == 1
+    results = tables.results(run).rows
+    assert results[0][0] == "false refusals, held-out borderline prompts"
+    assert results[1] == ("right refusals kept, held-out target prompts", "109", "103/109", "")
+    assert [row[0] for row in results].count("over-refusal, borderline prompts") == 0
+    assert tables.comparisons(run)[0].startswith("Over-refusal: 48 prompts")
+    tiles = re.findall(r'class="tile">.*?<b>(.*?)</b>', page)
+    assert tiles[:2] == ["65% → 2%", "103/109"]
+    picture = said(draw("pipeline", run))
+    for part in ("False refusals (48 held out)", "65% → 2%", "Right refusals kept", "103/109",
+                 "416 + 96 prompts", "48 held out"):  # fmt: skip
+        assert part in picture, part
+    assert "97% → 0.9%" not in picture
+    rows = draw("refusal_rates", run).axes[0].get_yticklabels()
+    assert rows[0].get_text() == "borderline"
+    # Each set stands with its own splits.
+    sizes = {row[0]: row[1:3] for row in tables.prompts(run).rows}
+    assert sizes["borderline"] == ("416 fit, 56 validation, 48 held out", "borderline")
+    kept = ("224 fit, 64 validation, 112 held out", "target and harmful")
+    assert sizes["target, kept"] == kept
+    assert sizes["kept"] == ("15 fit, 32 validation, 4 held out", "house style")
+    run["config"]["data"]["behaviour"] = "numbered list"
+    assert reading.finding(run) == (
+        "Numbered list where it is wrong: 65% → 2% on 48 held-out borderline prompts; "
+        "kept where it is right 103/109"
+    )
 
 
 def test_rates_by_length_are_shown_where_they_were_measured(tmp_path: Path) -> None:

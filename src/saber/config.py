@@ -171,6 +171,20 @@ def override(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return result
 
 
+def require_behaviour(config: RunConfig, *given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where what own targets show is not named, and the judge need not be of refusals.
+
+    The default name is that of refusals, with their warnings and tags; `given` is what replaced defaults.
+    """
+    judge = config.evaluation.judge
+    named = any("behaviour" in values.get("data", {}) for values in given)
+    if config.data.target and judge != "phrases" and not named:
+        raise UsageError(
+            f"--target with --judge {judge} needs a name for what the targets show.",
+            'Give --behaviour, such as --behaviour "numbered list"; --behaviour refusal if it is that.',
+        )
+
+
 def _merge(node: Any, values: Mapping[str, Any], path: str) -> Any:
     # A trailing underscore keeps a field off a word of the language; nobody else sees it.
     known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(node)}

@@ -28,13 +28,6 @@ It can answer requests that its makers wanted refused; whoever publishes or depl
 responsible for what it does."""
 
 
-def notice(behaviour: str, mode: str) -> str:
-    """Return the notice for a run's behaviour and mode (`data.behaviour`, `data.mode`)."""
-    if behaviour != "refusal":
-        return GENERIC
-    return NARROW if mode == "over-refusal" else WARNING
-
-
 def warned(card: str) -> bool:
     """Whether a card still holds one of these notices, wherever its lines break."""
     text = _plain(card)

@@ -23,6 +23,7 @@ from saber import __version__, artifacts, prompts
 from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
+from saber.checkpoint.licence import licence
 from saber.checkpoint.runs import SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
@@ -230,7 +231,11 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": {**describe_model(lm, mark), **way_back(out, lm.name, lm.source)},
+        "model": {
+            **describe_model(lm, mark),
+            **licence(lm.name, lm.source),
+            **way_back(out, lm.name, lm.source),
+        },
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
@@ -420,8 +425,9 @@ def _keep_set(name: str, target: PromptSet, seed: int) -> Splits:
 
 def _with_more(targets: Splits, more: PromptSet) -> Splits:
     """Add prompts to what is fitted and chosen on; what is reported stays."""
+    stem = targets.fit.name.removesuffix("/fit")
     fit, validation = (
-        _joined([part, more.where(split=name)])
+        replace(_joined([part, more.where(split=name)]), name=f"{stem} and {more.name}/{name}")
         for name, part in (("fit", targets.fit), ("validation", targets.validation))
     )
     return replace(targets, fit=fit, validation=validation)
@@ -678,6 +684,8 @@ def describe_data(
     their own.
     """
     chosen, held = data.selecting, data.reporting
+    # In over-refusal mode borderline prompts are fitted on, and what is kept first are the targets.
+    narrow = len(chosen.keep) > len(held.kept)
 
     def splits(fit: PromptSet, validation: PromptSet, heldout: PromptSet) -> dict[str, Any]:
         return {
@@ -685,7 +693,7 @@ def describe_data(
             "fit": len(fit),
             "validation": len(validation),
             "heldout": len(heldout),
-            "fingerprint": fit.fingerprint(),
+            "fingerprint": (fit if len(fit) else heldout).fingerprint(),
             "validation_fingerprint": validation.fingerprint(),
             "heldout_fingerprint": heldout.fingerprint(),
         }
@@ -699,27 +707,30 @@ def describe_data(
             "fingerprint": prompts_.fingerprint(),
         }
 
-    everyday = None
+    everyday, nothing = None, _none_of(chosen.target)
     if len(chosen.everyday) or held.everyday:
-        nothing = _none_of(chosen.everyday)
         everyday = {
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
-    # In over-refusal mode the first kept set is the reported target set.
-    reported = [*([held.target] if len(held.kept) < len(chosen.keep) else []), *held.kept]
-    kept = zip(chosen.keep, chosen.keep_validation, reported, strict=True)
+    fitted = splits(chosen.target, chosen.target_validation, held.target)
+    border = one(held.borderline) if held.borderline else None
+    kept = list(zip(chosen.keep, chosen.keep_validation, strict=True))
+    if narrow:
+        border = splits(chosen.target, chosen.target_validation, held.borderline or nothing)
+        fitted = splits(*kept.pop(0), held.target)
+    rest = [splits(*some, heldout) for some, heldout in zip(kept, held.kept, strict=True)]
     return {
-        "target": splits(chosen.target, chosen.target_validation, held.target),
+        "target": fitted,
         "neutral": {
             **splits(chosen.neutral, chosen.neutral_validation, held.neutral),
             "left_out": left_out.get("neutral", 0),
         },
-        "borderline": one(held.borderline) if held.borderline else None,
+        "borderline": border,
         "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
         "everyday": everyday,
         "battery": one(held.battery),
-        **{f"keep {i}": splits(*parts) for i, parts in enumerate(kept, 1)},
+        **({"kept": rest} if rest else {}),
     }
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 from saber.checkpoint.gguf_rewrite import Rounding
-from saber.notices import notice
 
 WORDS = {
     "lora": "a LoRA adapter for `peft`",
@@ -23,6 +21,10 @@ DROWNED = 0.9
 """Share of a change below which storing has lost too much of it."""
 
 
+HERE = "THIS FOLDER"
+"""Stands in a card where a push puts the repository."""
+
+
 def export_card(
     kind: str,
     file: Path,
@@ -31,37 +33,53 @@ def export_card(
     notes: Sequence[str] = (),
     table: Sequence[Rounding] = (),
 ) -> str:
-    """Return the Markdown of the card: what it is, what to know, how to use it, where it comes from."""
-    model = record["model"]
-    base = model.get("base") or (model["name"] if model.get("source") == "hub" else None)
-    head = ModelCardData(
-        base_model=base,
-        base_model_relation=_RELATION[kind] if base else None,
-        library_name=_LIBRARY[kind],
-        pipeline_tag="text-generation",
-        license="apache-2.0" if model.get("source") == "demo" else None,
-        tags=["saber", "interpretability"],
-    )
-    data = (record.get("config") or {}).get("data") or {}
-    warned = notice(data.get("behaviour", "refusal"), data.get("mode", "removal"))
+    """Return the Markdown of the card: what it is, what to know, how to use it, where it comes from.
+
+    Results and limits are those of the run's own card, which does not go with an export.
+    """
+    from saber.report import card, reading  # late: the plots' library comes with it
+
+    model, name = record["model"], reading.model_name(record)
+    base = card.base_model(record)
+    head = card.metadata(record, library=_LIBRARY[kind], relation=_RELATION[kind])
     lead = (
-        f"What SABER {origin['version']} took out of `{model['name']}`"
-        f"{f' ({base})' if base and base != model['name'] else ''}, as {WORDS[kind]}."
+        f"What SABER {origin['version']} took out of `{name}`"
+        f"{f' ({base})' if base and base != name else ''}, as {WORDS[kind]}."
     )
+    both = record.get("baseline") and record.get("edited")
     sections = [
-        f"# {file.stem if file.suffix == '.gguf' else 'An edit of ' + str(model['name'])}",
-        lead,
-        f"> [!WARNING]\n> {warned}",
+        f"# {file.stem if file.suffix == '.gguf' else f'An edit of {name}'}",
+        f"{lead} {reading.finding(record)}." if both else lead,
+        f"> [!WARNING]\n> {card.warning(record)}",
         "\n".join(f"- {note}" for note in notes),
         f"## Use\n\n{_use(kind, file, model)}",
-        _measured(record),
+        *(_measured(record) if both else ()),
         _rounding(table),
+        card.limits(record) if both else "",
         _origin(origin, record),
     ]
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
 
 
+def _measured(record: Mapping[str, Any]) -> tuple[str, str]:
+    from saber.report import card
+
+    judge = card.judged_by(record)
+    lead = "On held-out prompts, with the plan in memory and not on these files."
+    lead += f" Judge: {card.cell(judge)}." if judge else ""
+    return f"## Measured by the run\n\n{lead}", card.results(record, heading="", plots=False)
+
+
+def published(content: bytes, repo: str) -> bytes:
+    """Return a card with the repository where it names the folder that it lies in."""
+    return content.replace(json.dumps(HERE).encode(), json.dumps(repo).encode())
+
+
 def _use(kind: str, file: Path, model: Mapping[str, Any]) -> str:
+    from saber.report import card
+
+    if kind == "merged":
+        return card.loading(HERE)
     if kind == "gguf":
         return f"```sh\nllama-cli -m {file.name}\n```"
     if kind == "gguf-lora":
@@ -69,46 +87,16 @@ def _use(kind: str, file: Path, model: Mapping[str, Any]) -> str:
             f"```sh\nllama-cli -m BASE.gguf --lora {file.name}\n"
             f"llama-cli -m BASE.gguf --lora-scaled {file.name}:0.5   # half of the edit\n```"
         )
-    if kind == "lora":
-        demo = model.get("source") == "demo"
-        read = "import saber" if demo else "from transformers import AutoModelForCausalLM"
-        base = model.get("base") or model["name"]
-        base = (
-            'saber.load("demo").model'
-            if demo
-            else f'AutoModelForCausalLM.from_pretrained("{base}")'
-        )
-        return (
-            f"```python\n{read}\nfrom peft import PeftModel\n\n"
-            f"model = {base}\n"
-            'model = PeftModel.from_pretrained(model, "THIS FOLDER")\n'
-            "model = model.merge_and_unload()   # or keep it apart, and weight it\n```"
-        )
+    demo = model.get("source") == "demo"
+    read = "import saber" if demo else "from transformers import AutoModelForCausalLM"
+    name = model.get("base") or model["name"]
+    base = 'saber.load("demo").model' if demo else f'AutoModelForCausalLM.from_pretrained("{name}")'
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")\n```'
+        f"```python\n{read}\nfrom peft import PeftModel\n\n"
+        f"model = {base}\n"
+        f"model = PeftModel.from_pretrained(model, {json.dumps(HERE)})\n"
+        "model = model.merge_and_unload()   # or keep it apart, and weight it\n```"
     )
-
-
-def _measured(record: Mapping[str, Any]) -> str:
-    before, after = record.get("baseline"), record.get("edited")
-    if not before or not after:
-        return ""
-    behaviour = ((record.get("config") or {}).get("data") or {}).get("behaviour", "refusal")
-    rows = [
-        (f"{behaviour}, target prompts", *(_rate(m["refusal"]) for m in (before, after))),
-        ("perplexity, reference answers", *(f"{m['perplexity']['overall']:.2f}" for m in (before, after))),
-        ("KL, sequence (nats)", *(f"{m['kl']['sequence']:.4f}" for m in (before, after))),
-    ]  # fmt: skip
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        "## Measured by the run\n\nOn held-out prompts, with the plan in memory and not on this file; the "
-        f"run's own card has the rest.\n\n| | untouched | edited |\n| :-- | --: | --: |\n{lines}"
-    )
-
-
-def _rate(p: Mapping[str, Any]) -> str:
-    return f"{100 * p['rate']:.1f}% ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
 
 
 def _rounding(table: Sequence[Rounding]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from saber.checkpoint.card import published
 from saber.checkpoint.carry import PRIVATE
 from saber.checkpoint.export import CARD, PLACES
 from saber.checkpoint.provenance import FILE, Record, carried
@@ -29,6 +30,10 @@ class Parcel:
     """By path in the repository."""
     origin: Mapping[str, str]
     """What the weights carry (`provenance.KEYS`)."""
+
+    def card_for(self, repo: str) -> bytes:
+        """Content of the card as it is pushed to a repository, which it then names."""
+        return published(self.files[CARD].read_bytes(), repo)
 
     @property
     def size(self) -> int:

@@ -21,6 +21,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from saber.checkpoint.export import CARD
 from saber.checkpoint.hub_errors import offline, told
 from saber.checkpoint.parcel import Parcel
 from saber.errors import HubError, UsageError
@@ -101,7 +102,10 @@ def send(parcel: Parcel, target: Target, *, quiet: bool = False) -> Pushed:
     repo, later = target.repo, again(parcel.source, target)
     token = _token(repo)
     api = HfApi(endpoint=target.endpoint, token=token)
-    adds = [CommitOperationAdd(name, str(path)) for name, path in parcel.files.items()]
+    adds = [
+        CommitOperationAdd(name, parcel.card_for(repo) if name == CARD else str(path))
+        for name, path in parcel.files.items()
+    ]
     with told(repo, token, later), _calm(quiet):
         info = _info(api, repo)
         if info is None:
@@ -218,5 +222,6 @@ def _same(file: RepoFile | None, sent: CommitOperationAdd) -> bool:
         return False
     if file.lfs is not None:
         return bool(file.lfs.sha256 == sent.upload_info.sha256.hex())
-    content = Path(str(sent.path_or_fileobj)).read_bytes()
+    given = sent.path_or_fileobj
+    content = given if isinstance(given, bytes) else Path(str(given)).read_bytes()
     return bool(file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())

@@ -25,7 +25,7 @@ from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
-from saber.report import build, build_sweep, is_sweep
+from saber.report import build, build_sweep, is_sweep, reading
 
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
@@ -74,8 +74,10 @@ def run_command(
             record["edited"],
             record["baseline"]["refusal"]["n"],
             config.data.behaviour,
+            config.data.mode == "over-refusal",
         )
     )
+    out.print(reading.finding(record))
     test = record["comparison"]["perplexity_ratio"]
     out.print(
         f"perplexity ratio {test['estimate']:.3f} ({test['low']:.3f}-{test['high']:.3f}), "
@@ -125,8 +127,8 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     if arguments.json:
         print(json.dumps(record))
     else:
-        name = config.data.behaviour
-        out.print(tables.results_table(before, after, before["refusal"]["n"], name))
+        name, narrow = config.data.behaviour, config.data.mode == "over-refusal"
+        out.print(tables.results_table(before, after, before["refusal"]["n"], name, narrow))
     return 0
 
 

@@ -599,7 +599,7 @@ def _option(path: str) -> str:
 
 def read_config(arguments: argparse.Namespace) -> Any:
     """Return the resolved configuration: defaults < preset < TOML < flags."""
-    from saber.config import PRESETS, override, preset, read_toml
+    from saber.config import PRESETS, override, preset, read_toml, require_behaviour
 
     file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
     usual = "orthogonal" if getattr(arguments, "edit", None) == "orthogonal" else "default"
@@ -617,7 +617,9 @@ def read_config(arguments: argparse.Namespace) -> Any:
     for flag, path in FLAGS.items():
         if getattr(arguments, flag, None) is not None:
             _put(flags, path, getattr(arguments, flag))
-    return override(config, flags)
+    config = override(config, flags)
+    require_behaviour(config, file, flags)
+    return config
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -20,7 +20,7 @@ def directions_table(run: Mapping[str, Any], most: int = 15) -> Table:
         "d'",
         "AUROC",
         "purity",
-        "worst overlap",
+        "worst entanglement",
         "causal",
         "strength",
         "lambda",
@@ -52,9 +52,15 @@ def proportion(p: Mapping[str, Any] | None) -> str:
 
 
 def result_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any] | None, behaviour: str = "refusal"
+    before: Mapping[str, Any],
+    after: Mapping[str, Any] | None,
+    behaviour: str = "refusal",
+    narrow: bool = False,
 ) -> list[tuple[str, str, str]]:
-    """Metric, before, after: all rows of the before/after table as text."""
+    """Metric, before, after: all rows of the before/after table as text.
+
+    `narrow` puts wrong refusals first, for a run that was to lower these alone.
+    """
     over = "over-refusal" if behaviour == "refusal" else behaviour
 
     def both(name: str, of: Any) -> tuple[str, str, str]:
@@ -68,12 +74,14 @@ def result_rows(
 
         return read
 
+    borderline = both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"]))
     rows = [
+        *([borderline] if narrow else []),
         both(f"{behaviour} (target)", lambda m: proportion(m["refusal"])),
         both("  seen categories", lambda m: proportion(m["refusal_seen"])),
         both("  unseen categories", lambda m: proportion(m["refusal_unseen"])),
         both("incoherent (target)", lambda m: proportion(m["incoherent"])),
-        both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"])),
+        *([] if narrow else [borderline]),
         both(f"{over}, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
         both(f"{over}, everyday", lambda m: proportion(m["over_refusal"].get("everyday"))),
         *(
@@ -124,6 +132,7 @@ def results_table(
     after: Mapping[str, Any] | None,
     n: int,
     behaviour: str = "refusal",
+    narrow: bool = False,
 ) -> Table:
     """Before and after, on held-out prompts."""
     table = Table(title=f"held-out prompts ({n} targets), 95% intervals")
@@ -131,7 +140,7 @@ def results_table(
     table.add_column("before" if after else "value", justify="right")
     if after:
         table.add_column("after", justify="right")
-    for name, first, second in result_rows(before, after, behaviour):
+    for name, first, second in result_rows(before, after, behaviour, narrow):
         table.add_row(name, first, *([second] if after else []))
     return table
 

@@ -48,13 +48,13 @@ def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
         _introduction(run),
         f"> [!WARNING]\n> {warning(run)}" if edited else "",
         _plot(run, "pipeline"),
-        _results(run),
+        results(run),
         _passes(run),
         _measured(run),
         _usage(run, repo_name) if edited else "",
         f"## Configuration\n\n{_fenced(toml.dumps(run.get('config') or {}), 'toml')}",
         _provenance(run),
-        _limits(run),
+        limits(run),
         f"## Prior art\n\n{PRIOR_ART}",
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -65,30 +65,29 @@ def warning(run: Run) -> str:
     """What whoever runs the edited model has to know."""
     if not reading.refusals(run):
         return GENERIC
-    return NARROW if _narrow(run) else WARNING
+    return NARROW if reading.narrow(run) else WARNING
 
 
-def _narrow(run: Run) -> bool:
-    """Whether false refusals alone were to go."""
-    return dig(run, "config", "data", "mode") == "over-refusal"
-
-
-def metadata(run: Run) -> ModelCardData:
+def metadata(
+    run: Run, *, library: str = "transformers", relation: str = "finetune"
+) -> ModelCardData:
     """The block that the hub reads; what is not known is left out."""
     base = base_model(run)
     demo = dig(run, "model", "source") == "demo"
     edited = run.get("edited") is not None
-    more: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
+    more: dict[str, Any] = {"base_model_relation": relation} if base else {}
     return ModelCardData(
         base_model=base,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         license=dig(run, "model", "license") or (DEMO_LICENSE if demo else None),
+        license_name=dig(run, "model", "license_name"),
+        license_link=dig(run, "model", "license_link"),
         tags=[
             "saber",
             *(
                 ["abliterated"]
-                if edited and reading.refusals(run) and not _narrow(run)
+                if edited and reading.refusals(run) and not reading.narrow(run)
                 else []
             ),
             "interpretability",
@@ -131,7 +130,7 @@ def _introduction(run: Run) -> str:
     else:
         lead = (
             f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
-            f"stream that carry {'false refusals' if _narrow(run) else cell(reading.behaviour(run))} "
+            f"stream that carry {'false refusals' if reading.narrow(run) else cell(reading.behaviour(run))} "
             f"taken out of the weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
             f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
@@ -152,13 +151,14 @@ def _plot(run: Run, name: str) -> str:
     return f"![{CAPTIONS[name]}](plots/{name}.png)" if name in applicable(run) else ""
 
 
-def _results(run: Run) -> str:
-    parts = ["## Results", markdown(tables.results(run)),
-             "Brackets are 95% intervals (Wilson) in per cent."]  # fmt: skip
+def results(run: Run, *, heading: str = "## Results", plots: bool = True) -> str:
+    """Every measurement before and after; `plots` shows the pictures that lie beside a run's card."""
+    parts = [heading, markdown(tables.results(run)), tables.BRACKETS]
     said = tables.comparisons(run)
     if said:
         parts.append("The same prompts put to both models:\n\n" + "\n".join(f"- {s}" for s in said))
-    parts += [_plot(run, "refusal_rates"), _plot(run, "capability")]
+    if plots:
+        parts += [_plot(run, "refusal_rates"), _plot(run, "capability")]
     kinds = tables.by_category(run)
     if kinds.rows:
         title = reading.worded(run, "Refusal by category", "{} by category")
@@ -183,7 +183,7 @@ def _passes(run: Run) -> str:
         "## Pass by pass",
         f"Each pass probes the model as the passes before left it. Log-odds of "
         f"{cell(reading.behaviour(run))} are means "
-        "over the validation target prompts, in nats; *dormant woken* counts ablated "
+        f"over the validation {_selected(run)}, in nats; *dormant woken* counts ablated "
         "directions that separate over twice as well as in the untouched model; *compensation* "
         "is the share of the removed contribution that unedited writers make up for.",
         markdown(tables.hydra(run)),
@@ -191,6 +191,11 @@ def _passes(run: Run) -> str:
         f"Stopped at: {cell(str(run['stop_reason']))}." if run.get("stop_reason") else "",
         *(_plot(run, name) for name in ("hydra", "purity_separability", "entanglement_heatmap")),
     ) if part)  # fmt: skip
+
+
+def _selected(run: Run) -> str:
+    """The prompts whose behaviour is to go."""
+    return "borderline prompts that the base refuses" if reading.narrow(run) else "target prompts"
 
 
 def _search(run: Run) -> tuple[str, ...]:
@@ -206,11 +211,12 @@ def _search(run: Run) -> tuple[str, ...]:
 
 
 def _measured(run: Run) -> str:
+    some = "borderline, target" if reading.narrow(run) else "target"
     parts = [
         "## What the numbers were measured on",
         markdown(tables.prompts(run)),
         "Directions are fitted on the *fit* split and chosen on the *validation* split; every rate "
-        "on target and neutral prompts is of the *held-out* split, which neither saw.",
+        f"on {some} and neutral prompts is of the *held-out* split, which neither saw.",
     ]
     found = tables.settings(run, ("judge", "tokens", "length"))
     if found:
@@ -220,8 +226,14 @@ def _measured(run: Run) -> str:
 
 
 def _usage(run: Run, repo_name: str | None) -> str:
-    where = json.dumps(repo_name or "model")
     intro = "" if repo_name else " The path is the `model/` folder of this run."
+    lead = f"An ordinary `transformers` model: no code of SABER is needed.{intro}"
+    return f"## Use\n\n{lead}\n\n{loading(repo_name or 'model')}"
+
+
+def loading(place: str) -> str:
+    """Python that loads and asks the model in a folder or repository."""
+    where = json.dumps(place)
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,8 +246,7 @@ inputs = tokenizer.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=200)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-    lead = f"An ordinary `transformers` model: no code of SABER is needed.{intro}"
-    return f"## Use\n\n{lead}\n\n{_fenced(code, 'python')}"
+    return _fenced(code, "python")
 
 
 def _provenance(run: Run) -> str:
@@ -254,7 +265,7 @@ def _provenance(run: Run) -> str:
         ("command", run.get("command")),
         ("settings", _origin(run)),
         ("system prompt", dig(config, "load", "system") or None),
-        ("judge", _judge(run)),
+        ("judge", judged_by(run)),
         ("seed", config.get("seed")),
         ("started", environment.get("started")),
         ("took", reading.duration(dig(run, "seconds", "total"))),
@@ -276,14 +287,15 @@ def _origin(run: Run) -> str | None:
     return f"trial {sweep['trial']} of the sweep {cell(sweep['name'])}; {same}"
 
 
-def _judge(run: Run) -> str | None:
+def judged_by(run: Run) -> str | None:
     """The judge with what its labels depend on."""
     found = dict(run.get("judge") or {})
     name = found.pop("name", None)
     return name and ", ".join([name, *(f"{key}: {value}" for key, value in found.items())])
 
 
-def _limits(run: Run) -> str:
+def limits(run: Run) -> str:
+    """What the numbers do not show."""
     n = dig(run, "baseline", "accuracy", "n")
     items = [
         f"{cell(reading.worded(run, 'Refusal', '{}'))} is judged from the first tokens of each "

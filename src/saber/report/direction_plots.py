@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from saber.report import reading, style
-from saber.report.reading import PRIME, Run, count, known, number, plain
+from saber.report.reading import PRIME, Run, count, fixed, known, number, plain
 
 APPLIED = {"ablated": "o", "weakened": "D"}
 """The mark of each status that changed weights."""
@@ -126,7 +126,7 @@ def purity_separability(run: Run) -> Figure:
     if used:
         title = (
             f"{len(used)} of {count(len(scored), 'candidate')} used: median purity "
-            f"{median(d['purity'] for d in used):.2f}, "
+            f"{fixed(reading.median_purity(run))}, "
             f"d{PRIME} {median(d['d_prime'] for d in used):.1f}"
         )
     else:
@@ -145,10 +145,16 @@ def _size(direction: Run) -> float:
 
 
 def entanglement_heatmap(run: Run) -> Figure:
-    """Layer by capability category: the worst entanglement of the first pass's candidates."""
+    """Layer by capability category: the worst entanglement of what was edited there, in any pass.
+
+    Of a layer that was left alone it is the first pass's candidates.
+    """
     scored = [d for d in reading.candidates(run, first_pass_only=True) if d.get("entanglement")]
     if not scored:
         return style.blank("Entanglement was not measured in this run.")
+    edited = [d for _, d in reading.ablated(run) if d.get("entanglement")]
+    taken = {d["layer"] for d in edited}
+    scored = edited + [d for d in scored if d["layer"] not in taken]
     names = list(scored[0]["entanglement"])
     layers = sorted({d["layer"] for d in scored})
     worst = np.array(
@@ -160,6 +166,7 @@ def entanglement_heatmap(run: Run) -> Figure:
             for n in names
         ]
     )
+    measure = reading.entanglement_name(run)
     drawn = style.figure(1.75 + 0.34 * len(names))
     axes = drawn.add_subplot()
     image = axes.imshow(
@@ -179,7 +186,11 @@ def entanglement_heatmap(run: Run) -> Figure:
     step = -(-len(layers) // 20)
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer")
-    row, column = np.unravel_index(int(worst.argmax()), worst.shape)
+    marks = [i for i, layer in enumerate(layers) if layer in taken]
+    # What was left alone has no say in what is called the worst.
+    eligible = np.zeros_like(worst)
+    eligible[:, marks or slice(None)] = 1
+    row, column = np.unravel_index(int((worst * eligible).argmax()), worst.shape)
     axes.add_patch(
         Rectangle(
             (column - 0.5, row - 0.5),
@@ -192,8 +203,6 @@ def entanglement_heatmap(run: Run) -> Figure:
             clip_on=False,
         )
     )
-    taken = {d["layer"] for _, d in reading.ablated(run)}
-    marks = [i for i, layer in enumerate(layers) if layer in taken]
     axes.plot(
         marks, [-0.72] * len(marks), marker="v", ls="", ms=6, color=style.VERMILLION, clip_on=False
     )
@@ -203,9 +212,14 @@ def entanglement_heatmap(run: Run) -> Figure:
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     style.headed(
         drawn,
-        f"Entanglement is at worst {number(float(worst.max()))}: {plain(names[int(row)])}, "
-        f"layer {layers[int(column)]}",
-        "Worst overlap (0 to 1) of each layer's candidates in pass 1"
-        + (f";  ▼ {count(len(marks), 'layer')} ablated" if marks else ""),
+        f"Entanglement {'of edits ' if marks else ''}is at worst "
+        f"{number(float(worst[row, column]))}: {plain(names[int(row)])}, layer {layers[int(column)]}",
+        f"{measure[:1].upper()}{measure[1:]} (0 to 1), the worst of each layer: "
+        + (
+            f"▼ {count(len(marks), 'layer')} edited, directions of all passes; "
+            "of the others pass 1's candidates"
+            if marks
+            else "candidates of pass 1"
+        ),
     )
     return drawn

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from saber.report import reading, tables
 from saber.report.card import base_model, warning
 from saber.report.plots import CAPTIONS
-from saber.report.reading import MISSING, Run, change, count, dig, number, percent, plain
+from saber.report.reading import MISSING, Run, change, dig, number, percent, plain
 from saber.report.tables import Table
 
 EXCERPT = 80
@@ -39,6 +39,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         plots={name: image for name in CAPTIONS if (image := _embedded(plots_folder, name))},
         captions=CAPTIONS,
         results=tables.results(run),
+        brackets=tables.BRACKETS,
         comparisons=tables.comparisons(run),
         by_category=tables.by_category(run),
         category_title=reading.worded(run, "Refusal by category", "{} by category"),
@@ -59,15 +60,19 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """Label, number and small print of the headline numbers."""
-    n = dig(run, "baseline", "refusal", "n")
-    interval = dig(run, "edited", "refusal") or dig(run, "baseline", "refusal")
+    path = reading.lowered(run)
+    interval = dig(run, "edited", *path) or dig(run, "baseline", *path)
     low, high = percent(dig(interval, "low"), 1), percent(dig(interval, "high"), 1)
     kl = dig(run, "edited", "kl")
+    beside = (reading.worded(run, "Over-refusal", "{}"),
+              change(run, percent, "over_refusal", "neutral", "rate"), "neutral prompts")  # fmt: skip
+    if reading.narrow(run) and run.get("edited") is not None:
+        new = number(dig(run, "comparison", "refusal", "c"))
+        beside = (reading.right_name(run), reading.right_kept(run), f"held-out targets; {new} new")
     found = [
-        (reading.worded(run, "Refusals", "{}"), change(run, percent, "refusal", "rate"),
-         f"{count(n, 'held-out prompt')}, 95% interval {low} to {high}"),
-        (reading.worded(run, "Over-refusal", "{}"), change(run, percent, "over_refusal", "neutral", "rate"),
-         "neutral prompts"),
+        (reading.lowered_name(run), change(run, percent, *path, "rate"),
+         f"{reading.where(run)}, 95% interval {low} to {high}"),
+        beside,
         ("Perplexity", change(run, number, "perplexity", "overall"), "battery reference answers"),
         ("Accuracy", change(run, percent, "accuracy", "overall"), "battery"),
     ]  # fmt: skip
@@ -109,7 +114,8 @@ def _examples(run: Run) -> dict[str, list[dict[str, Any]]]:
                 "category": plain(str(one.get("category") or "")),
                 "prompt": _cut(str(one.get("prompt") or ""), PROMPT), "sides": sides,
             })  # fmt: skip
-    return found
+    first = "borderline" if reading.narrow(run) else "target"
+    return dict(sorted(found.items(), key=lambda item: item[0] != first))
 
 
 def _cut(text: str, most: int) -> str:

@@ -90,7 +90,7 @@ def _log_odds(axes: Axes, passes: list[Run]) -> None:
         )
     _pass_axis(axes, len(passes))
     axes.margins(y=0.14)
-    axes.set(xlabel="pass", ylabel="log-odds of the behaviour (nats, validation prompts)")
+    axes.set(xlabel="pass", ylabel="log-odds (nats, validation)")
     axes.set_title("○ before, ● after each pass")
 
 

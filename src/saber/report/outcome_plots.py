@@ -18,11 +18,12 @@ from matplotlib.ticker import (
 from saber.report import reading, style
 from saber.report.reading import Run, both, change, count, dig, fixed, known, number, percent, plain
 
+BORDERLINE = ("borderline", ("over_refusal", "borderline"))
 ROWS = (
     ("target prompts", ("refusal",)),
     ("seen categories", ("refusal_seen",)),
     ("unseen categories", ("refusal_unseen",)),
-    ("borderline", ("over_refusal", "borderline")),
+    BORDERLINE,
     ("neutral", ("over_refusal", "neutral")),
 )
 """The rows of the plot of refusals: what they are called, and where their proportion is."""
@@ -30,7 +31,9 @@ ROWS = (
 
 def refusal_rates(run: Run) -> Figure:
     """Refusal rates with Wilson intervals, before and after, and how answers were labelled."""
-    rows = [(name, both(run, *path)) for name, path in ROWS]
+    # What was to be lowered comes first.
+    order = sorted(ROWS, key=lambda row: row is not BORDERLINE) if reading.narrow(run) else ROWS
+    rows = [(name, both(run, *path)) for name, path in order]
     rows = [(name, pair) for name, pair in rows if dig(pair[0], "rate") is not None]
     if not rows:
         return style.blank("Refusals were not measured in this run.")
@@ -95,7 +98,8 @@ def _interval(axes: Axes, y: float | int, value: Run, colour: str, hollow: bool)
 
 def _label_rows(run: Run) -> list[tuple[str, dict[str, int]]]:
     rows = []
-    for kind in ("target", "borderline", "neutral"):
+    first = ("borderline", "target") if reading.narrow(run) else ("target", "borderline")
+    for kind in (*first, "neutral"):
         before, after = both(run, "labels", kind)
         if before:
             rows.append((f"{kind}, before" if after else kind, dict(before)))

@@ -13,7 +13,7 @@ from saber.report.reading import Run, dig, known
 
 
 def _splits(axes: Axes, run: Run, colour: str) -> None:
-    for y, kind in ((1, "target"), (0, "neutral")):
+    for y, kind in ((1, reading.fitted(run)), (0, "neutral")):
         left = 0
         for part, alpha in (("fit", 1.0), ("validation", 0.6), ("heldout", 0.28)):
             size = dig(run, "prompts", kind, part) or 0
@@ -53,12 +53,21 @@ def _separability(axes: Axes, run: Run, colour: str) -> None:
 
 
 def _overlap(axes: Axes, run: Run, colour: str) -> None:
-    scored = [d["entanglement"] for d in reading.candidates(run, True) if d.get("entanglement")]
+    scored = [d["entanglement"] for d in reading.taken(run) if d.get("entanglement")]
     if not scored:
         return
     names = list(scored[0])
     means = [sum(s.get(n, 0.0) for s in scored) / len(scored) for n in names]
-    axes.barh(range(len(names)), means, height=0.66, color=colour, lw=0)
+    axes.barh(range(len(names)), means, height=0.8, color=to_rgba(colour, 0.55), lw=0)
+    for y, name in enumerate(names):
+        axes.text(
+            0.02,
+            y,
+            reading.short(name),
+            size=7.5,
+            va="center_baseline",
+            transform=axes.get_yaxis_transform(),
+        )
     axes.set(xlim=(0, 1.05 * max([*means, 1e-9])), ylim=(len(names) - 0.5, -0.5))
 
 

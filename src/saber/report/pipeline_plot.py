@@ -13,7 +13,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon
 
 from saber.report import reading, style
 from saber.report.pipeline_charts import CHARTS
-from saber.report.reading import PRIME, Run, dig, fixed, known, number, percent, plain
+from saber.report.reading import PRIME, Run, dig, fixed, known, number, percent
 
 WIDTH, HEIGHT = 9.0, 4.9
 MARGIN, GAP = 0.16, 0.20
@@ -88,11 +88,11 @@ def _heading(canvas: Axes, run: Run) -> None:
 def _stages(run: Run) -> list[_Stage]:
     first = reading.candidates(run, first_pass_only=True)
     layers = run.get("candidate_layers") or sorted({d["layer"] for d in first})
-    target, neutral = (dig(run, "prompts", k, "fit") for k in ("target", "neutral"))
-    held = dig(run, "prompts", "target", "heldout")
+    kind = reading.fitted(run)
+    target, neutral = (dig(run, "prompts", k, "fit") for k in (kind, "neutral"))
+    held = dig(run, "prompts", kind, "heldout")
     best = max(first, key=lambda d: d["d_prime"], default=None)
-    worst = max(first, key=lambda d: d.get("worst_entanglement") or 0.0, default=None)
-    purities = [d["purity"] for d in first if known(d.get("purity")) is not None]
+    worst, purity = reading.worst(run), reading.median_purity(run)
     strengths = [d["strength"] for _, d in reading.ablated(run) if known(d.get("strength"))]
     alpha = dig(run, "config", "edit", "alpha")
     strength = (
@@ -113,10 +113,10 @@ def _stages(run: Run) -> list[_Stage]:
         _Stage((f"{reading.count(len(first), 'candidate')}" if first else f"{len(layers)} layers",
                 f"best d{PRIME} {best['d_prime']:.1f} (layer {best['layer']})" if best
                 else "no candidates"), f"best d{PRIME} by layer"),
-        _Stage((f"median purity {median(purities):.2f}" if purities else "not scored",
-                f"worst {worst['worst_entanglement']:.2f} ({_short(worst)})" if worst
-                and known(worst.get("worst_entanglement")) is not None else "–"),
-               "overlap by category"),
+        _Stage(("not scored" if purity is None else f"median purity {purity:.2f}",
+                f"worst {worst['worst_entanglement']:.2f} "
+                f"({reading.short(str(worst.get('worst_category') or ''))})" if worst else "–"),
+               f"mean {reading.entanglement_name(run)}"),
         _Stage((reading.count(run.get("directions_ablated", 0), "direction"),
                 f"{reading.count(run.get('layers_edited', 0), 'layer')}, {strength}"
                if run.get("directions_ablated") else "nothing edited"),
@@ -124,11 +124,6 @@ def _stages(run: Run) -> list[_Stage]:
         _Stage((reading.count(len(passes), "pass", "passes"), odds),
                reading.worded(run, "refusal log-odds", "log-odds")),
     ]  # fmt: skip
-
-
-def _short(direction: Run) -> str:
-    name = plain(str(direction.get("worst_category") or ""))
-    return name if len(name) <= 10 else name.split()[0][:11]
 
 
 def _card(canvas: Axes, left: float | int, name: str, index: int, stage: _Stage) -> None:
@@ -224,13 +219,20 @@ def _outcome(canvas: Axes, run: Run) -> None:
             facecolor="#F2F4F7",
         )
     )
-    n = dig(run, "baseline", "refusal", "n")
+    path = reading.lowered(run)
+    n = dig(run, "baseline", *path, "n")
     kl = dig(run, "edited", "kl", "sequence")
+    beside = (reading.worded(run, "Over-refusal (neutral)", "Neutral"),
+              reading.change(run, percent, "over_refusal", "neutral", "rate"))  # fmt: skip
+    lead = reading.worded(run, "Refusals", "Target")
+    if reading.narrow(run):
+        lead = reading.worded(run, "False refusals", "Borderline")
+        if run.get("edited") is not None:
+            beside = (reading.worded(run, "Right refusals kept", "Kept where right"),
+                      reading.right_kept(run))  # fmt: skip
     items = [
-        (reading.worded(run, "Refusals", "Target") + f" ({number(n)} held out)",
-         reading.change(run, percent, "refusal", "rate")),
-        (reading.worded(run, "Over-refusal (neutral)", "Neutral"),
-         reading.change(run, percent, "over_refusal", "neutral", "rate")),
+        (f"{lead} ({number(n)} held out)", reading.change(run, percent, *path, "rate")),
+        beside,
         ("Perplexity (answers)", reading.change(run, number, "perplexity", "overall")),
         ("KL, nats per token", number(kl)) if known(kl) is not None
         else ("Accuracy", reading.change(run, percent, "accuracy", "overall")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 Run = Mapping[str, Any]
@@ -134,6 +135,12 @@ def duration(seconds: Any) -> str:
     return f"{int(x) // 3600} h {int(x) % 3600 // 60:02d} min"
 
 
+def short(name: str) -> str:
+    """A name of the code in a word: `instruction_following` -> `instruction`."""
+    words = plain(name)
+    return words if len(words) <= 10 else words.split()[0][:11]
+
+
 def plain(name: str) -> str:
     """A name of the code as words: `instruction_following` -> `instruction following`."""
     return name.replace("_", " ")
@@ -159,6 +166,29 @@ def ablated(run: Run) -> list[tuple[int, Mapping[str, Any]]]:
         for i, p in enumerate(passes(run))
         for d in p.get("directions") or []
     ]
+
+
+def taken(run: Run) -> list[Mapping[str, Any]]:
+    """The directions that entanglement is told of: those ablated, or else the first pass's candidates."""
+    return [d for _, d in ablated(run)] or candidates(run, first_pass_only=True)
+
+
+def median_purity(run: Run) -> float | None:
+    """Median purity of those directions."""
+    purities = [x for d in taken(run) if (x := known(d.get("purity"))) is not None]
+    return median(purities) if purities else None
+
+
+def worst(run: Run) -> Mapping[str, Any] | None:
+    """The most entangled of those directions."""
+    scored = [d for d in taken(run) if known(d.get("worst_entanglement")) is not None]
+    return max(scored, key=lambda d: d["worst_entanglement"], default=None)
+
+
+def entanglement_name(run: Run) -> str:
+    """What measured the entanglement, as docs/method.md calls it."""
+    measure = str(dig(run, "config", "entanglement", "measure"))
+    return {"energy": "energy ratio", "overlap": "subspace overlap"}.get(measure, "entanglement")
 
 
 def categories(run: Run, *path: str) -> list[str]:
@@ -206,12 +236,58 @@ def worded(run: Run, refusal: str, other: str) -> str:
     return refusal
 
 
+def narrow(run: Run) -> bool:
+    """Whether false refusals alone were to go (`--mode over-refusal`)."""
+    return dig(run, "config", "data", "mode") == "over-refusal"
+
+
+def fitted(run: Run) -> str:
+    """The prompt set that directions are fitted on, against neutral prompts."""
+    return "borderline" if narrow(run) else "target"
+
+
+def lowered(run: Run) -> tuple[str, ...]:
+    """Where the proportion is that the run was to lower."""
+    return ("over_refusal", "borderline") if narrow(run) else ("refusal",)
+
+
+def lowered_name(run: Run) -> str:
+    """What that proportion is called at the start of a line."""
+    if narrow(run):
+        return worded(run, "False refusals", "{} where it is wrong")
+    return worded(run, "Refusals", "{}")
+
+
+def where(run: Run) -> str:
+    """The prompts that proportion is of: `112 held-out prompts`."""
+    noun = "held-out borderline prompt" if narrow(run) else "held-out prompt"
+    n = dig(run, "baseline", *lowered(run), "n")
+    return f"{noun}s" if n is None else count(n, noun)
+
+
+def right_kept(run: Run) -> str:
+    """Held-out targets that showed the behaviour and still do: `99/105`; a dash where not compared."""
+    shown = dig(run, "baseline", "refusal", "successes")
+    lost = dig(run, "comparison", "refusal", "b")
+    return MISSING if shown is None or lost is None else f"{shown - lost}/{shown}"
+
+
+def right_name(run: Run) -> str:
+    """What those are called, at the start of a line."""
+    return worded(run, "Right refusals kept", "Kept where it is right")
+
+
+def inside(name: str) -> str:
+    """A name within a line or a sentence."""
+    return name[:1].lower() + name[1:]
+
+
 def finding(run: Run) -> str:
     """The run in one line: `Refusals 97% → 0.9% on 112 held-out prompts`."""
-    n = dig(run, "baseline", "refusal", "n")
-    where = "held-out prompts" if n is None else count(n, "held-out prompt")
-    if not refusals(run):
-        return worded(run, "", "{}") + f": {change(run, percent, 'refusal', 'rate')} on {where}"
-    if run.get("edited") is None:
-        return f"The untouched model refuses {change(run, percent, 'refusal', 'rate')} of {where}"
-    return f"Refusals {change(run, percent, 'refusal', 'rate')} on {where}"
+    rates, prompts = change(run, percent, *lowered(run), "rate"), where(run)
+    if run.get("edited") is None and refusals(run):
+        return f"The untouched model refuses {rates} of {prompts}"
+    said = f"{lowered_name(run)}{'' if refusals(run) else ':'} {rates} on {prompts}"
+    if narrow(run) and run.get("edited") is not None:
+        said += f"; {inside(right_name(run))} {right_kept(run)}"
+    return said

@@ -41,6 +41,10 @@ class Table:
     """Whether the columns are text rather than numbers."""
 
 
+BRACKETS = "Brackets are 95% intervals: of rates Wilson's, in per cent; of KL a bootstrap's, in nats."
+"""What stands under the table of results."""
+
+
 def results(run: Run) -> Table:
     """Every headline measurement: base, edited, change; a bracket is a 95% interval."""
     rows: list[tuple[str, ...]] = []
@@ -55,12 +59,21 @@ def results(run: Run) -> Table:
 
     name = reading.behaviour(run)
     over = "over-refusal" if reading.refusals(run) else name
+    narrow = reading.narrow(run)
+    if narrow:
+        lead = reading.inside(reading.lowered_name(run))
+        add(f"{lead}, held-out borderline prompts", proportion, points, *reading.lowered(run))
+        if run.get("edited") is not None:
+            right = f"{reading.inside(reading.right_name(run))}, held-out target prompts"
+            rows.append((right, number(dig(run, "baseline", "refusal", "successes")),
+                         reading.right_kept(run), ""))  # fmt: skip
     add(f"{name}, held-out target prompts", proportion, points, "refusal")
     add("· seen categories", proportion, points, "refusal_seen")
     add("· unseen categories", proportion, points, "refusal_unseen")
     add("partial answers, target prompts", proportion, points, "partial")
     add("incoherent answers, target prompts", proportion, points, "incoherent")
-    add(f"{over}, borderline prompts", proportion, points, "over_refusal", "borderline")
+    if not narrow:
+        add(f"{over}, borderline prompts", proportion, points, "over_refusal", "borderline")
     add(f"{over}, neutral prompts", proportion, points, "over_refusal", "neutral")
     add(f"{over}, everyday prompts", proportion, points, "over_refusal", "everyday")
     for kept in categories(run, "kept"):
@@ -136,9 +149,12 @@ def comparisons(run: Run) -> tuple[str, ...]:
     """The paired tests in words, one sentence each."""
     found = run.get("comparison") or {}
     shown = reading.worded(run, "refused by", "answered with it by")
+    pair = (
+        ("refusal", (reading.worded(run, "Refusal", "{}"), shown)),
+        ("over_refusal", (reading.worded(run, "Over-refusal", "{} on borderline prompts"), shown)),
+    )
     what = {
-        "refusal": (reading.worded(run, "Refusal", "{}"), shown),
-        "over_refusal": (reading.worded(run, "Over-refusal", "{} on borderline prompts"), shown),
+        **dict(pair[::-1] if reading.narrow(run) else pair),
         "accuracy": ("Accuracy", "answered correctly by"),
     }
     said = [
@@ -261,7 +277,9 @@ def directions(run: Run) -> Table:
 def prompts(run: Run) -> Table:
     """The prompt sets: sizes by split, and the fingerprint that names their exact content."""
     rows = []
-    for kind, one in (run.get("prompts") or {}).items():
+    sets = dict(run.get("prompts") or {})
+    kept = [("kept", one) for one in sets.pop("kept", [])]
+    for kind, one in [*sets.items(), *kept]:
         if one is None:
             # A set that the run did without: other targets have no borderline prompts of their own.
             continue
@@ -275,7 +293,8 @@ def prompts(run: Run) -> Table:
         if one.get("left_out"):
             size += f"; {one['left_out']} left out, as the behaviour shows there too"
         named = (str(one.get(key, MISSING)) for key in ("name", "fingerprint"))
-        rows.append((kind, size, *named))
+        stays = kind == "target" and reading.narrow(run)
+        rows.append(("target, kept" if stays else kind, size, *named))
     return Table(("set", "prompts", "name", "fingerprint"), tuple(rows), words=True)
 
 
