@@ -15,7 +15,7 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
-from saber import editors, pipeline, prompts, subject
+from saber import editors, pipeline, prompts, refinement, subject
 from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
 from saber.checkpoint.export import export_all
@@ -703,6 +703,53 @@ def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
         == selecting
     )
     assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == selecting
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_what_is_left_keeps_its_twin_when_neutral_prompts_are_left_out(twins):
+    selecting = gather(PRESETS["default"]).selecting
+    if not twins:
+        rows = tuple(replace(p, twin="") for p in selecting.neutral)
+        selecting = replace(selecting, neutral=replace(selecting.neutral, prompts=rows))
+    fit = ["answer"] * 3 + ["refusal"] + ["answer"] * 92
+    fewer = calm(selecting, fit, ["answer"] * 32).neutral
+    whole = selecting.neutral.pairs
+    assert fewer.pairs == (*whole[:3], *whole[4:])
+    assert whole == (selecting.target.pairs if twins else tuple(range(96)))
+
+
+@pytest.mark.slow
+def test_a_pass_pairs_true_twins_when_prompts_are_left_out(model_folder, monkeypatch):
+    config = small(
+        "default",
+        refine={"passes": 1, "max_q": 1, "stop": "never", "top_k": 1},
+        edit={"kind": "orthogonal", "scope": "own"},
+    )
+    selecting = gather(config).selecting
+    out = {*selecting.neutral.texts[:3], *selecting.neutral_validation.texts[:3]}
+
+    def labels(_self, chosen_from):
+        return ["refusal" if text in out else "answer" for text in chosen_from.texts]
+
+    monkeypatch.setattr(Watch, "_untouched", labels)
+    monkeypatch.setattr(Watch, "_answer", lambda _self, _stay, _brief: None)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.0))
+    read, told = Mock(wraps=refinement.extract), Mock(return_value=None)
+    monkeypatch.setattr(refinement, "extract", read)
+    monkeypatch.setattr(refinement, "compensation", told)
+    subject = Subject.load(str(model_folder), config)
+    watch = Watch(subject.lm, judges.named_judge("phrases"), selecting, config)
+    refined(subject, watch, config)
+    target, neutral = read.call_args.args[:2]
+    assert target.pairs == selecting.target.pairs
+    assert neutral.pairs == target.pairs[3:]
+    texts = told.call_args.args[5:7]
+    assert [len(side) for side in texts] == [32, 29]
+    twins = {p.text: p.twin for p in selecting.target_validation}
+    ids = {p.text: p.id for p in selecting.neutral_validation}
+    pairs = told.call_args.kwargs["pairs"]
+    assert len(pairs) == 29
+    assert all(twins[texts[0][i]] == ids[texts[1][j]] for i, j in pairs)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from saber.memo import Memo, forgetful
 from saber.openings import Fitted, Opening, likeliest
 from saber.passes import Hydra, Pass, RefineData, Refinement, RefineSpec
 from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
-from saber.prompts import PromptSet
+from saber.prompts import PromptSet, paired
 from saber.spectral import SpectralSpec, extract
 from saber.strength import Shown
 
@@ -231,6 +231,7 @@ def refine(
                 reached = (reached or memo(("shown", mark), behaviour)).on_validation()
             back = None
             if self_repair and len(plan.factors) < len(writers):
+                pairs = paired(data.target_validation.pairs, data.neutral_validation.pairs)
                 back = compensation(
                     lm,
                     writers,
@@ -240,6 +241,7 @@ def refine(
                     data.target_validation.texts,
                     data.neutral_validation.texts,
                     generator=rng,
+                    pairs=pairs,
                 )
         best = found[0]
         woken = None if opening else dormant(chosen, original)

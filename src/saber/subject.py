@@ -332,7 +332,5 @@ def calm_by_category(chosen: PromptSet, labels: Sequence[Label]) -> PromptSet:
 
 def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
     """Return the prompts whose answers show the behaviour, or those whose do not."""
-    pairs = zip(chosen, labels, strict=True)
-    return replace(
-        chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
-    )
+    assert len(labels) == len(chosen)
+    return chosen.only([(label == "refusal") == refused for label in labels])

@@ -12,8 +12,10 @@ from saber.prompts.bundled import (
 from saber.prompts.loaders import load
 from saber.prompts.model import Prompt, PromptSet, normalised
 from saber.prompts.splits import Splits, check_disjoint, split
+from saber.prompts.twins import Pair, numbered, paired
 
 __all__ = [
+    "Pair",
     "Prompt",
     "PromptSet",
     "Splits",
@@ -26,6 +28,8 @@ __all__ = [
     "load",
     "neutral",
     "normalised",
+    "numbered",
+    "paired",
     "split",
     "target",
 ]
