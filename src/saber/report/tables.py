@@ -41,7 +41,9 @@ class Table:
     """Whether the columns are text rather than numbers."""
 
 
-BRACKETS = "Brackets are 95% intervals: of rates Wilson's, in per cent; of KL a bootstrap's, in nats."
+BRACKETS = (
+    "Brackets are 95% intervals: of rates Wilson's, in per cent; of KL a bootstrap's, in nats."
+)
 """What stands under the table of results."""
 
 
