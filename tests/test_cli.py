@@ -7,8 +7,17 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
+from saber import __version__
 from saber.cli.main import main
+<<<<<<< HEAD
 from saber.config import PRESETS
+=======
+from saber.cli.tables import result_rows
+from saber.config import override, preset
+from saber.lm.load import load
+from saber.lm.model import fingerprint
+from saber.pipeline import gather
+>>>>>>> x-hF
 
 
 def failing(capsys, *arguments):
@@ -397,6 +406,36 @@ def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
         == 0
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["edited"]["kl"]["sequence"] > 0
+
+
+@pytest.mark.slow
+def test_eval_alone_shows_what_it_measured_and_how_to_do_so_again(capsys, model_folder, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
+    options = ["--limit", "2", "--max-new-tokens", "4", "--lengths", "2,4", "--seed", "3"]
+    options += ["--set", "evaluation.battery_new_tokens=4", "--keep", str(mine)]
+    command = ["eval", str(model_folder), *options]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["fingerprints"] == {str(model_folder): fingerprint(load(str(model_folder)).model)}
+    assert record["config"]["seed"] == 3
+    assert record["config"]["evaluation"]["lengths"] == [2, 4]
+    assert record["config"]["load"]["system"] == ""
+    assert record["saber_version"] == __version__
+    assert {"torch", "transformers", "python", "started"} <= set(record["environment"])
+    held = gather(override(preset("default"), {"seed": 3, "data": {"limit": 2}})).reporting
+    for kind in ("target", "neutral", "borderline", "everyday", "battery"):
+        row, some = record["prompts"][kind], getattr(held, kind)
+        assert (row["name"], row["n"]) == (some.name, 2)
+        assert row["fingerprint"] == some.fingerprint()
+    (kept,) = record["prompts"]["kept"]
+    assert (kept["name"], kept["n"]) == ("mine/heldout", 2)
+    rows = result_rows(record["measured"], None)
+    assert not [row for row in rows if "KL" in row[0] or "median" in row[0]]
+    assert [row for row in rows if row[0] == "perplexity, answers"]
+    both = [row[0] for row in result_rows(record["measured"], record["measured"])]
+    assert "KL, sequence (nats)" in both
+    assert "  KL, sequence (mine)" in both
 
 
 def test_compare_needs_a_run(capsys, model_folder):

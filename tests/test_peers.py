@@ -27,6 +27,24 @@ Which trial do you want to use?
 Enter number: """
 
 
+def test_the_readme_quotes_the_measured_tables():
+    root = Path(__file__).resolve().parent.parent
+    readme, tables = ((root / n).read_text("utf-8") for n in ("README.md", "docs/benchmarks.md"))
+    peers = [line.split(" | ") for line in tables.splitlines() if "| heretic" in line]
+    (best,) = [row for row in peers if len(row) == 11 and row[8] == "0.0105"]
+    (ours,) = [
+        r.split(" | ") for r in tables.splitlines() if r.startswith("| SABER 0.1.0 | defaults")
+    ]
+    told = f"leaves {best[4].partition('/')[0]} at {best[8]}"
+    assert (
+        f"{told}, with {best[5].partition('/')[0]} incoherent answers against {ours[5].partition('/')[0]}"
+        in readme
+    )
+    # Of 105 right refusals six are lost and three others come new.
+    assert "six lost, three gained" in tables
+    assert "99 of 105 right ones stay and 3 others are new" in readme
+
+
 def test_the_last_menu_is_read_in_its_order_and_without_what_is_no_trial():
     offered = peers_heretic.menu_trials(MENU)
     assert [(t.choice, t.trial, t.refusals, t.prompts) for t in offered] == [

@@ -698,6 +698,7 @@ def describe_data(
             "heldout_fingerprint": heldout.fingerprint(),
         }
 
+<<<<<<< HEAD
     def one(prompts_: PromptSet) -> dict[str, Any]:
         counts = dict(sorted(Counter(prompts_.categories).items()))
         return {
@@ -708,13 +709,16 @@ def describe_data(
         }
 
     everyday, nothing = None, _none_of(chosen.target)
+=======
+    everyday = None
+>>>>>>> x-hF
     if len(chosen.everyday) or held.everyday:
         everyday = {
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
     fitted = splits(chosen.target, chosen.target_validation, held.target)
-    border = one(held.borderline) if held.borderline else None
+    border = _described(held.borderline) if held.borderline else None
     kept = list(zip(chosen.keep, chosen.keep_validation, strict=True))
     if narrow:
         border = splits(chosen.target, chosen.target_validation, held.borderline or nothing)
@@ -727,11 +731,28 @@ def describe_data(
             "left_out": left_out.get("neutral", 0),
         },
         "borderline": border,
-        "capability": {**one(chosen.capability), "left_out": left_out.get("capability", 0)},
+        "capability": {**_described(chosen.capability), "left_out": left_out.get("capability", 0)},
         "everyday": everyday,
-        "battery": one(held.battery),
+        "battery": _described(held.battery),
         **({"kept": rest} if rest else {}),
     }
+
+
+def _described(prompts_: PromptSet) -> dict[str, Any]:
+    """Return a set that is not split as it stands in `run.json`."""
+    return {
+        "name": prompts_.name,
+        "n": len(prompts_),
+        "categories": dict(sorted(Counter(prompts_.categories).items())),
+        "fingerprint": prompts_.fingerprint(),
+    }
+
+
+def describe_reporting(held: EvaluationSets) -> dict[str, Any]:
+    """Return the sets that a model is measured on, as `saber eval` tells them."""
+    sets = {kind: getattr(held, kind) for kind in ("target", "neutral", "borderline", "everyday")}
+    found: dict[str, Any] = {kind: _described(some) for kind, some in sets.items() if some}
+    return {**found, "battery": _described(held.battery), "kept": list(map(_described, held.kept))}
 
 
 def _describe_passes(lm: LanguageModel, outcome: Refinement, config: RunConfig) -> dict[str, Any]:

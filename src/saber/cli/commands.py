@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import shlex
@@ -13,11 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from saber import pipeline
+from saber import __version__, pipeline
 from saber.checkpoint.export import check_formats
 from saber.cli import tables
 from saber.cli.progress import listening
-from saber.config import RunConfig
+from saber.config import RunConfig, resolved
 from saber.errors import UsageError
 from saber.evaluation import harness
 from saber.evaluation.judging import describe, make_judge
@@ -25,7 +26,11 @@ from saber.evaluation.measure import compare, measure, summarise
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
+from saber.lm.model import fingerprint
 from saber.report import build, build_sweep, is_sweep, reading
+
+MEASURED_BY = ("seed", "data", "load", "evaluation", "judging")
+"""Settings that a measurement depends on."""
 
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
@@ -97,13 +102,16 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """`saber eval`."""
     out, progress = consoles(arguments)
     keep_freed_memory()
+    started = datetime.datetime.now(datetime.timezone.utc)
     data = pipeline.gather(config).reporting
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
+    marks: dict[str, str] = {}
     with listening(progress) as listener:
 
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
+            marks[name] = fingerprint(lm.model)
             return measure(
                 lm, data, config.evaluation, judge, untouched=untouched, progress=listener.progress
             )
@@ -123,7 +131,15 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 "edited": after,
                 "comparison": compare(base, edited, seed=config.seed),
             }
-    record["judge"] = describe(config.evaluation.judge, judge)
+    settings = resolved(config)
+    record |= {
+        "judge": describe(config.evaluation.judge, judge),
+        "fingerprints": marks,
+        "prompts": pipeline.describe_reporting(data),
+        "config": {name: settings[name] for name in MEASURED_BY},
+        "saber_version": __version__,
+        "environment": pipeline.environment(started),
+    }
     if arguments.json:
         print(json.dumps(record))
     else:

@@ -59,7 +59,8 @@ def result_rows(
 ) -> list[tuple[str, str, str]]:
     """Metric, before, after: all rows of the before/after table as text.
 
-    `narrow` puts wrong refusals first, for a run that was to lower these alone.
+    A divergence is one of two models, so that a model on its own has no rows of it. `narrow` puts wrong
+    refusals first, for a run that was to lower these alone.
     """
     over = "over-refusal" if behaviour == "refusal" else behaviour
 
@@ -73,6 +74,9 @@ def result_rows(
             return f"{m:.{digits}f}"
 
         return read
+
+    def divergence(name: str, *path: str) -> list[tuple[str, str, str]]:
+        return [both(name, number(path, 4))] if after else []
 
     borderline = both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"]))
     rows = [
@@ -105,7 +109,7 @@ def result_rows(
                     f"{behaviour}, kept ({title})",
                     lambda m, n=name: proportion(m["kept"][n]["refusal"]),
                 ),
-                both(f"  KL, sequence ({title})", number(("kept", name, "kl", "sequence"), 4)),
+                *divergence(f"  KL, sequence ({title})", "kept", name, "kl", "sequence"),
             )
         ),
         both("perplexity, answers", number(("perplexity", "overall"), 2)),
@@ -115,11 +119,11 @@ def result_rows(
         ),
         both("perplexity, prompt text", number(("perplexity", "prompt_text", "overall"), 1)),
         both("accuracy", lambda m: proportion({**m["accuracy"], "rate": m["accuracy"]["overall"]})),
-        both("KL, first token (nats)", number(("kl", "first_token"), 4)),
-        both("KL, sequence (nats)", number(("kl", "sequence"), 4)),
-        both("  median prompt", number(("kl", "sequence_median"), 4)),
+        *divergence("KL, first token (nats)", "kl", "first_token"),
+        *divergence("KL, sequence (nats)", "kl", "sequence"),
+        *divergence("  median prompt", "kl", "sequence_median"),
         *(
-            [both("KL, sequence, everyday", number(("kl_everyday", "sequence"), 4))]
+            divergence("KL, sequence, everyday", "kl_everyday", "sequence")
             if before.get("kl_everyday")
             else []
         ),
