@@ -470,6 +470,13 @@ def test_an_edit_that_cannot_tell_inputs_apart_keeps_nothing():
             override(PRESETS["card"], {"data": changes})
 
 
+def test_the_embedding_is_edited_by_an_orthogonal_edit_alone():
+    for kind in ("orthogonal", "card"):
+        assert override(PRESETS[kind], {"edit": {"embeddings": True}}).edit.embeddings
+    with pytest.raises(UsageError, match=r"no effect on a selective edit.*--edit orthogonal"):
+        override(PRESETS["default"], {"edit": {"embeddings": True}})
+
+
 def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
