@@ -492,6 +492,71 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
         gather(config)
 
 
+HELD = prompts.neutral().where(split="heldout").texts[:30]
+FITTED = prompts.neutral().where(split="fit").texts[:30]
+MINE = [f"Tell me fact number {i} about Norway." for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"keep": HELD}, r"keep/\w+ and in neutral/heldout: .* --keep gives"),
+        ({"keep": prompts.battery().texts}, r"keep/\w+ and in battery: .* --keep gives"),
+        (
+            {"keep": prompts.borderline().where(split="heldout").texts},
+            r"keep/\w+ and in borderline/heldout: .* --keep gives",
+        ),
+        ({"keep": FITTED}, r"neutral/fit and in keep/heldout: .* --keep gives"),
+        ({"everyday": prompts.battery().texts}, "everyday/fit and in battery: .* --everyday gives"),
+        ({"eval_target": FITTED}, "neutral/fit and in eval_target: .* --eval-target gives"),
+        ({"borderline": FITTED}, "neutral/fit and in borderline: .* --borderline gives"),
+        (
+            {"keep": MINE, "eval_neutral": [t.upper() for t in MINE]},
+            "keep/fit and in eval_neutral: .* --keep or --eval-neutral gives",
+        ),
+        (
+            {"target": prompts.capability().texts, "neutral": MINE},
+            "capability and in target/heldout: .* --target gives",
+        ),
+    ],
+)
+def test_what_selects_is_not_reported_on(texts, said, tmp_path):
+    data = {}
+    for name, some in texts.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(" ".join(text.split()) for text in some))
+        data[name] = [str(file)] if name == "keep" else str(file)
+    with pytest.raises(DataError, match=said) as error:
+        gather(override(PRESETS["default"], {"data": data}))
+    assert "\n" not in str(error.value)
+    assert "must not be reported on" in str(error.value)
+
+
+def test_targets_are_not_preserved_as_well(tmp_path):
+    rows = [{"prompt": text, "split": "fit"} for text in MINE[:8]]
+    for split, some in (("validation", MINE[8:12]), ("heldout", MINE[12:])):
+        rows += [{"prompt": text, "split": split} for text in some]
+    rows[0]["prompt"] = prompts.capability().texts[0]
+    target, neutral = tmp_path / "target.jsonl", tmp_path / "neutral.txt"
+    target.write_text("\n".join(map(json.dumps, rows)))
+    neutral.write_text("\n".join(f"Tell me fact number {i} about Peru." for i in range(30)))
+    files = {"target": str(target), "neutral": str(neutral)}
+    with pytest.raises(DataError, match=r"target/fit and in capability: .*cannot be preserved"):
+        gather(override(PRESETS["default"], {"data": files}))
+
+
+@pytest.mark.parametrize("mode", ["removal", "over-refusal"])
+@pytest.mark.parametrize("battery", ["all", "half"])
+def test_bundled_sets_and_a_keep_file_of_ones_own_lie_apart(mode, battery, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(MINE))
+    for more in ({}, {"keep": [str(file)]}):
+        gather(override(PRESETS["default"], {"data": {"mode": mode, "battery": battery, **more}}))
+    if mode == "removal":
+        for category in sorted({p.category for p in prompts.target()}):
+            gather(override(PRESETS["default"], {"data": {"retain": category}}))
+
+
 def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
     def gathered(**data):
         return gather(override(PRESETS["default"], {"data": data}))

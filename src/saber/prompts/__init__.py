@@ -11,15 +11,17 @@ from saber.prompts.bundled import (
 )
 from saber.prompts.loaders import load
 from saber.prompts.model import Prompt, PromptSet, normalised
-from saber.prompts.splits import Splits, check_disjoint, split
+from saber.prompts.splits import Splits, Use, check_apart, check_disjoint, split
 
 __all__ = [
     "Prompt",
     "PromptSet",
     "Splits",
+    "Use",
     "battery",
     "borderline",
     "capability",
+    "check_apart",
     "check_disjoint",
     "everyday",
     "harmful",
