@@ -21,6 +21,7 @@ from saber.errors import (
     DataError,
     ModelError,
     NoGain,
+    NonFinite,
     OutputError,
     UnknownName,
     UsageError,
@@ -38,7 +39,7 @@ from saber.memo import forgetful
 from saber.openings import Fitted
 from saber.passes import Refinement
 from saber.pipeline import gather, run
-from saber.strength import Shown
+from saber.strength import Ruler, Shown
 from saber.subject import (
     NARROW_RIDGE,
     Subject,
@@ -868,6 +869,48 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     assert [t["boost"] for t in other["search"]] == [1.0]
     for name, factor in fitted.factors.items():
         torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
+
+
+@pytest.mark.slow
+def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
+    model_folder, tmp_path, monkeypatch
+):
+    measured, refined_ = Ruler.openings, pipeline.refined
+
+    def openings(self, lambda_=0.0):
+        if lambda_ == 30.0:
+            raise NonFinite("the output of layer 3")
+        # Not as rare as is asked for, but not clearly above the usual before the edit either.
+        return replace(measured(self, lambda_), opening=self.usual + 0.05)
+
+    def half_refused(subject, watch, config, **settings):
+        watch.untouched = Shown(0.5)
+        return refined_(subject, watch, config, **settings)
+
+    monkeypatch.setattr(Ruler, "openings", openings)
+    monkeypatch.setattr(pipeline, "refined", half_refused)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.45))
+    monkeypatch.setattr(Watch, "fitted", lambda _self, rows: Fitted({}, round(0.45 * len(rows))))
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
+    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 0})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    (this,) = record["passes"]
+    # Of as good as no edit too little is gone to stop there.
+    assert [t["lambda"] for t in this["search"]] == [1000.0, 300.0, 100.0, 30.0]
+    assert [t["chosen"] for t in this["search"]] == [True, False, False, False]
+    assert all(t["shown"] for t in this["search"][:3])
+    failed = this["search"][-1]
+    assert (failed["opening"], failed["log_odds"], failed["shown"]) == (None, None, None)
+    assert [t["failed"] for t in this["search"]] == [
+        "",
+        "",
+        "",
+        "NaN or infinity in the output of layer 3.",
+    ]
+    assert this["by_answers"]
+    again = pipeline._load_pass(tmp_path / "run" / "passes" / "1")
+    assert again.by_answers
+    assert [t.failed for t in again.trials] == [t["failed"] for t in this["search"]]
 
 
 @pytest.mark.slow

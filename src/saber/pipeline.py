@@ -631,6 +631,7 @@ def _load_pass(folder: Path) -> Pass:
         hydra=hydra,
         plan=EditPlan.load(folder / PLAN),
         trials=tuple(trials),
+        by_answers=meta.get("by_answers", False),
     )
 
 
@@ -736,6 +737,7 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "lost_after": this.lost_after,
         "opening": this.opening,
         "late_after": this.late,
+        "by_answers": this.by_answers,
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],
