@@ -9,15 +9,11 @@ from conftest import make_model, make_tokenizer
 
 from saber import __version__
 from saber.cli.main import main
-<<<<<<< HEAD
-from saber.config import PRESETS
-=======
 from saber.cli.tables import result_rows
-from saber.config import override, preset
+from saber.config import PRESETS, override, preset
 from saber.lm.load import load
 from saber.lm.model import fingerprint
 from saber.pipeline import gather
->>>>>>> x-hF
 
 
 def failing(capsys, *arguments):

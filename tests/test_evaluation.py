@@ -168,3 +168,10 @@ def test_readout_takes_the_tokens_that_open_targets_alone():
     odds = readout.log_odds(target)
     torch.testing.assert_close(odds, torch.tensor([0.6 / 0.4, 0.7 / 0.3]).log())
     assert float(readout.log_odds(neutral).max()) < 0
+
+
+def test_readout_is_empty_where_no_token_tells():
+    same = torch.tensor([[0.6, 0.1, 0.3], [0.7, 0.1, 0.2]]).log()
+    readout = derive_readout(same, same)
+    assert readout.tokens == ()
+    assert readout.log_odds(same).sigmoid().max() < 1e-5

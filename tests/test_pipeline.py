@@ -26,6 +26,7 @@ from saber.errors import (
     DataError,
     ModelError,
     NoGain,
+    NonFinite,
     OutputError,
     UnknownName,
     UsageError,
@@ -44,7 +45,7 @@ from saber.openings import Fitted
 from saber.passes import Refinement
 from saber.pipeline import describe_data, gather, run
 from saber.prompts.splits import NAMES
-from saber.strength import Shown
+from saber.strength import Ruler, Shown
 from saber.subject import (
     NARROW_RIDGE,
     Subject,
@@ -601,6 +602,13 @@ def test_an_edit_that_cannot_tell_inputs_apart_keeps_nothing():
             override(PRESETS["card"], {"data": changes})
 
 
+def test_the_embedding_is_edited_by_an_orthogonal_edit_alone():
+    for kind in ("orthogonal", "card"):
+        assert override(PRESETS[kind], {"edit": {"embeddings": True}}).edit.embeddings
+    with pytest.raises(UsageError, match=r"no effect on a selective edit.*--edit orthogonal"):
+        override(PRESETS["default"], {"edit": {"embeddings": True}})
+
+
 def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
@@ -617,6 +625,71 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file.write_text("Only one.\n")
     with pytest.raises(DataError, match="need 20"):
         gather(config)
+
+
+HELD = prompts.neutral().where(split="heldout").texts[:30]
+FITTED = prompts.neutral().where(split="fit").texts[:30]
+MINE = [f"Tell me fact number {i} about Norway." for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"keep": HELD}, r"keep/\w+ and in neutral/heldout: .* --keep gives"),
+        ({"keep": prompts.battery().texts}, r"keep/\w+ and in battery: .* --keep gives"),
+        (
+            {"keep": prompts.borderline().where(split="heldout").texts},
+            r"keep/\w+ and in borderline/heldout: .* --keep gives",
+        ),
+        ({"keep": FITTED}, r"neutral/fit and in keep/heldout: .* --keep gives"),
+        ({"everyday": prompts.battery().texts}, "everyday/fit and in battery: .* --everyday gives"),
+        ({"eval_target": FITTED}, "neutral/fit and in eval_target: .* --eval-target gives"),
+        ({"borderline": FITTED}, "neutral/fit and in borderline: .* --borderline gives"),
+        (
+            {"keep": MINE, "eval_neutral": [t.upper() for t in MINE]},
+            "keep/fit and in eval_neutral: .* --keep or --eval-neutral gives",
+        ),
+        (
+            {"target": prompts.capability().texts, "neutral": MINE},
+            "capability and in target/heldout: .* --target gives",
+        ),
+    ],
+)
+def test_what_selects_is_not_reported_on(texts, said, tmp_path):
+    data = {}
+    for name, some in texts.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(" ".join(text.split()) for text in some))
+        data[name] = [str(file)] if name == "keep" else str(file)
+    with pytest.raises(DataError, match=said) as error:
+        gather(override(PRESETS["default"], {"data": data}))
+    assert "\n" not in str(error.value)
+    assert "must not be reported on" in str(error.value)
+
+
+def test_targets_are_not_preserved_as_well(tmp_path):
+    rows = [{"prompt": text, "split": "fit"} for text in MINE[:8]]
+    for split, some in (("validation", MINE[8:12]), ("heldout", MINE[12:])):
+        rows += [{"prompt": text, "split": split} for text in some]
+    rows[0]["prompt"] = prompts.capability().texts[0]
+    target, neutral = tmp_path / "target.jsonl", tmp_path / "neutral.txt"
+    target.write_text("\n".join(map(json.dumps, rows)))
+    neutral.write_text("\n".join(f"Tell me fact number {i} about Peru." for i in range(30)))
+    files = {"target": str(target), "neutral": str(neutral)}
+    with pytest.raises(DataError, match=r"target/fit and in capability: .*cannot be preserved"):
+        gather(override(PRESETS["default"], {"data": files}))
+
+
+@pytest.mark.parametrize("mode", ["removal", "over-refusal"])
+@pytest.mark.parametrize("battery", ["all", "half"])
+def test_bundled_sets_and_a_keep_file_of_ones_own_lie_apart(mode, battery, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(MINE))
+    for more in ({}, {"keep": [str(file)]}):
+        gather(override(PRESETS["default"], {"data": {"mode": mode, "battery": battery, **more}}))
+    if mode == "removal":
+        for category in sorted({p.category for p in prompts.target()}):
+            gather(override(PRESETS["default"], {"data": {"retain": category}}))
 
 
 def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
@@ -983,6 +1056,48 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     assert [t["boost"] for t in other["search"]] == [1.0]
     for name, factor in fitted.factors.items():
         torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
+
+
+@pytest.mark.slow
+def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
+    model_folder, tmp_path, monkeypatch
+):
+    measured, refined_ = Ruler.openings, pipeline.refined
+
+    def openings(self, lambda_=0.0):
+        if lambda_ == 30.0:
+            raise NonFinite("the output of layer 3")
+        # Not as rare as is asked for, but not clearly above the usual before the edit either.
+        return replace(measured(self, lambda_), opening=self.usual + 0.05)
+
+    def half_refused(subject, watch, config, **settings):
+        watch.untouched = Shown(0.5)
+        return refined_(subject, watch, config, **settings)
+
+    monkeypatch.setattr(Ruler, "openings", openings)
+    monkeypatch.setattr(pipeline, "refined", half_refused)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.45))
+    monkeypatch.setattr(Watch, "fitted", lambda _self, rows: Fitted({}, round(0.45 * len(rows))))
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
+    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 0})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    (this,) = record["passes"]
+    # Of as good as no edit too little is gone to stop there.
+    assert [t["lambda"] for t in this["search"]] == [1000.0, 300.0, 100.0, 30.0]
+    assert [t["chosen"] for t in this["search"]] == [True, False, False, False]
+    assert all(t["shown"] for t in this["search"][:3])
+    failed = this["search"][-1]
+    assert (failed["opening"], failed["log_odds"], failed["shown"]) == (None, None, None)
+    assert [t["failed"] for t in this["search"]] == [
+        "",
+        "",
+        "",
+        "NaN or infinity in the output of layer 3.",
+    ]
+    assert this["by_answers"]
+    again = pipeline._load_pass(tmp_path / "run" / "passes" / "1")
+    assert again.by_answers
+    assert [t.failed for t in again.trials] == [t["failed"] for t in this["search"]]
 
 
 @pytest.mark.slow

@@ -268,6 +268,11 @@ def validate(config: RunConfig) -> None:
             "--keep, --retain and --mode over-refusal need an edit that can tell inputs apart.",
             "Use --edit selective.",
         )
+    if config.edit.embeddings and config.edit.kind != "orthogonal":
+        raise UsageError(
+            "setting edit.embeddings has no effect on a selective edit.",
+            "Use --edit orthogonal, or leave it off.",
+        )
     if max(config.evaluation.lengths, default=1) > 4096:
         raise UsageError("setting evaluation.lengths goes beyond 4096 tokens.")
     if not config.data.behaviour.strip():

@@ -26,7 +26,7 @@ from saber.checkpoint.export import PLACES, check_formats, check_places, export_
 from saber.checkpoint.licence import licence
 from saber.checkpoint.runs import SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
-from saber.config import RunConfig, resolved
+from saber.config import DataSpec, RunConfig, resolved
 from saber.entanglement import Entanglement
 from saber.errors import (
     DataError,
@@ -51,7 +51,16 @@ from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 from saber.lm.writers import embedding_share
 from saber.passes import Candidate, Pass, RefineData, Refinement
-from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, normalised, split
+from saber.prompts import (
+    Prompt,
+    PromptSet,
+    Splits,
+    Use,
+    check_apart,
+    check_disjoint,
+    normalised,
+    split,
+)
 from saber.prompts.splits import NAMES as SPLIT_NAMES
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
@@ -299,7 +308,7 @@ class Stopwatch:
 
 
 def gather(config: RunConfig) -> RunData:
-    """Load, check and split all prompt sets; nothing is read twice and no split overlaps."""
+    """Load, check and split all prompt sets; nothing is read twice, and `DataError` where uses overlap."""
     spec = config.data
     if bool(spec.target) != bool(spec.neutral):
         raise UsageError("--target and --neutral go together.", "Give both, or neither.")
@@ -332,10 +341,7 @@ def gather(config: RunConfig) -> RunData:
             )
         refused = targets
         if not spec.target:
-            more = prompts.harmful()
-            check_disjoint(borderline.fit, more)
-            refused = _with_more(targets, more)
-        check_disjoint(borderline.fit, target)
+            refused = _with_more(targets, prompts.harmful())
         wrong, kept = borderline, [refused, *kept]
     else:
         wrong, retained = _without(targets, spec.retain, config.seed)
@@ -364,7 +370,7 @@ def gather(config: RunConfig) -> RunData:
     battery = prompts.battery()
     choosing, checking = halves(battery)
     between = borderline.validation if borderline and len(borderline.validation) else None
-    return RunData(
+    data = RunData(
         RefineData(
             target=wrong.fit,
             neutral=neutrals.fit,
@@ -394,6 +400,48 @@ def gather(config: RunConfig) -> RunData:
             kept=tuple(some(k.validation) for k in reported),
         ),
     )
+    _require_apart(data, spec)
+    return data
+
+
+def _require_apart(data: RunData, spec: DataSpec) -> None:
+    """Raise `DataError` for a prompt that selects and is reported on, or is target and preserved.
+
+    None is left out instead: that would change what the user asked for, or what runs are compared by.
+    """
+    chosen, held, between = data.selecting, data.reporting, data.validation.borderline
+    target, neutral, borderline, everyday = (
+        f"--{name}" if getattr(spec, name) else ""
+        for name in ("target", "neutral", "borderline", "everyday")
+    )
+    narrow, files = spec.mode == "over-refusal", ["--keep"] * len(spec.keep)
+    kept = [target, *files] if narrow else [*files, "--retain"]
+    wrong = borderline if narrow else target
+    targets = [Use(chosen.target, wrong), Use(chosen.target_validation, wrong)]
+    preserved = [
+        Use(chosen.neutral, neutral),
+        Use(chosen.neutral_validation, neutral),
+        Use(chosen.capability),
+        Use(chosen.everyday, everyday),
+        *map(Use, chosen.keep, kept),
+        *map(Use, chosen.keep_validation, kept),
+    ]
+    reported = [
+        Use(held.target, "--eval-target" if spec.eval_target else target),
+        Use(held.neutral, "--eval-neutral" if spec.eval_neutral else neutral),
+        Use(held.battery),
+        *map(Use, held.kept, kept[1:] if narrow else kept),
+    ]
+    if held.borderline:
+        reported.append(Use(held.borderline, borderline))
+    if held.everyday:
+        reported.append(Use(held.everyday, everyday))
+    # A sweep chooses by half of the battery too, which is reported on unless `data.battery` is half.
+    choosing = [Use(between, borderline)] if between else []
+    check_apart(
+        [*targets, *preserved, *choosing], reported, "what selects must not be reported on as well"
+    )
+    check_apart(targets, preserved, "what is to lose the behaviour cannot be preserved as well")
 
 
 def _everyday(name: str, sets: Sequence[PromptSet], seed: int) -> Splits:
@@ -641,6 +689,7 @@ def _load_pass(folder: Path) -> Pass:
         hydra=hydra,
         plan=EditPlan.load(folder / PLAN),
         trials=tuple(trials),
+        by_answers=meta.get("by_answers", False),
     )
 
 
@@ -698,20 +747,7 @@ def describe_data(
             "heldout_fingerprint": heldout.fingerprint(),
         }
 
-<<<<<<< HEAD
-    def one(prompts_: PromptSet) -> dict[str, Any]:
-        counts = dict(sorted(Counter(prompts_.categories).items()))
-        return {
-            "name": prompts_.name,
-            "n": len(prompts_),
-            "categories": counts,
-            "fingerprint": prompts_.fingerprint(),
-        }
-
     everyday, nothing = None, _none_of(chosen.target)
-=======
-    everyday = None
->>>>>>> x-hF
     if len(chosen.everyday) or held.everyday:
         everyday = {
             **splits(chosen.everyday, nothing, held.everyday or nothing),
@@ -783,6 +819,7 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "lost_after": this.lost_after,
         "opening": this.opening,
         "late_after": this.late,
+        "by_answers": this.by_answers,
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],

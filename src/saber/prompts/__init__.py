@@ -11,7 +11,7 @@ from saber.prompts.bundled import (
 )
 from saber.prompts.loaders import load
 from saber.prompts.model import Prompt, PromptSet, normalised
-from saber.prompts.splits import Splits, check_disjoint, split
+from saber.prompts.splits import Splits, Use, check_apart, check_disjoint, split
 from saber.prompts.twins import Pair, numbered, paired
 
 __all__ = [
@@ -19,9 +19,11 @@ __all__ = [
     "Prompt",
     "PromptSet",
     "Splits",
+    "Use",
     "battery",
     "borderline",
     "capability",
+    "check_apart",
     "check_disjoint",
     "everyday",
     "harmful",
