@@ -46,8 +46,9 @@ class EditSpec:
     sensitivity: float = 0.0
     """How far lambda follows what answers feel of a layer's direction, its Fisher information: it is
     multiplied by this power of it, per its mean over layers; 0 takes one lambda for all (selective only)."""
-    memory: float = 4.0
-    """Memory that second moments may take, GiB; with less, the prompts are read more often."""
+    memory: float = 0.0
+    """Memory that second moments may take, GiB; with less, the prompts are read more often, and no result
+    depends on it. 0 takes half of what the machine has free, and at least 4 where it has that."""
     scope: Scope = "nearest"
     """Writers that a direction is taken out of: those of its own layer; those to which its layer is
     the nearest selected one of its pass at or above them; those up to its layer; or all."""
