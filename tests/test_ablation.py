@@ -5,7 +5,17 @@ import torch
 from conftest import make_lm
 
 from saber import ablation
-from saber.ablation import EditPlan, Removal, applied, apply, in_scope, orthogonal
+from saber.ablation import (
+    EditPlan,
+    Factor,
+    Removal,
+    applied,
+    apply,
+    in_scope,
+    originals_kept,
+    orthogonal,
+    read_off,
+)
 from saber.errors import DataError
 from saber.linalg import accumulated_removal, unit
 from saber.lm.writers import find_writers
@@ -68,6 +78,74 @@ def test_a_change_is_made_where_its_weight_is_if_float64_is_there(llama, monkeyp
     monkeypatch.setattr(ablation, "has_float64", lambda device: device == elsewhere)
     assert factor.delta(elsewhere).device == elsewhere
     assert factor.delta(elsewhere).shape == factor.delta().shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((24, 40), 0), ((40, 24), 1), ((5, 24, 8), 1), ((5, 8, 24), 2), ((24,), 0)]
+)
+def test_a_change_made_in_blocks_is_the_whole_one_rounded_once(shape, axis, dtype, monkeypatch):
+    torch.manual_seed(0)
+    rest = [n for i, n in enumerate(shape) if i != axis]
+    factor = Factor(torch.randn(24, 3), torch.randn(3, *rest), None, axis)
+    weight = torch.randn(shape).to(dtype)
+    expected = (weight.float() + factor.delta()).to(dtype)
+    sizes, add = [], ablation.add_in_place
+
+    def noted(part, delta):
+        sizes.append(delta.numel())
+        add(part, delta)
+
+    monkeypatch.setattr(ablation, "add_in_place", noted)
+    for entries in (1, 50, 1000):
+        changed = weight.clone()
+        sizes.clear()
+        factor.add_to(changed, entries)
+        assert torch.equal(changed, expected)
+        assert sum(sizes) == weight.numel()
+        assert max(sizes) <= max(entries, weight.numel() // weight.shape[0])
+
+
+def test_what_a_large_weight_is_read_in_changes_next_to_nothing():
+    torch.manual_seed(0)
+    for shape, axis in (((32, 40), 0), ((40, 32), 1), ((5, 8, 32), 2)):
+        basis, weight = torch.randn(2, 32), torch.randn(shape)
+        whole = read_off(basis, weight, axis)
+        assert whole.shape == (2, *(n for i, n in enumerate(shape) if i != axis))
+        assert torch.equal(whole.reshape(2, -1), basis @ weight.movedim(axis, 0).reshape(32, -1))
+        torch.testing.assert_close(read_off(basis, weight, axis, 100), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_plans_in_force_one_after_another_share_one_copy(llama, monkeypatch):
+    writers, before = find_writers(llama), snapshot(llama)
+    one, other = (
+        orthogonal(llama, some, removals([1.0]), "all") for some in (writers[:4], writers[2:])
+    )
+    expected = {}
+    for name, plan in (("one", one), ("other", other)):
+        with applied(llama.model, plan):
+            expected[name] = snapshot(llama)
+    copies, of = [], ablation.Originals.of
+
+    def counted(self, parameter):
+        known = id(parameter) in self._kept
+        copies.extend([] if known else [parameter])
+        return of(self, parameter)
+
+    monkeypatch.setattr(ablation.Originals, "of", counted)
+    with originals_kept(llama.model):
+        for name, plan, new in (("one", one, 4), ("one", one, 0), ("other", other, 4)):
+            copies.clear()
+            with applied(llama.model, plan):
+                assert len(copies) == new
+                assert all(torch.equal(v, expected[name][k]) for k, v in snapshot(llama).items())
+                kept = llama.model._saber_originals._kept
+                assert len(kept) == len(plan.factors)
+                with applied(llama.model, one):  # on top of the other, undone to it
+                    pass
+                assert all(torch.equal(v, expected[name][k]) for k, v in snapshot(llama).items())
+            assert all(torch.equal(v, before[k]) for k, v in snapshot(llama).items())
+    assert not hasattr(llama.model, "_saber_originals")
 
 
 def test_undone_after_an_error(llama):

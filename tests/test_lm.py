@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,6 +33,28 @@ def test_auto_dtype_leaves_bfloat16_where_the_machine_is_slow_at_it(monkeypatch)
 
 def test_matmul_rate_is_measured():
     assert devices.matmul_rate(CPU, torch.float32, size=64) > 0
+
+
+def test_free_memory_is_the_systems_or_what_a_container_leaves(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: Mock(available=1000))
+    assert devices.free_memory(tmp_path) == 1000
+    for folder, names, cached in (
+        (tmp_path / "new", ("memory.max", "memory.current"), "inactive_file"),
+        (
+            tmp_path / "old" / "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            "total_inactive_file",
+        ),
+    ):
+        folder.mkdir(parents=True)
+        groups = folder.parent if folder.name == "memory" else folder
+        (folder / "memory.stat").write_text(f"anon 5\n{cached} 30\n")
+        for most, now, free in (("500", "400", 130), ("9000", "400", 1000), ("5", "400", 0)):
+            (folder / names[0]).write_text(most)
+            (folder / names[1]).write_text(now)
+            assert devices.free_memory(groups) == free
+        (folder / names[0]).write_text("max\n")
+        assert devices.free_memory(groups) == 1000
 
 
 def test_devices_that_are_not_here_are_named():

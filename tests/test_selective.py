@@ -7,14 +7,15 @@ import torch
 import transformers
 from conftest import make_lm
 
+from saber import moments
 from saber.ablation import applied
 from saber.errors import NonFinite
 from saber.linalg import unit
 from saber.lm.chat import Encoded, encode
-from saber.lm.inputs import plan_reading, read_inputs, read_prefix
+from saber.lm.inputs import last_layer, plan_reading, read_inputs, read_prefix
 from saber.lm.layers import find_layers
 from saber.lm.writers import find_writers
-from saber.moments import Moment, Preserved, read_decisions
+from saber.moments import Moment, Preserved, affordable, packed, read_decisions
 from saber.probing import ProbeSpec, probe
 from saber.prompts import Prompt, PromptSet
 from saber.selective import solve
@@ -269,6 +270,153 @@ def test_moments_in_groups_give_the_same_plan(llama):
     for name, factor in found.plan(lambdas, alphas).factors.items():
         other = small.plan(lambdas, alphas).factors[name]
         torch.testing.assert_close(factor.delta(), other.delta())
+
+
+@pytest.mark.parametrize("make", [make_lm, moe])
+def test_no_bit_depends_on_which_writers_are_read_together(make):
+    lm = make()
+    writers = find_writers(lm)
+    *_, found, lambdas, alphas = solved(lm, writers)
+    for memory in (1.0, 30e3):
+        assert len(packed(lm, writers, memory)) > 1
+        *_, small, _, _ = solved(lm, writers, memory=memory)
+        assert [s.writer.name for s in small.solutions] == [w.name for w in writers]
+        assert small.plan(lambdas, alphas).digest() == found.plan(lambdas, alphas).digest()
+
+
+@pytest.mark.parametrize("memory", [4e9, 1.0])
+def test_what_is_preserved_is_the_untouched_models_in_every_pass(memory):
+    """Kept from the first pass or read again in the second, with a plan in force or not."""
+    lm = make_lm()
+    writers = find_writers(lm)
+    directions, target, neutral, sets, found, lambdas, alphas = solved(lm, writers)
+    first = found.plan(lambdas, {layer: [1.0] for layer in alphas})
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    again = []
+    for earlier in (False, True):
+        preserved = Preserved(lm, writers, sets, memory=memory)
+        if earlier:
+            for _ in preserved.groups():
+                pass
+        with applied(lm.model, first):
+            decisions = read_decisions(lm, writers, target, neutral)
+        second = solve(lm, directions, decisions, preserved, plan=first)
+        again.append(second.plan(lambdas, alphas).digest())
+    assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
+    with applied(lm.model, first):
+        moved = Preserved(lm, writers, sets)
+        shifted = solve(lm, directions, decisions, moved).plan(lambdas, alphas).digest()
+    kept = Preserved(lm, writers, sets)
+    for _ in kept.groups():
+        pass
+    with applied(lm.model, first):
+        expected = solve(lm, directions, decisions, kept).plan(lambdas, alphas).digest()
+    assert {*again} == {expected}
+    assert shifted not in again
+
+
+def test_writers_are_packed_by_size_the_deepest_together():
+    lm = make_lm(layers=12)
+    writers = find_writers(lm)
+    assert packed(lm, writers, 4e9) == [writers]
+    assert packed(lm, [], 4e9) == []
+    sizes = {w.name: 8 * lm.model.get_parameter(w.weight).shape[1] ** 2 for w in writers}
+    largest = max(sizes.values())
+    for memory in (1.0, 2.5 * largest, 4e5):
+        groups = packed(lm, writers, memory)
+        held = [sum(sizes[w.name] for w in group) for group in groups]
+        assert max(held) <= max(memory, largest)
+        assert sorted(w.name for g in groups for w in g) == sorted(sizes)
+        assert all(g == [w for w in writers if w in g] for g in groups)
+        deepest = [max(w.layer for w in group) for group in groups]
+        assert deepest == sorted(deepest)
+        # In order of depth alone, every small writer beside a large one would open a group of its own.
+        assert len(groups) <= 1.25 * sum(sizes.values()) / max(memory, largest) + 1
+
+
+def test_only_writers_of_asked_layers_are_read_again(llama):
+    writers = find_writers(llama)
+    few = Preserved(llama, writers, [texts(3, 1)], memory=1.0)
+    assert {w.layer for group, _ in few.groups({1, 2}) for w in group} == {1, 2}
+    whole = Preserved(llama, writers, [texts(3, 1)])
+    assert [len(group) for group, _ in whole.groups({1, 2})] == [len(writers)]
+
+
+def test_a_reading_ends_behind_the_last_layer_that_it_needs():
+    lm = make_lm()
+    writers, ran = find_writers(lm), []
+    for index, layer in enumerate(lm.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    every = rows_of(lm, writers, texts(5, 0))
+    for some in (writers[:2], writers[2:5], writers):
+        ran.clear()
+        before = lm.work.tokens
+        reading = plan_reading(lm, some, texts(5, 0))
+        planned, ran[:] = lm.work.tokens, []
+        rows = rows_of(lm, some, texts(5, 0))
+        assert set(rows) == {(w.name, 0) for w in some}
+        assert all(torch.equal(value, every[key]) for key, value in rows.items())
+        assert planned > before
+        lm.work.tokens, ran[:] = 0, []
+        read_inputs(lm, some, reading, lambda _key, _rows: None)
+        layers = some[-1].layer + 1
+        assert ran == [*range(layers)] * len(reading.batches)
+        assert lm.work.tokens == sum(sum(n) * layers // 4 for _, n in reading.batches)
+
+
+def test_a_weight_that_layers_share_is_read_in_all_of_them():
+    lm = make_lm()
+    for layer in list(lm.layers)[1:3]:
+        layer.mlp.down_proj.weight = lm.layers[0].mlp.down_proj.weight
+    shared = next(w for w in find_writers(lm) if w.weight.endswith("0.mlp.down_proj.weight"))
+    assert last_layer(lm, [shared]) == 2
+    rows = rows_of(lm, [shared], texts(5, 0))[shared.name, 0]
+    assert len(rows) == 3 * plan_reading(lm, [shared], texts(5, 0)).tokens
+    outside = replace(shared, weight="model.norm.weight")
+    assert last_layer(lm, [outside]) == 3
+
+
+def test_where_a_device_is_short_of_memory_the_cpu_solves(llama, monkeypatch):
+    writers = find_writers(llama)
+    *_, expected, lambdas, alphas = solved(llama, writers)
+    tried, on = [], Moment.on
+
+    def short(self, device):
+        tried.append(device)
+        if len(tried) % 2:
+            raise torch.OutOfMemoryError
+        return on(self, device)
+
+    monkeypatch.setattr(Moment, "on", short)
+    *_, found, _, _ = solved(llama, writers)
+    assert len(tried) == 2 * len(writers)
+    assert found.plan(lambdas, alphas).digest() == expected.plan(lambdas, alphas).digest()
+
+
+def test_moments_take_what_is_free_and_not_less_than_before_where_that_is_there(llama, monkeypatch):
+    writers = find_writers(llama)
+    copies = sum(llama.model.get_parameter(w.weight).nbytes for w in writers)
+    for free, expected in ((100.0, 50.0), (6.0, 4.0), (3.0, 3.0), (0.0, 0.0)):
+        monkeypatch.setattr(
+            moments, "free_memory", lambda free=free: int(free * 2**30) + copies * bool(free)
+        )
+        assert affordable(llama, writers) == expected * 2**30
+
+
+def test_many_rows_that_are_all_there_is_are_summed():
+    rows = torch.randn(11, 12, generator=torch.Generator().manual_seed(0))
+    moment = Moment(12)
+    moment.add(rows, 0.5)
+    moment.done()
+    solver = moment.solver(0.01)
+    assert solver.rows is None
+    c = 0.5 * (rows.T @ rows).double()
+    e = 0.01 * float(c.trace()) / 12
+    rhs = torch.eye(12, dtype=torch.float64)
+    expected = torch.linalg.inv(c + e * rhs)
+    torch.testing.assert_close(solver.solve(rhs), expected, atol=1e-4, rtol=1e-4)
+    again = moment.solver(0.01)
+    assert torch.equal(again.factor, solver.factor)  # what was added to the diagonal is off again
 
 
 @pytest.mark.parametrize("count", [5, 40])

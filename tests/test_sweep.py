@@ -25,7 +25,9 @@ from saber.pipeline import gather, run
 from saber.prompts import PromptSet
 from saber.report import build_sweep, read_sweep
 from saber.report.sweep_card import columns
+from saber.subject import Subject
 from saber.sweep import front, journal
+from saber.sweep import trial as trials
 from saber.sweep.drive import Hearing, Plan, sweep
 from saber.sweep.grid import Axis, Range, Setting, changed, grid, read_axis
 from saber.sweep.journal import Journal, Row
@@ -286,6 +288,12 @@ def test_a_trial_is_the_same_edit_as_a_run_and_leaves_the_model_alone(
     assert row.directions == record["directions_ablated"]
     assert row.layers == record["layers_edited"]
     assert others[0].plan != row.plan
+
+
+def test_workers_share_what_moments_may_take(monkeypatch):
+    for whole, shares in ((64, {1: 0.0, 2: 32.0, 8: 8.0, 32: 4.0}), (3, {1: 0.0, 2: 3.0})):
+        monkeypatch.setattr(trials, "affordable", lambda *_, whole=whole: whole * 2.0**30)
+        assert {n: trials._share(Subject(make_lm(), "", ()), n) for n in shares} == shares
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ from saber.products import exact_product
 
 Scope = Literal["own", "nearest", "upstream", "all"]
 KIND = "edit-plan"
+BLOCK = 1 << 24
+"""Entries of a weight that are changed at once."""
+READ = 1 << 26
+"""Entries of a weight that are read in float32 at once."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class EditSpec:
     sensitivity: float = 0.0
     """How far lambda follows what answers feel of a layer's direction, its Fisher information: it is
     multiplied by this power of it, per its mean over layers; 0 takes one lambda for all (selective only)."""
-    memory: float = 4.0
-    """Memory that second moments may take, GiB; with less, the prompts are read more often."""
+    memory: float = 0.0
+    """Memory that second moments may take, GiB; with less, the prompts are read more often, and no result
+    depends on it. 0 takes half of what the machine has free, and at least 4 where it has that."""
     scope: Scope = "nearest"
     """Writers that a direction is taken out of: those of its own layer; those to which its layer is
     the nearest selected one of its pass at or above them; those up to its layer; or all."""
@@ -110,6 +116,21 @@ class Factor:
         change = exact_product(left, right.reshape(right.shape[0], -1))
         return change.reshape(-1, *self.right.shape[1:]).movedim(0, self.axis)
 
+    def add_to(self, weight: Tensor, entries: int = BLOCK) -> None:
+        """Add the change to the stored weight, by blocks along its first axis of about so many entries.
+
+        The same bits as the sum with `delta` rounded once, without its memory.
+        """
+        step = max(1, entries * weight.shape[0] // weight.numel())
+        for rows in range(0, weight.shape[0], step):
+            some = slice(rows, rows + step)
+            part = (
+                replace(self, left=self.left[some])
+                if self.axis == 0
+                else replace(self, right=self.right[:, some])
+            )
+            add_in_place(weight.detach()[some], part.delta(weight.device))
+
 
 @dataclass(frozen=True)
 class EditPlan:
@@ -167,13 +188,13 @@ class EditPlan:
             parts += [name, f.weight, f.bias_name, f.axis, f.left, f.right, f.bias]
         return codec.digest(*parts)
 
-    def changes(self, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each parameter that the plan changes, with its change, both as they are stored."""
+    def changes(self, model: Any) -> Iterator[tuple[Tensor, Callable[[Tensor], None]]]:
+        """Yield each parameter that the plan changes, with what makes the change in place."""
         for name, factor in self.factors.items():
-            weight = model.get_parameter(factor.weight or f"{name}.weight")
-            yield weight, factor.delta(weight.device)
+            yield model.get_parameter(factor.weight or f"{name}.weight"), factor.add_to
             if factor.bias is not None:
-                yield model.get_parameter(factor.bias_name or f"{name}.bias"), factor.bias
+                parameter = model.get_parameter(factor.bias_name or f"{name}.bias")
+                yield parameter, partial(add_in_place, delta=factor.bias)
 
 
 def orthogonal(
@@ -224,11 +245,10 @@ def in_scope(writer_layer: int, removals: Sequence[Removal], scope: Scope) -> tu
 
 
 def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:
-    weight = lm.model.get_parameter(writer.weight).detach().float().movedim(writer.axis, 0)
-    gained = writer.read(q)
-    left = (-writer.write(q) @ s).to(weight)
-    read = gained.to(weight)
-    right = (read @ weight.reshape(weight.shape[0], -1)).reshape(-1, *weight.shape[1:])
+    weight = lm.model.get_parameter(writer.weight).detach()
+    read = writer.read(q).to(weight.device, torch.float32)
+    left = (-writer.write(q) @ s).to(read)
+    right = read_off(read, weight, writer.axis)
     bias = None
     if writer.bias is not None:
         bias = lm.model.get_parameter(writer.bias).detach().float() @ read.T @ left.T
@@ -242,28 +262,88 @@ def _factor(lm: LanguageModel, writer: Writer, q: Tensor, s: Tensor) -> Factor:
     )
 
 
+def read_off(
+    basis: Float[Tensor, "k d_model"], weight: Tensor, axis: int, entries: int = READ
+) -> Float[Tensor, "k ..."]:
+    """Return what a basis reads off a weight in float32, its axes without that of d_model.
+
+    A weight of more than so many entries goes through in blocks, as it would take twice its memory.
+    """
+    stored = weight.movedim(axis, 0)
+    if stored.ndim == 1:
+        return basis @ stored.float()
+    step = max(1, entries * stored.shape[1] // stored.numel())
+    parts = [
+        (basis @ part.float().reshape(len(part), -1)).reshape(-1, *part.shape[1:])
+        for part in stored.split(step, 1)
+    ]
+    return torch.cat(parts, 1)
+
+
+class Originals:
+    """Copies on the CPU of the weights that a plan changes, as they are without it."""
+
+    def __init__(self) -> None:
+        self.in_use = False
+        """Whether a plan is in force."""
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the copy of a parameter, which is made now if there is none."""
+        if id(parameter) not in self._kept:
+            self._kept[id(parameter)] = parameter, parameter.detach().to("cpu", copy=True)
+        return self._kept[id(parameter)][1]
+
+    def keep(self, parameters: Iterable[Tensor]) -> None:
+        """Drop the copies of all other parameters."""
+        wanted = {id(parameter) for parameter in parameters}
+        self._kept = {key: kept for key, kept in self._kept.items() if key in wanted}
+
+
+_ORIGINALS = "_saber_originals"
+"""Where a model carries the copies that plans share."""
+
+
+@contextmanager
+def originals_kept(model: Any) -> Iterator[None]:
+    """Let plans that are held in force one after another share one copy of what they change.
+
+    Meanwhile nothing else may change these weights. What the next plan leaves alone is dropped.
+    """
+    setattr(model, _ORIGINALS, Originals())
+    try:
+        yield
+    finally:
+        delattr(model, _ORIGINALS)
+
+
 @contextmanager
 def applied(model: Any, plan: EditPlan) -> Iterator[None]:
     """Hold a plan in force: change the weights in place, and put the very same bits back at the end."""
-    kept: list[tuple[Tensor, Tensor]] = []
+    shared = getattr(model, _ORIGINALS, None)
+    originals = Originals() if shared is None or shared.in_use else shared
+    changed: list[tuple[Tensor, Tensor]] = []
     try:
-        for parameter, delta in plan.changes(model):
-            kept.append((parameter, parameter.detach().to("cpu", copy=True)))
-            add_in_place(parameter, delta)
+        originals.in_use = True
+        originals.keep(parameter for parameter, _ in plan.changes(model))
+        for parameter, change in plan.changes(model):
+            changed.append((parameter, originals.of(parameter)))
+            change(parameter)
         yield
     finally:
         with torch.no_grad():
-            for parameter, original in reversed(kept):
+            for parameter, original in reversed(changed):
                 parameter.copy_(original)
+        originals.in_use = False
 
 
 def add_in_place(parameter: Tensor, delta: Tensor) -> None:
     """Add a float32 change to a weight, with one rounding to the weight's dtype."""
     with torch.no_grad():
-        parameter.copy_((parameter.float() + delta.to(parameter.device)).to(parameter.dtype))
+        parameter.copy_(delta.to(parameter.device) + parameter.float())
 
 
 def apply(model: Any, plan: EditPlan) -> None:
     """Change the weights for good."""
-    for parameter, delta in plan.changes(model):
-        add_in_place(parameter, delta)
+    for parameter, change in plan.changes(model):
+        change(parameter)

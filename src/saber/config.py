@@ -127,7 +127,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "edit.lambda": (0, 1e9),
     "edit.ridge": (0, 1),
     "edit.sensitivity": (0, 4),
-    "edit.memory": (0.001, 1e6),
+    "edit.memory": (0, 1e6),
     "edit.skip_below": (0, 1),
     "refine.passes": (1, 100),
     "refine.top_k": (0, 10_000),

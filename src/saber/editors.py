@@ -21,11 +21,11 @@ from saber.lm.generate import Completion, Request, answer
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
-from saber.moments import RIDGE, Decisions, Preserved, read_decisions
+from saber.moments import RIDGE, Decisions, Preserved, affordable, read_decisions
 from saber.openings import Fitted, Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
 from saber.probing import Activations, ProbeSpec, decision_count
-from saber.selective import solve
+from saber.selective import Selective, solve
 from saber.sensitivity import fisher, sample, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
@@ -141,7 +141,7 @@ class SelectiveEditor:
             # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
             [encode(lm, p.texts) for p in (data.neutral, *data.keep)] if data.keep else [],
             positions=decision_count(lm, self.probing),
-            memory=self.edit.memory * 2**30,
+            memory=self.edit.memory * 2**30 or affordable(lm, self.writers),
             progress=progress,
         )
         pairs = zip(kept, answered, strict=True)
@@ -186,20 +186,25 @@ class SelectiveEditor:
                 ruler = ruler.behind(opening, derive_readout(target, neutral))
             stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
             at = plan.digest() if plan.factors else ""
-            where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
-            solved = self.memo(
-                ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1]),
-                lambda: solve(
-                    self.lm,
-                    stacked,
-                    self._decisions(sides, opening),
-                    self.preserved,
-                    ridge=self.edit.ridge or RIDGE,
-                    progress=self.progress,
-                ),
-            )
             felt = self._felt(stacked, at)
             telling = bool(opening) or self.memo(("telling", at, self.probing), ruler.tells)
+        where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
+
+        def solving() -> Selective:
+            with applied(self.lm.model, plan):
+                decisions = self._decisions(sides, opening)
+            return solve(
+                self.lm,
+                stacked,
+                decisions,
+                self.preserved,
+                plan=plan,
+                ridge=self.edit.ridge or RIDGE,
+                progress=self.progress,
+            )
+
+        key = ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1])
+        solved = self.memo(key, solving)
         dear = {k: [1.0] * len(cs) for k, cs in by_layer.items()}
         if felt is not None:
             dear = weights(felt, self.edit.sensitivity)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded
+from saber.lm.device import free_memory
 from saber.lm.forward import Progress, silent
 from saber.lm.inputs import Key, plan_reading, read_inputs, read_prefix
 from saber.lm.model import LanguageModel
@@ -21,6 +23,10 @@ from saber.lm.writers import Writer
 
 RIDGE = 1e-3
 """Least shrinkage towards a multiple of the identity, as a share of the mean eigenvalue."""
+FEW = 0.75
+"""Rows, as a share of their width, up to which a solve in sample space is the faster one."""
+LEAST = 4.0 * 2**30
+"""Bytes that moments may take where nothing is said, if the machine has them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Moment:
     """C = sum of h h^T over the rows of one writer, each row scaled by the root of its weight.
 
     Kept as the rows themselves while these are fewer than their width, so that a solve takes the
-    smaller of the two; beyond that as a float64 sum of float32 products.
+    smaller of the two; beyond that as a float64 sum of float32 products. From `FEW` of the width on
+    rows that are all there is are summed too.
     """
 
     def __init__(self, width: int) -> None:
@@ -89,6 +96,7 @@ class Moment:
         self._sum: Tensor | None = None
         self._pinned: list[Tensor] = []
         self._trace: float | None = None
+        self._device = torch.device("cpu")
         self.products = 0.0
         """Work done on sums, FLOP."""
 
@@ -128,8 +136,9 @@ class Moment:
 
     def done(self) -> None:
         """Say that all rows have come: rows are no longer kept on the model's device."""
-        if self._sum is not None:
+        if self._sum is not None or self._count > FEW * self.width:
             self._fold()
+        if self._sum is not None:
             for start, end in self._bands():
                 self._sum[end:, start:end] = self._sum[start:end, end:].T
         self._rows = [part.cpu() for part in self._rows]
@@ -140,6 +149,13 @@ class Moment:
             pinned = torch.cat(self._pinned)
             self._sum += pinned.T @ pinned
         self._pinned = []
+
+    def on(self, device: torch.device) -> Moment:
+        """Return the same moment to be used on a device that has float64; it shares what lies there."""
+        other = copy.copy(self)
+        other._device, other._rows = device, [part.to(device) for part in self._rows]
+        other._sum = None if self._sum is None else self._sum.to(device)
+        return other
 
     def trace(self) -> float:
         """Return tr C without what is pinned."""
@@ -153,7 +169,10 @@ class Moment:
         """Return v C v^T for each vector v, in float64."""
         if self._sum is not None:
             return (vectors @ self._sum * vectors).sum(1)
-        return (_stack(self._rows, self.width) @ vectors.T).pow(2).sum(0)
+        return (self._stack() @ vectors.T).pow(2).sum(0)
+
+    def _stack(self) -> Tensor:
+        return torch.cat([torch.zeros(0, self.width, device=self._device), *self._rows]).double()
 
     def solver(self, ridge: float, least: float = 0.0, where: str = "") -> Solver:
         """Return a solver of (C + e I) x = b, e = ridge x tr C / d_in; raises `NonFinite`.
@@ -164,14 +183,18 @@ class Moment:
         trace = max(self.trace(), least)
         if not math.isfinite(trace):
             raise NonFinite(f"the input of {where or 'a writer'}")
-        rows = None if self._sum is not None else _stack(self._rows, self.width)
+        rows = None if self._sum is not None else self._stack()
         square = self._sum if rows is None else rows @ rows.T
         assert square is not None
+        diagonal = square.diagonal().clone()
         while True:
             e = max(ridge * trace / self.width, 1e-300)
-            shifted = square.clone()
-            shifted.diagonal().add_(e)
-            factor, failed = torch.linalg.cholesky_ex(shifted)
+            # In place, as a large C is gigabytes.
+            square.diagonal().add_(e)
+            try:
+                factor, failed = torch.linalg.cholesky_ex(square)
+            finally:
+                square.diagonal().copy_(diagonal)
             if not int(failed) and bool(torch.isfinite(factor).all()):
                 return Solver(factor, rows, e, ridge)
             ridge *= 10
@@ -204,10 +227,6 @@ class Solver:
         return float((d.max() / d.min()) ** 2) if len(d) else 1.0
 
 
-def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
-    return torch.cat([torch.zeros(0, width, dtype=torch.float64), *(r.double() for r in rows)])
-
-
 class Preserved:
     """Second moments of each writer's inputs over all tokens of texts that must not change.
 
@@ -215,7 +234,8 @@ class Preserved:
     set is not drowned. The prefix that all texts of a set share, where it is read once, is a set of its
     own. Of the sets in `decisions` the last `positions` tokens alone are read. An expert's moment is
     over the tokens routed to it, per token of the set. They are kept when all of them fit into `memory`
-    bytes; otherwise `groups` reads the texts again for each group of writers that fits.
+    bytes; otherwise `groups` reads the texts again for each group of writers that fits. Which writers
+    are read together changes no bit of a moment.
     """
 
     def __init__(
@@ -226,30 +246,42 @@ class Preserved:
         decisions: Sequence[Sequence[Encoded]] = (),
         *,
         positions: int = 1,
-        memory: float = 4e9,
+        memory: float = LEAST,
         progress: Progress[Any] = silent,
     ) -> None:
         self._lm, self._progress = lm, progress
+        self.writers = tuple(writers)
+        """All writers, in order of depth."""
         self._readings = [plan_reading(lm, writers, encoded) for encoded in sets if encoded]
         self._readings += [
             plan_reading(lm, writers, encoded, last=positions) for encoded in decisions if encoded
         ]
-        self._groups = _grouped(lm, writers, memory)
+        self._memory = memory
         self._kept: dict[Key, Moment] | None = None
-        self.bytes = max((sum(_size(lm, w) for w in group) for group in self._groups), default=0)
-        """Memory that the moments take at their peak."""
         self.tokens = sum(reading.tokens for reading in self._readings)
         """Tokens that are read."""
 
-    def groups(self) -> Iterator[tuple[list[Writer], dict[Key, Moment]]]:
-        """Yield groups of writers with their moments, shallow layers first."""
-        for group in self._groups:
-            moments = self._kept
-            if moments is None:
-                moments = self._read(group)
-                if len(self._groups) == 1:
-                    self._kept = moments
+    def groups(
+        self, layers: Collection[int] | None = None
+    ) -> Iterator[tuple[list[Writer], dict[Key, Moment]]]:
+        """Yield groups of writers with their moments, shallow layers first.
+
+        Where they do not fit together, the writers of `layers` alone are read. The model reads as it
+        stands; no plan should be in force meanwhile.
+        """
+        groups = packed(self._lm, self.writers, self._memory)
+        if len(groups) > 1 and layers is not None:
+            wanted = [w for w in self.writers if w.layer in layers]
+            groups = packed(self._lm, wanted, self._memory)
+        elif groups:
+            if self._kept is None:
+                self._kept = self._read(groups[0])
+            yield groups[0], self._kept
+            return
+        for group in groups:
+            moments = self._read(group)
             yield group, moments
+            moments.clear()  # whoever still holds them would hold two groups'
 
     def _read(self, writers: Sequence[Writer]) -> dict[Key, Moment]:
         moments: dict[Key, Moment] = {}
@@ -295,14 +327,37 @@ def _size(lm: LanguageModel, writer: Writer) -> int:
     return 8 * width(lm, writer) ** 2 * (writer.experts or 1)
 
 
-def _grouped(lm: LanguageModel, writers: Sequence[Writer], memory: float) -> list[list[Writer]]:
+def packed(lm: LanguageModel, writers: Sequence[Writer], memory: float) -> list[list[Writer]]:
+    """Pack writers, given in order of depth, into few groups whose moments fit into `memory` bytes.
+
+    What is deepest opens a group, and the next deepest that still fit fill it: a reading ends behind its
+    group's last layer, so shallow writers are left to groups of their own. The largest writer has to
+    fit in any case.
+    """
+    sizes = [_size(lm, writer) for writer in writers]
+    bound = max([memory, *sizes])
+    rest = list(range(len(writers)))[::-1]
     groups: list[list[Writer]] = []
-    room = 0.0
-    for writer in writers:
-        size = _size(lm, writer)
-        if not groups or size > room:
-            groups.append([])
-            room = memory
-        groups[-1].append(writer)
-        room -= size
-    return groups
+    while rest:
+        room, group, left = bound, [], []
+        for index in rest:
+            if sizes[index] <= room:
+                room -= sizes[index]
+                group.append(index)
+            else:
+                left.append(index)
+        groups.append([writers[index] for index in group[::-1]])
+        rest = left
+    return groups[::-1]
+
+
+def affordable(lm: LanguageModel, writers: Sequence[Writer]) -> float:
+    """Return how many bytes moments may take where nothing is said: half of what is free here.
+
+    Free is what is left beside the copies of the writers by which an edit is undone. `LEAST` is taken
+    where that is more and is there.
+    """
+    parameters = (lm.model.get_parameter(w.weight) for w in writers)
+    copies = sum(p.numel() * p.element_size() for p in parameters)
+    free = max(0.0, float(free_memory() - copies))
+    return max(free / 2, min(free, LEAST))

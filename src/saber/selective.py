@@ -17,15 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saber.ablation import EditPlan, Factor
+from saber.ablation import EditPlan, Factor, applied, read_off
 from saber.errors import ModelError
+from saber.lm.device import has_float64
 from saber.lm.forward import Progress, silent
+from saber.lm.inputs import Key
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.moments import RIDGE, Decisions, Moment, Preserved, width
@@ -180,19 +183,24 @@ def solve(
     decisions: Decisions,
     preserved: Preserved,
     *,
+    plan: EditPlan | None = None,
     ridge: float = RIDGE,
     progress: Progress[Any] = silent,
 ) -> Selective:
-    """Solve for the writers of every layer that has directions, from the weights as they are.
+    """Solve for the writers of every layer that has directions, from the weights as `plan` leaves them.
 
-    Raises `ModelError` where a writer's inputs could not be read, and `NonFinite`.
+    Inputs to preserve are those of the model without it, whichever pass asks and however many groups
+    there are. Raises `ModelError` where a writer's inputs could not be read, and `NonFinite`.
     """
-    found: list[Solution] = []
-    for group, moments in preserved.groups():
+    found: dict[str, Solution] = {}
+    for group, moments in preserved.groups(directions.keys()):
         chosen = [w for w in group if w.layer in directions and width(lm, w)]
-        for writer in progress(chosen, "solving", len(chosen)):
-            found.append(_solve(lm, writer, directions[writer.layer], decisions, moments, ridge))
-    return Selective(tuple(found))
+        with applied(lm.model, plan or EditPlan()):
+            for writer in progress(chosen, "solving", len(chosen)):
+                found[writer.name] = _solve(
+                    lm, writer, directions[writer.layer], decisions, moments, ridge
+                )
+    return Selective(tuple(found[w.name] for w in preserved.writers if w.name in found))
 
 
 def _solve(
@@ -204,10 +212,9 @@ def _solve(
     ridge: float,
 ) -> Solution:
     weight = lm.model.get_parameter(writer.weight).detach()
-    stored = weight.movedim(writer.axis, 0)
     reading = writer.read(directions.double())
     # (k, experts, d_in); a plain weight has one expert.
-    whole = reading.float().to(weight.device) @ stored.float().reshape(stored.shape[0], -1)
+    whole = read_off(reading.float().to(weight.device), weight, writer.axis)
     read = whole.reshape(len(reading), writer.experts or 1, -1).cpu().double()
     parts: list[_Part | None] = []
     worst, condition = ridge, 1.0
@@ -216,30 +223,49 @@ def _solve(
         if key not in decisions.target:
             parts.append(None)
             continue
-        x = decisions.target[key].double()
-        moment = moments.get(key) or Moment(x.shape[1])
-        usual = moment.energy(read[:, expert])
-        solver = moment.solver(ridge, float(x.pow(2).sum()) / decisions.rows, writer.name)
-        worst, condition = max(worst, solver.ridge), max(condition, solver.condition)
-        inputs = solver.solve(x.T).T
-        kernel, vectors = torch.linalg.eigh((inputs @ x.T + x @ inputs.T) / 2)
-        anchor = decisions.neutral.get(key)
-        wanted = read[:, expert] @ (x if anchor is None else x - anchor.double()).T
-        parts.append(
-            _Part(
-                wanted,
-                kernel.clamp_min(0),
-                wanted @ vectors,
-                (vectors.T @ inputs).float().double(),
-                usual,
-                solver.e,
-                decisions.rows,
-            )
-        )
+        moment = moments.get(key) or Moment(decisions.target[key].shape[1])
+        fit = partial(_fit, key, moment, read[:, expert], decisions, ridge)
+        part = fit(weight.device) if has_float64(weight.device) else None
+        part = part or fit(torch.device("cpu"))
+        assert part is not None
+        parts.append(part.solved)
+        worst, condition = max(worst, part.ridge), max(condition, part.condition)
     if not any(parts):
         raise ModelError(
             f"the inputs of {writer.weight} could not be read while the model ran.",
             "Use --edit orthogonal, which does not need them.",
         )
     left = -writer.write(directions.double())
-    return Solution(writer, left.float(), tuple(parts), tuple(stored.shape[1:]), worst, condition)
+    return Solution(writer, left.float(), tuple(parts), tuple(whole.shape[1:]), worst, condition)
+
+
+class _Fitted(NamedTuple):
+    solved: _Part
+    ridge: float
+    condition: float
+
+
+def _fit(
+    key: Key, moment: Moment, read: Tensor, decisions: Decisions, ridge: float, where: torch.device
+) -> _Fitted | None:
+    """Solve for one expert on a device that has float64; None where its memory is too short for that."""
+    try:
+        x, moment, read = decisions.target[key].to(where).double(), moment.on(where), read.to(where)
+        usual = moment.energy(read)
+        solver = moment.solver(ridge, float(x.pow(2).sum()) / decisions.rows, key[0])
+        inputs = solver.solve(x.T).T
+        kernel, vectors = torch.linalg.eigh((inputs @ x.T + x @ inputs.T) / 2)
+        anchor = decisions.neutral.get(key)
+        wanted = read @ (x if anchor is None else x - anchor.to(where).double()).T
+        solved = _Part(
+            wanted.cpu(),
+            kernel.clamp_min(0).cpu(),
+            (wanted @ vectors).cpu(),
+            (vectors.T @ inputs).float().double().cpu(),
+            usual.cpu(),
+            solver.e,
+            decisions.rows,
+        )
+    except torch.OutOfMemoryError:
+        return None
+    return _Fitted(solved, solver.ridge, solver.condition)

@@ -6,13 +6,20 @@ import ctypes
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 from saber.errors import UsageError
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+_CONTAINERS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where Linux tells a container's bound, its use, and what of that it gives back when asked."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,6 +75,20 @@ def give_back_memory() -> None:
     """Give what was kept by `keep_freed_memory` back to the system, so that peaks do not add up."""
     if trim := _of_glibc("malloc_trim"):
         trim(0)
+
+
+def free_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how much memory can still be taken, bytes: the system's, or less where a container bounds it."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used, reclaimed in _CONTAINERS:
+        try:
+            most, now = (int((groups / name).read_text(encoding="ascii")) for name in (limit, used))
+            told = (groups / Path(used).parent / "memory.stat").read_text(encoding="ascii")
+        except (OSError, ValueError):  # no container, or one without a bound
+            continue
+        cached = dict(line.split() for line in told.splitlines()).get(reclaimed, 0)
+        free = min(free, max(0, most - now + int(cached)))
+    return free
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -144,9 +144,10 @@ def read_inputs(
     """Give `receive` the rows that go into the writers when the model reads some sequences.
 
     An expert gets the rows that are routed to it, which may be none. A vector (a bias) has no rows,
-    and a bias is no part of one.
+    and a bias is no part of one. What lies behind the last layer with such a weight is not run, unless a
+    state has to be handed on.
     """
-    tap = Tap(lm, writers, receive)
+    tap, last = Tap(lm, writers, receive), last_layer(lm, writers)
     with plain_experts(lm), torch.no_grad():
         for ids, lengths in progress(reading.batches, label, len(reading.batches)):
             ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
@@ -167,7 +168,19 @@ def read_inputs(
                 receive(key, rows[wanted.to(rows.device)] if reading.padded else rows)
 
             with tap.to(keep):
-                _run(lm, ids, lengths, reading.offset, state)
+                _run(lm, ids, lengths, reading.offset, state, last)
+
+
+def last_layer(lm: LanguageModel, writers: Sequence[Writer]) -> int:
+    """Return the deepest layer that holds the weight of a writer; the last where one lies in none."""
+    found = {lm.model.get_parameter(w.weight).untyped_storage().data_ptr(): -1 for w in writers}
+    for index, layer in enumerate(lm.layers):
+        for parameter in layer.parameters():
+            pointer = parameter.untyped_storage().data_ptr()
+            if pointer in found:
+                found[pointer] = index
+    end = len(lm.layers) - 1
+    return end if -1 in found.values() else max(found.values(), default=end)
 
 
 def read_prefix(
@@ -218,15 +231,25 @@ def _added(lm: LanguageModel, tap: Tap, ids: Tensor, last: int) -> None:
 
 
 def _run(
-    lm: LanguageModel, ids: Tensor, lengths: Sequence[int] | None, offset: int, state: Any
+    lm: LanguageModel,
+    ids: Tensor,
+    lengths: Sequence[int] | None,
+    offset: int,
+    state: Any,
+    last: int | None = None,
 ) -> Any:
-    """Run tokens behind a state without logits; return the state after them, if there is one."""
+    """Run tokens behind a state without logits; return the state after them, if there is one.
+
+    Behind a `last` layer that is not the model's nothing is run, and there is no such state.
+    """
     rows, width = ids.shape
     positions = torch.arange(offset, offset + width, device=ids.device).expand(rows, -1)
     mask = torch.ones(rows, offset + width, dtype=torch.long, device=ids.device)
     for line, length in enumerate(lengths or ()):
         mask[line, offset + length :] = 0
-    with gathered_head(lm, torch.zeros(0, dtype=torch.long)):
+    layers, out = len(lm.layers), None
+    run = layers if last is None else last + 1
+    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run):
         out = lm.model(
             input_ids=ids,
             attention_mask=mask,
@@ -234,8 +257,27 @@ def _run(
             use_cache=cache_name(lm) is not None,
             **carry(lm, state),
         )
-    lm.work.tokens += sum(lengths) if lengths else rows * width
+    # A token that goes through some layers counts as their share of one.
+    lm.work.tokens += (sum(lengths) if lengths else rows * width) * run // layers
     return carried(lm, out)
+
+
+class _Enough(Exception):
+    """Ends a forward pass."""
+
+
+@contextmanager
+def _ended(lm: LanguageModel, layers: int) -> Iterator[None]:
+    """Let forward passes end behind so many layers, without what comes out; all of them end as ever."""
+
+    def enough(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise _Enough
+
+    with ExitStack() as stack:
+        if layers < len(lm.layers):
+            stack.enter_context(suppress(_Enough))
+            stack.callback(lm.layers[layers - 1].register_forward_hook(enough).remove)
+        yield
 
 
 class Tap(TorchDispatchMode):

@@ -31,6 +31,8 @@ from saber.lm.model import LanguageModel
 TOKENS = 7
 """Tokens of a recorded call: a number that no other axis of a stream has."""
 MEASURED = "a gain of its own for every coordinate"
+BLOCK = 1 << 24
+"""Entries of a substitute that are made at once."""
 FIT_LIMIT, LOW_PRECISION_FIT = 1e-3, 5e-2
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -185,6 +187,26 @@ class Change(NamedTuple):
     factor: float
 
 
+class Substitute(NamedTuple):
+    """The z v^T that a parameter is held at, as its factors: whole it is made for a forward pass alone."""
+
+    parameter: nn.Parameter
+    axis: int
+    z: Float[Tensor, " d_model"]
+    v: Float[Tensor, "*d_in"]
+
+    def times(self, factor: float) -> Tensor:
+        """Return a multiple of z v^T as the parameter is stored, rounded once, made in blocks."""
+        value = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
+        rows = value.movedim(self.axis, 0)
+        z, v = self.z.to(value.device), self.v.to(value.device)
+        step = max(1, BLOCK // v.numel())
+        for begin in range(0, len(z), step):
+            part = factor * torch.outer(z[begin : begin + step], v.reshape(-1))
+            rows[begin : begin + step] = part.reshape(-1, *v.shape)
+        return value
+
+
 @dataclass(frozen=True)
 class Bench:
     """A layer with one recorded call, on which parameters are tried."""
@@ -226,9 +248,9 @@ class Bench:
         # What other writers add may drown the stream that goes in, and the change with its rounding.
         size = max(float(self.call.rows.norm()), float(base.norm()))
         factor = 1.0
-        z, value = _substitute(parameter, axis, seed)
+        written = _substitute(parameter, axis, seed)
         for attempt in range(3):
-            change = self._written(parameter, factor * value, zero) - base
+            change = self._written(parameter, written.times(factor), zero) - base
             share = float(change.norm()) / size
             if attempt == 2 or not share < 0.5:
                 break
@@ -236,7 +258,7 @@ class Bench:
             factor *= 2.0 ** round(-math.log2(share)) if share > self.floor else 128.0
         if not bool(torch.isfinite(change).all()) or share <= self.floor:
             return None
-        return Change(z, change, factor)
+        return Change(written.z.double(), change, factor)
 
     def _written(
         self, parameter: nn.Parameter, value: Tensor, zero: Sequence[nn.Parameter]
@@ -261,9 +283,9 @@ class Bench:
             if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
                 return None
         gain = right[0] * right[0].sum().sign() * parameter.shape[axis] ** 0.5
-        _, value = _substitute(parameter, axis, -1)
+        value = _substitute(parameter, axis, -1).times(tried[0].factor)
         # As large as what it is compared with: a weak writer would else be taken for a centred one.
-        ones = self._written(parameter, tried[0].factor * value, zero) - base
+        ones = self._written(parameter, value, zero) - base
         return Fit(gain, bool(ones.norm() < 0.02 * tried[0].change.norm()))
 
     def isolated(
@@ -273,7 +295,7 @@ class Bench:
 
         What is left is the parameter's own path to the stream, without the summands beside it.
         """
-        _, value = _substitute(parameter, axis, 11)
+        value = _substitute(parameter, axis, 11)
         zero: list[nn.Parameter] = []
         for other in others:
             if other is not parameter and self._matters(parameter, value, [*zero, other]):
@@ -281,13 +303,13 @@ class Bench:
         return zero
 
     def _matters(
-        self, parameter: nn.Parameter, value: Tensor, zero: Sequence[nn.Parameter]
+        self, parameter: nn.Parameter, value: Substitute, zero: Sequence[nn.Parameter]
     ) -> bool:
         """Return whether a parameter has an effect on the output while others are zero."""
         base = self.base(parameter, zero)
         size = max(float(self.call.rows.norm()), float(base.norm()))
         for factor in (1.0, 1e2, 1e4):
-            change = float((self._written(parameter, factor * value, zero) - base).norm())
+            change = float((self._written(parameter, value.times(factor), zero) - base).norm())
             if change > self.floor * size:
                 return math.isfinite(change)
         return False
@@ -350,8 +372,8 @@ def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
     return float((out - carried).norm() / given.norm())
 
 
-def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return z (d_model) and z v^T in the parameter's layout; z has mean zero and no small entries.
+def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> Substitute:
+    """Return z and v for a parameter; z has mean zero and no small entries.
 
     Both have few bits, so that 16-bit weights hold z v^T exactly and all its rows are one row times a
     number: what is left of a token after cancellation is then no rounding error that a norm would enlarge.
@@ -368,9 +390,7 @@ def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> tuple[Tensor, 
         z = torch.ones(d_model)
         generator.manual_seed(11)
     v = torch.randn(rest, generator=generator) / rest[-1] ** 0.5 if rest else torch.ones(())
-    v = _few_bits(v)
-    value = torch.outer(z, v.reshape(-1)).reshape(d_model, *rest).movedim(0, axis)
-    return z.double(), value.to(parameter.device)
+    return Substitute(parameter, axis, z, _few_bits(v))
 
 
 def _few_bits(x: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ def sweep(
             _clear(out)
         storage = open_storage(out, plan.storage) if plan.trials else None
         listener.on_stage(f"loading {model}")
-        with closing(_crew(Job(model, base, out / journal.SHARED, force), plan, listener)) as crew:
+        job = Job(model, base, out / journal.SHARED, force, plan.workers)
+        with closing(_crew(job, plan, listener)) as crew:
             about = crew.about()
             ready = monotonic()
             study = _study(out, about, plan)

@@ -32,6 +32,7 @@ from saber.evaluation.readout import Readout, derive_readout
 from saber.lm.chat import encode
 from saber.lm.forward import TOKENS_PER_BATCH, Progress, Share, silent
 from saber.memo import Key, Memo
+from saber.moments import LEAST, affordable
 from saber.passes import Refinement
 from saber.pipeline import RunData, describe_data, describe_model, gather
 from saber.probing import Activations, Look, Part, join, probe
@@ -60,6 +61,8 @@ class Job:
     """Folder for what the untouched model gave, which workers share; None keeps it in memory."""
     force: bool = False
     """Go on even if the model hardly shows the behaviour."""
+    workers: int = 1
+    """Workers that may share a machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Bench:
         """Its answers to the prompts that select."""
         if not job.force:
             self.watch.require(job.model, base.minimum_rate)
+        self._memory = _share(self.subject, job.workers)
         self.tree = Tree(self.subject.lm, job.shared)
         """What its trials share."""
         self._untouched: tuple[Measurement, int] | None = None
@@ -290,6 +294,8 @@ class Bench:
     def _refine(
         self, config: RunConfig, memo: Memo, behaviour: Callable[[], Shown] | None = None
     ) -> Refinement:
+        memory = config.edit.memory or self._memory
+        config = replace(config, edit=replace(config.edit, memory=memory))
         return refined(
             self.subject,
             self.watch,
@@ -388,3 +394,11 @@ def _prompts(data: RunData) -> dict[str, Any]:
             side = getattr(data, split)
             described[name][f"{split}_fingerprint"] = getattr(side, name).fingerprint()
     return described
+
+
+def _share(subject: Subject, workers: int) -> float:
+    """Return a worker's part of what moments may take on this machine, GiB; 0 leaves it open to one alone."""
+    if workers == 1:
+        return 0.0
+    whole = affordable(subject.lm, subject.writers)
+    return max(whole / workers, min(whole, LEAST)) / 2**30
