@@ -1101,6 +1101,15 @@ def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
 
 
 @pytest.mark.slow
+def test_where_no_token_tells_directions_are_taken_by_score(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("saber.refinement.derive_readout", lambda _target, _neutral: Readout(()))
+    config = small(data={"limit": 4}, refine={"passes": 1, "shortlist": 4, "max_q": 1})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    assert record["directions_ablated"]
+    assert {c["causal"] for c in record["passes"][0]["candidates"]} == {None}
+
+
+@pytest.mark.slow
 def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch):
     """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
