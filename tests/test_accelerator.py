@@ -23,7 +23,7 @@ SMALL = [
     *("--set", "spectral.permutations=20", "--set", "entanglement.null_draws=20"),
     *("--set", "evaluation.battery_new_tokens=4", "--set", "refine.max_q=1.0"),
 ]
-ONE = ["--passes", "1", "--scope", "all", "--lambda", "1"]
+ONE = ["--passes", "1", "--lambda", "1"]
 
 
 @pytest.fixture(scope="module")

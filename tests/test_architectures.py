@@ -160,6 +160,11 @@ def test_a_writer_behind_a_filter_over_tokens_is_refused_with_the_way_out():
     report = inspect(lm)
     assert not report["proved"]
     assert "ablated law" in report["reason"]
+    # In 16 bits too, as models run on GPUs.
+    half = language_model("inkling_text")
+    half.model.to(torch.bfloat16)
+    with pytest.raises(UnprovenWriter, match=r"ablated law"):
+        require_ablated(half, find_writers(half))
 
 
 @pytest.mark.slow

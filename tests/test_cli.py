@@ -1,14 +1,16 @@
 """Bad input: one clear line, a non-zero exit, nothing half-written."""
 
 import json
+import re
 
 import pytest
+import torch
 from conftest import make_model, make_tokenizer
 
 from saber import __version__
 from saber.cli.main import main
 from saber.cli.tables import result_rows
-from saber.config import override, preset
+from saber.config import PRESETS, override, preset
 from saber.lm.load import load
 from saber.lm.model import fingerprint
 from saber.pipeline import gather
@@ -76,6 +78,20 @@ def test_truncated_weights(capsys, model_folder):
     file = model_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
     assert "cannot read the weights" in failing(capsys, "inspect", model_folder)[1]
+
+
+def test_a_device_without_memory_left_is_one_line(capsys, model_folder, monkeypatch):
+    def full(*_a, **_k):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("saber.inspection.shares_left", full)
+    code, error = failing(capsys, "inspect", model_folder)
+    assert code == 1
+    assert "no memory left" in error
+    assert "--device-map auto" in error
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
+    code, error = failing(capsys, "inspect", model_folder)
+    assert (code, "--device-map auto" in error, "the hub" in error) == (2, True, False)
 
 
 def test_no_chat_template_says_how_to_pass_one(capsys, tmp_path):
@@ -169,6 +185,119 @@ def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
         "unknown format"
         in failing(capsys, "run", "demo", "--export", "gguff", "--out", tmp_path / "o")[1]
     )
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_seeds_out_of_range(capsys, tmp_path, seed):
+    out = tmp_path / "o"
+    said = failing(capsys, "run", "demo", "--seed", seed, "--out", out)[1]
+    assert "between 0 and 2147483647" in said
+    axis = ("--preset", "card", "--axis", f"seed={seed},0")
+    assert "between 0 and 2147483647" in failing(capsys, "sweep", "demo", *axis, "--out", out)[1]
+    assert "2147483647" in failing(capsys, "diff", "a", "b", "--seed", seed)[1]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", ["5", '["card"]', "{ name = 1 }"])
+def test_a_preset_that_is_no_name(capsys, tmp_path, value):
+    file = lines(tmp_path / "c.toml", [f"preset = {value}"])
+    code, said = failing(capsys, "run", "demo", "--config", file, "--out", tmp_path / "o")
+    assert code == 2
+    assert "setting preset needs one name" in said
+    assert "card, default, orthogonal" in said
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "hpu", "cuda:99", "mps"])
+def test_devices_that_are_not_here(capsys, model_folder, device):
+    assert "not available here" in failing(capsys, "inspect", model_folder, "--device", device)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--judge-pattern", "^x"], "--judge-pattern does nothing with --judge phrases"),
+        (["--judge", "regex", "--judge-pattern", "x", "--judge-url", "u"], "--judge endpoint"),
+        (["--set", "judging.retries=1"], "judging.retries does nothing"),
+        (["--lambda", "3", "--preset", "card"], "It goes with --edit selective"),
+        (["--edit", "orthogonal", "--set", "edit.sensitivity=1"], "goes with --edit selective"),
+        (["--scope", "all"], "--scope does nothing with --edit selective"),
+    ],
+)
+def test_options_that_do_nothing(capsys, tmp_path, options, what):
+    assert what in failing(capsys, "run", "demo", "--out", tmp_path / "o", *options)[1]
+    code, said = failing(capsys, "eval", "no-such-model", *options)
+    assert code == 2
+    judged = "--judge" in what or "judging" in what
+    assert (what in said) if judged else ("does nothing" not in said)
+
+
+def test_edits_are_no_business_of_eval(capsys):
+    for option in ("--preset", "--edit", "--lambda", "--top-k", "--alpha", "--passes", "--scope"):
+        assert "unrecognized arguments" in failing(capsys, "eval", "demo", option, "1")[1]
+
+
+def test_axes_that_do_nothing(capsys, tmp_path):
+    ask = ("sweep", "demo", "--out", tmp_path / "o", "--axis", "edit.lambda=1,2")
+    said = failing(capsys, *ask, "--preset", "card")[1]
+    assert "--lambda does nothing with --edit orthogonal" in said
+    kinds = ("--axis", "edit.kind=selective,orthogonal", "--trials", "-1")
+    assert "does nothing" not in failing(capsys, *ask, *kinds)[1]
+
+
+def test_settings_at_their_default_do_not_count(capsys, tmp_path):
+    """Here the prompts are not to be found, which is told later."""
+    file = lines(
+        tmp_path / "c.toml", ["[edit]", 'scope = "nearest"', "[judging]", "threshold = 0.5"]
+    )
+    ask = ("run", "demo", "--config", file, "--target", "none.txt", "--neutral", "none.txt")
+    assert "no prompt file" in failing(capsys, *ask, "--out", tmp_path / "o")[1]
+    assert "no prompt file" in failing(capsys, *ask, "--lambda", "0", "--edit", "orthogonal")[1]
+
+
+def test_a_type_goes_with_gguf_alone(capsys, tmp_path):
+    ask = ("export", tmp_path, "--type", "q4_0", "--out", tmp_path / "o", "--format")
+    assert "--format gguf" in failing(capsys, *ask, "merged")[1]
+
+
+def helped(capsys, *command):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_says_what_the_presets_have(capsys):
+    said = helped(capsys, "run")
+    plain, orthogonal, card = (PRESETS[name] for name in ("default", "orthogonal", "card"))
+    assert orthogonal.refine.top_k == card.refine.top_k
+    assert orthogonal.edit.alpha == plain.edit.alpha
+    assert {p.edit.scope for p in PRESETS.values()} == {plain.edit.scope}
+    passes = [p.refine.passes for p in (plain, orthogonal, card)]
+    for text in (
+        f"(default: {plain.refine.top_k}; orthogonal, card: {card.refine.top_k})",
+        f"(default: {plain.edit.alpha:g}; card: {card.edit.alpha:g})",
+        "(default: {}; orthogonal: {}; card: {})".format(*passes),
+        f"own, nearest, upstream or all (default: {plain.edit.scope})",
+        f"length of judged answers (default: {plain.evaluation.max_new_tokens})",
+        f"of splits, nulls and bootstraps (default: {plain.seed})",
+        f"(default: {plain.preset})",
+    ):
+        assert text in said
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "sweep", "eval", "inspect", "chat", "export", "apply", "verify", "diff"]
+)
+def test_what_an_option_takes_is_a_word(capsys, command):
+    names = re.findall(r"--[a-z-]+ ([A-Z][A-Z_]*)", helped(capsys, command))
+    assert not [name for name in names if "_" in name]
+
+
+def test_retain_without_categories(capsys, tmp_path):
+    target, neutral = lines(tmp_path / "t.txt", MANY), lines(tmp_path / "n.txt", OTHERS)
+    ask = ("run", "demo", "--target", target, "--neutral", neutral, "--out", tmp_path / "o")
+    said = failing(capsys, *ask, "--retain", "weapons")[1]
+    assert "these targets have none" in said
+    assert "column category" in said
 
 
 def test_wrong_use_of_the_command_line(capsys):

@@ -142,6 +142,24 @@ def test_battery_perplexity_equals_the_plain_one(lm):
     assert total.perplexity() == pytest.approx(np.exp(total.nll.sum() / total.tokens.sum()))
 
 
+def test_perplexity_of_texts_with_nothing_before_them_leaves_their_first_token_out(lm):
+    lm.tokenizer.chat_template = "{{ messages[-1]['content'] }} <bot>"
+    lm.tokenizer.bos_token = None
+    battery = PromptSet(
+        "b", tuple(Prompt(str(i), "c", t, reference="so it is") for i, t in enumerate(PROMPTS))
+    )
+    found = score_battery(lm, battery)
+    for i, text in enumerate(PROMPTS):
+        user = lm.tokenizer(text, add_special_tokens=False).input_ids
+        assert list(encode(lm, [text])[0].ids[: len(user)]) == user
+        logits = lm.model(input_ids=torch.tensor([user])).logits[0].log_softmax(-1)
+        nll = -sum(float(logits[k, t]) for k, t in enumerate(user[1:]))
+        assert found.prompts.tokens[i] == len(user) - 1
+        assert found.prompts.nll[i] == pytest.approx(nll, rel=1e-4)
+    with pytest.raises(ValueError, match="before a sequence"):
+        next(forward(lm, [[5, 6]], [[-1, 0]]))
+
+
 def test_readout_takes_the_tokens_that_open_targets_alone():
     target = torch.tensor([[0.6, 0.1, 0.3], [0.7, 0.1, 0.2]]).log()
     neutral = torch.tensor([[0.01, 0.1, 0.89], [0.02, 0.2, 0.78]]).log()
@@ -150,3 +168,10 @@ def test_readout_takes_the_tokens_that_open_targets_alone():
     odds = readout.log_odds(target)
     torch.testing.assert_close(odds, torch.tensor([0.6 / 0.4, 0.7 / 0.3]).log())
     assert float(readout.log_odds(neutral).max()) < 0
+
+
+def test_readout_is_empty_where_no_token_tells():
+    same = torch.tensor([[0.6, 0.1, 0.3], [0.7, 0.1, 0.2]]).log()
+    readout = derive_readout(same, same)
+    assert readout.tokens == ()
+    assert readout.log_odds(same).sigmoid().max() < 1e-5

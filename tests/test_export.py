@@ -1,8 +1,10 @@
 """`saber export`: every format from a run folder, its card and provenance, and what it refuses."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import ggufs
@@ -23,7 +25,7 @@ from saber.checkpoint import export as export_module
 from saber.checkpoint.export import ExportSpec, export
 from saber.checkpoint.licence import licence
 from saber.checkpoint.origin import origin, plan_hash
-from saber.checkpoint.runs import Run
+from saber.checkpoint.runs import Run, way_back
 from saber.checkpoint.sketch import take
 from saber.cli.main import main
 from saber.errors import ModelError
@@ -95,6 +97,83 @@ def made_gguf(tmp_path):
 def call(capsys, *arguments):
     code = main(["export", *map(str, arguments), "--json"])
     return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("lacks", ["model", "model.name", "model.fingerprint", "config"])
+def test_a_run_that_lacks_what_is_needed(capsys, made, tmp_path, lacks):
+    run, _ = made
+    record = artifacts.read_json(run / "run.json")
+    part, _, leaf = lacks.partition(".")
+    record.pop(part) if not leaf else record[part].pop(leaf)
+    artifacts.write_json(run / "run.json", record)
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "lora")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        assert f"lacks {lacks}" in failing(capsys, *ask, *out)[1]
+
+
+def test_a_damaged_plan_is_named(capsys, made, tmp_path):
+    run, _ = made
+    file = run / "plan" / "tensors.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "lora")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        said = failing(capsys, *ask, *out)[1]
+        assert "tensors.safetensors cannot be read" in said
+        assert "damaged" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_run_finds_its_model_from_another_folder(made, capsys, tmp_path, monkeypatch):
+    """By the way up from the run folder to where the run was started."""
+    run, model = made
+    monkeypatch.chdir(tmp_path)
+    record = artifacts.read_json(run / "run.json")
+    way = way_back(Path("run"), "./pico", "folder")
+    assert way == {"relative_to": ".."}
+    record["model"] |= {"name": "./pico", **way}
+    artifacts.write_json(run / "run.json", record)
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    say = ("--prompt", "x", "--max-new-tokens", "2", "--json")
+    assert main(["chat", "../run", *say]) == 0
+    capsys.readouterr()
+    assert call(capsys, "../run", "--format", "lora", "--out", "a")[0] == 0
+    assert call(capsys, "../run", "--format", "merged", "--out", "m")[0] == 0
+    moved = model.rename(tmp_path / "moved")
+    for ask in (("chat", "../run", *say), ("export", "../run", "--format", "lora", "--out", "b")):
+        assert "./pico is not here. Say where it is: --base" in failing(capsys, *ask)[1]
+        assert main([*map(str, ask), "--base", str(moved)]) == 0
+        capsys.readouterr()
+    assert "--base needs a run folder" in failing(capsys, "chat", moved, "--base", "x", *say)[1]
+
+
+def test_no_folder_of_this_machine_gets_into_a_run(tmp_path, monkeypatch):
+    (tmp_path / "here" / "pico").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert way_back(Path("runs") / "x", "pico", "gguf") == {"relative_to": "../.."}
+    assert way_back(tmp_path / "elsewhere", "pico", "folder") == {}
+    assert way_back(Path("run"), str(tmp_path / "here" / "pico"), "folder") == {}
+    assert way_back(Path("run"), "owner/name", "hub") == {}
+
+
+def test_a_run_folder_is_its_edited_model_where_a_model_is_wanted(made, capsys, tmp_path):
+    run, model = made
+    said = failing(capsys, "inspect", run)[1]
+    assert "no edited model in it" in said
+    assert "--format merged" in said
+    shutil.copytree(model, run / "model")
+    assert main(["inspect", str(run), "--json"]) == 0
+    capsys.readouterr()
+    assert "lies in --out" in failing(capsys, "run", run, "--out", run, "--overwrite")[1]
+    assert "nothing-here" in failing(capsys, "eval", "./nothing-here", "--base", run)[1]
+
+
+def test_a_merged_model_is_written_without_bars(made, capfd, tmp_path):
+    run, _ = made
+    assert main(["export", str(run), "--format", "merged", "--out", str(tmp_path / "m")]) == 0
+    assert "shard" not in capfd.readouterr().err
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_lora_from_the_command_line(capsys, made, tmp_path):

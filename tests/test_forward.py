@@ -13,7 +13,7 @@ from saber.lm import cache
 from saber.lm import generate as generation
 from saber.lm.cache import RoomyLayer, is_roomy, join, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
-from saber.lm.forward import cacheable, forward, plan_batches
+from saber.lm.forward import cacheable, enlarged, forward, plan_batches
 from saber.lm.generate import Request, agreed, answer, generate, greedy_starts
 
 PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
@@ -177,6 +177,36 @@ def test_answers_that_come_in_for_others_are_those_of_each_alone(lm, monkeypatch
     for one, n in zip(together, limits, strict=True):
         assert one.seen is not None
         assert len(one.seen.heads) == len(one.ids) <= n
+
+
+def test_answers_written_together_fit_what_the_device_has_for_their_caches(llama, monkeypatch):
+    config = llama.text_config
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    encoded = encode(llama, MANY)
+    room = 3 * (max(len(e.ids) for e in encoded) + 12) * each
+    weights = sum(p.numel() * p.element_size() for p in llama.model.parameters())
+    monkeypatch.setattr(
+        generation, "memory_for_caches", lambda _d, held: room if held == weights else None
+    )
+    seen = []
+    llama.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = generate(llama, MANY, 12)
+    assert max(seen) in (3, 4)
+    monkeypatch.undo()
+    assert [c.ids for c in found] == [c.ids for c in generate(llama, MANY, 12)]
+    assert max(seen) > 12
+
+
+def test_batches_are_larger_where_that_keeps_a_device_busy():
+    assert enlarged(torch.device("cpu")) == 1
+    assert enlarged(torch.device("cuda")) == enlarged(torch.device("mps")) == 8
+    lengths, wanted = [100] * 40, [30] * 40
+    assert len(plan_batches(lengths, wanted, 1000)) == 4
+    assert len(plan_batches(lengths, wanted, 1000, 8 * 1024)) == 1
+    assert len(plan_batches(lengths, wanted, 250_000, 8 * 1024)) == 40
+    assert len(plan_batches(lengths, wanted, 250_000, 8 * 1024, 100_000_000)) == 4
 
 
 def test_others_come_in_as_answers_end(llama, monkeypatch):

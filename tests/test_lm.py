@@ -1,15 +1,19 @@
 """Devices and dtypes by what is fast, chat templates, loading, fingerprints."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 
 from saber.errors import ModelError, UsageError
 from saber.lm import device as devices
+from saber.lm import thought
 from saber.lm.chat import encode, render
-from saber.lm.load import LoadSpec, load
+from saber.lm.generate import Completion
+from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.model import fingerprint
 
 CPU = torch.device("cpu")
@@ -39,6 +43,26 @@ def test_devices_that_are_not_here_are_named():
             devices.choose_device("cuda")
 
 
+def test_caches_get_a_share_of_what_the_weights_leave_and_no_more_than_is_free(monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _d: (free, 24 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _d: 16 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _d: 15 * gib)
+    cuda = torch.device("cuda")
+    free = 8 * gib
+    assert devices.memory_for_caches(cuda, 14 * gib) == 4 * gib
+    free = 1 * gib
+    assert devices.memory_for_caches(cuda, 14 * gib) == int(1.6 * gib)
+    assert devices.memory_for_caches(CPU, 14 * gib) is None
+
+
+def test_running_out_of_memory_is_told_from_other_errors():
+    assert devices.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried ..."))
+    assert devices.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: ..."))
+    assert not devices.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not devices.is_out_of_memory(ValueError("out of memory"))
+
+
 def test_thinking_is_switched_off_where_the_template_knows_how():
     lm = make_lm("llama")
     lm.tokenizer.chat_template = (
@@ -53,6 +77,53 @@ def test_an_open_think_block_is_closed_empty():
         CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>\n{% endif %}"
     )
     assert render(lm, "x").endswith("<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("opener", "empty"),
+    [
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("[THINK]", "[THINK][/THINK]"),
+        ("<|channel>thought\n", "<|channel>thought\n<channel|>"),
+    ],
+)
+def test_a_thought_that_the_template_opens_is_closed_empty(opener, empty):
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
+    assert render(lm, "x") == "<s><user> x <end> <bot>" + empty
+
+
+HARMONY = "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("marks", "said", "prefix"),
+    [
+        (["<think>"], "<think>\nOkay", "<think>\n\n</think>\n\n"),
+        (["<think>"], "Paris is <think>", ""),
+        (["<|channel|>", "<|message|>"], "<|channel|>analysis<|message|>", HARMONY),
+        ([], "<think>\nOkay", ""),
+    ],
+)
+def test_a_model_that_thinks_by_itself_gets_an_empty_thought(marks, said, prefix, monkeypatch):
+    lm = make_lm("llama")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    assert thought.empty_thought(lm) == ""  # it writes what a random model writes
+    ids = tuple(lm.tokenizer(said, add_special_tokens=False).input_ids)
+    monkeypatch.setattr(thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked))
+    assert thought.empty_thought(lm) == prefix
+
+
+def test_a_thinking_models_prefix_stands_in_front_of_answers(model_folder):
+    lm = load(str(model_folder), LoadSpec(device="cpu", response_prefix="<t></t>"))
+    assert render(lm, "x") == "<s><user> x <end> <bot><t></t>"
+    assert load(str(model_folder), LoadSpec(device="cpu")).response_prefix == ""
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_on_every_day():
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|" + CHAT_TEMPLATE
+    assert render(lm, "x").startswith("01 Jan 2026|")
 
 
 def test_a_template_that_fails_is_one_clear_error():
@@ -75,6 +146,16 @@ def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
     lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] }}"
     with pytest.raises(ModelError, match=r"leaves out the system message.*--system"):
         render(lm, "x")
+
+
+def test_a_template_that_leaves_the_prompt_out_is_one_clear_error():
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = "<s><user> {{ messages[0]['role'] }} <bot>"
+    with pytest.raises(ModelError, match=r"leaves out the user message.*--chat-template"):
+        render(lm, "hello there")
+    # One that strips and folds white space does not.
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'].split() | join(' ') }}<bot>"
+    assert render(lm, " hello\n  there ") == "<s>hello there<bot>"
 
 
 def test_a_doubled_bos_is_an_error():
@@ -126,12 +207,44 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
     def left_off(what, *args, **kwargs):
         found = read(what, *args, **kwargs)
         if "weights" in what:
-            found.model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
+            found[0].model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
     with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
+    folder = tmp_path / "torn"
+    make_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    gone = "model.layers.2.self_attn.o_proj.weight"
+    save_file({k: v for k, v in whole.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lack 1 of its weights, {gone} for one.*again"):
+        load(str(folder), LoadSpec(device="cpu"))
+    packed = {k.replace(gone, gone.replace("weight", "qweight")): v for k, v in whole.items()}
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
+        load(str(folder), LoadSpec(device="cpu"))
+
+
+def test_a_tokenizer_that_takes_no_template_is_read_as_another(model_folder, monkeypatch):
+    from saber.lm import load as loading
+
+    class MistralCommonBackend:
+        chat_template = None
+
+    read = loading._read
+
+    def without(what, *args, mistral_format=None, **kwargs):
+        own = what.startswith("the tokenizer") and mistral_format is None
+        return MistralCommonBackend() if own else read(what, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "_read", without)
+    lm = load(str(model_folder), LoadSpec(device="cpu"))
+    assert render(lm, "hello") == "<s><user> hello <end> <bot>"
 
 
 def test_a_chat_template_file_is_used(tmp_path):
@@ -155,3 +268,66 @@ def test_the_public_face_is_whole():
         assert getattr(saber, name) is not None
     with pytest.raises(AttributeError):
         saber.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("shard", ["50GB", "40KB"])
+@pytest.mark.parametrize(
+    ("most", "few"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_a_configuration_that_names_no_dtype_leaves_it_to_the_files(tmp_path, shard, most, few):
+    """The dtype of most entries, not of most tensors: norms may well be in another."""
+    from saber.ablation import EditPlan
+    from saber.checkpoint import save_merged
+
+    model = make_model("llama").to(most)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "k_proj" in name or "v_proj" in name:
+            parameter.data = parameter.data.to(few)
+    model.save_pretrained(tmp_path / "m", max_shard_size=shard)
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "dtype"})
+    )
+    lm = load(str(tmp_path / "m"), LoadSpec(device="cpu"))
+    assert lm.stored_dtype == most
+    save_merged(lm, EditPlan(), tmp_path / "out")
+    assert load(str(tmp_path / "out"), LoadSpec(device="cpu")).stored_dtype == most
+
+
+def test_files_that_cannot_be_read_for_their_dtype_are_told(model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    del config["dtype"]
+    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="cannot read the weights"):
+        load(str(model_folder), LoadSpec(device="cpu"))
+
+
+def adapter_in(folder, model_folder):
+    """A LoRA adapter as PEFT saves it."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    spec = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, spec).save_pretrained(folder)
+
+
+def test_an_adapter_beside_the_weights_is_refused_before_any_work(model_folder, monkeypatch):
+    adapter_in(model_folder, model_folder)
+    monkeypatch.setattr("saber.lm.load._read", lambda *_, **__: pytest.fail("it was read"))
+    for call in (load, skeleton):
+        with pytest.raises(ModelError, match=r"beside its weights.*merge_and_unload"):
+            call(str(model_folder))
+
+
+def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
+    adapter_in(tmp_path / "adapter", model_folder)
+    with pytest.raises(ModelError, match=r"is a LoRA adapter, no model.*merge_and_unload"):
+        load(str(tmp_path / "adapter"))
+    monkeypatch.setattr(
+        "saber.lm.load.find_adapter_config_file", lambda _name: "adapter_config.json"
+    )
+    with pytest.raises(ModelError, match="is or holds a LoRA adapter"):
+        load("me/adapter")

@@ -92,7 +92,7 @@ def test_parquet(tmp_path):
     parquet.write_table(arrow.table({"question": ["a", "b"], "category": ["x", None]}), path)
     assert load(path).texts == ["a", "b"]
     assert load(path).categories == ["x", ""]
-    refused(f"{path}#nope", "'nope'", "'question', 'category'", "--column")
+    refused(f"{path}#nope", "'nope'", "'question', 'category'", "path#NAME")
     write(tmp_path / "bad.parquet", "not parquet at all")
     refused(tmp_path / "bad.parquet", "cannot be read as Parquet")
 
@@ -115,7 +115,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         ("p.jsonl", '"a"\n\n3\n', ["line 3", "int"]),
         ("p.jsonl", '{"prompt": null}', ["line 1", "'prompt'", "empty"]),
         ("p.jsonl", '{"prompt": ["a"]}', ["line 1", "list"]),
-        ("p.jsonl", '{"a": "x", "b": "y"}', ["'a', 'b'", "--column", "path#NAME"]),
+        ("p.jsonl", '{"a": "x", "b": "y"}', ["'a', 'b'", "prompts: path#NAME"]),
         ("p.jsonl", "[" * 100_000, ["line 1", "not JSON"]),
         ("p.csv", "prompt,x\na,b\nc,d,e\n", ["line 3", "more fields"]),
         ("p.csv", 'prompt\n"a\n', ["not CSV"]),

@@ -1,6 +1,8 @@
 """The main job on a pico model: files, determinism, resume, and that held-out prompts select nothing."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,14 +15,18 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer
 from safetensors.torch import load_file
 
-from saber import editors, pipeline, prompts, subject
+from saber import editors, pipeline, prompts, refinement, subject
 from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
+from saber.checkpoint.export import export_all
+from saber.checkpoint.runs import Run
+from saber.cli.main import main
 from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
     ModelError,
     NoGain,
+    NonFinite,
     OutputError,
     UnknownName,
     UsageError,
@@ -31,7 +37,7 @@ from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
-from saber.lm.load import load
+from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.lm.writers import find_writers
 from saber.memo import forgetful
@@ -39,7 +45,7 @@ from saber.openings import Fitted
 from saber.passes import Refinement
 from saber.pipeline import describe_data, gather, run
 from saber.prompts.splits import NAMES
-from saber.strength import Shown
+from saber.strength import Ruler, Shown
 from saber.subject import (
     NARROW_RIDGE,
     Subject,
@@ -312,6 +318,56 @@ def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
         run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
 
 
+@pytest.mark.slow
+def test_resume_with_other_prompts_or_another_template_is_refused(model_folder, tmp_path):
+    """The names of the files and the settings are the same; what is in the files is not."""
+    files = {}
+    for kind in ("target", "neutral", "eval_target"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+    template = tmp_path / "t.jinja"
+    template.write_text(make_tokenizer().chat_template)
+    config = small(data=files, load={"chat_template": str(template)})
+
+    def go(**options):
+        run(str(model_folder), tmp_path / "x", config, force=True, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(listener=pipeline.Listener(on_stage=_interrupt_measuring))
+    for path, what in ((tmp_path / "eval_target.txt", "prompts"), (template, "template")):
+        kept = path.read_text()
+        path.write_text(kept.replace("request", "demand").replace("<end>", "<end> "))
+        with pytest.raises(UsageError, match=f"another .*{what}"):
+            go(resume=True)
+        path.write_text(kept)
+    with pytest.raises(KeyboardInterrupt):
+        go(resume=True, listener=pipeline.Listener(on_stage=_interrupt_measuring))
+
+
+def test_each_split_of_each_set_has_a_fingerprint_of_its_own(tmp_path):
+    files = {}
+    for kind in ("target", "neutral", "eval_target", "keep"):
+        path = tmp_path / f"{kind}.txt"
+        path.write_text("\n".join(f"{kind} request {i}" for i in range(20)))
+        files[kind] = str(path)
+
+    def described():
+        return pipeline.describe_data(gather(override(preset("default"), {"data": files})))
+
+    before = described()
+    parts = ("fingerprint", "validation_fingerprint", "heldout_fingerprint")
+    rows = [before["target"], before["neutral"], *before["kept"]]
+    marks = [row[part] for row in rows for part in parts]
+    assert len(marks) == 9
+    assert len(set(marks)) == len(marks)
+    (tmp_path / "eval_target.txt").write_text("another one\n")
+    after = described()
+    changed = {p for p in parts if before["target"][p] != after["target"][p]}
+    assert changed == {"heldout_fingerprint"}
+    assert {k for k in before if before[k] != after[k]} == {"target"}
+
+
 def _interrupt_measuring(stage):
     if stage.startswith("measuring"):
         raise KeyboardInterrupt
@@ -334,6 +390,54 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         run("no-such-model", tmp_path / "file", small())
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_no_run_has_marked_stays_as_it_is(model_folder, tmp_path, options):
+    """A folder with a model and a README only looks like a run's."""
+    mine = tmp_path / "mine"
+    shutil.copytree(model_folder, mine / "model")
+    (mine / "README.md").write_text("mine")
+    (mine / "run.json").write_text('{"lap": 1}')
+    before = contents(mine)
+    for model in (str(mine / "model"), str(model_folder)):
+        with pytest.raises(OutputError) as caught:
+            run(model, mine, small(), force=True, **options)
+        assert "--resume" not in caught.value.remedy
+    assert contents(mine) == before
+
+
+def test_a_model_inside_out_is_refused(model_folder, tmp_path):
+    (tmp_path / "link").symlink_to(model_folder)
+    for out in (model_folder, model_folder.parent, tmp_path / "link"):
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="lies in --out"):
+                run(str(model_folder), out, small(), overwrite=overwrite)
+    assert (model_folder / "config.json").is_file()
+
+
+def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
+    state = {"model": "", "config": {}, "judge": {}, "version": "0"}
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "state.json").write_text(json.dumps(state))
+    with pytest.raises(OutputError, match=r"interrupted run.*--resume, or --overwrite"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    pipeline.prepare_folder(out, overwrite=False, resume=True)
+    (out / "run.json").write_text(json.dumps({"config": {}, "saber_version": "0"}))
+    with pytest.raises(OutputError, match=r"finished run.*another, or --overwrite\.$"):
+        pipeline.prepare_folder(out, overwrite=False, resume=False)
+    (out / "plots").mkdir()
+    (out / "plots" / "fig1.pdf").write_text("mine")
+    with pytest.raises(OutputError, match=r"plots/fig1\.pdf"):
+        pipeline.prepare_folder(out, overwrite=True, resume=False)
+    (out / "plots" / "fig1.pdf").rename(out / "plots" / "fig1.png")
+    pipeline.prepare_folder(out, overwrite=True, resume=False)
+    assert not list(out.iterdir())
 
 
 @pytest.mark.slow
@@ -363,19 +467,46 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_disk_full_while_saving_leaves_no_model(model_folder, tmp_path, monkeypatch):
-    import transformers
+def test_an_export_that_fails_leaves_a_finished_run(model_folder, tmp_path, monkeypatch, capsys):
+    """Whatever an exporter comes to, one line says how to go on, and that works."""
 
-    def full(self, folder, **_kwargs):
-        (folder / "model.safetensors").write_bytes(b"half")
+    def full(_handle, _data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OutputError, match="No space left"):
-        run(str(model_folder), tmp_path / "out", small(), force=True)
-    assert not (tmp_path / "out" / "model").exists()
-    assert not (tmp_path / "out" / "run.json").exists()
-    assert not list((tmp_path / "out").glob(".*.part"))
+    out = tmp_path / "out"
+    plots = pipeline.Listener(on_record=lambda folder: Path(folder, "told").touch())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(OutputError, match=r"is finished.*No space left") as caught:
+            run(str(model_folder), out, small(), force=True, listener=plots)
+    assert not (out / "model").exists()
+    assert not list(out.glob(".*.part"))
+    assert not (out / "state.json").exists()
+    assert (out / "told").exists()
+    record = json.loads((out / "run.json").read_text())
+    assert record["exports"] == []
+    assert record["seconds"]["total"] > 0
+    with pytest.raises(OutputError, match="saber export writes"):
+        run(str(model_folder), out, small(), force=True, resume=True)
+
+    with monkeypatch.context() as patched:
+        broken = Mock(side_effect=RuntimeError("no such kernel\nand much more"))
+        patched.setattr("saber.checkpoint.export.write_lora", broken)
+        made = Run.load(out)
+        with pytest.raises(OutputError, match="RuntimeError: no such kernel") as both:
+            list(
+                export_all(
+                    made, ["merged", "lora"], out, lm=load(str(model_folder)), spec=LoadSpec()
+                )
+            )
+    assert both.value.remedy.count("saber export") == 2
+    assert both.value.exit_code == caught.value.exit_code == 2
+
+    assert main(["report", str(out)]) == 0
+    command = shlex.split(caught.value.remedy.partition(": ")[2])
+    assert command[:2] == ["saber", "export"]
+    assert main(command[1:]) == 0
+    assert load_file(out / "model" / "model.safetensors")
 
 
 def test_settings_from_toml_and_their_errors(tmp_path):
@@ -471,6 +602,13 @@ def test_an_edit_that_cannot_tell_inputs_apart_keeps_nothing():
             override(PRESETS["card"], {"data": changes})
 
 
+def test_the_embedding_is_edited_by_an_orthogonal_edit_alone():
+    for kind in ("orthogonal", "card"):
+        assert override(PRESETS[kind], {"edit": {"embeddings": True}}).edit.embeddings
+    with pytest.raises(UsageError, match=r"no effect on a selective edit.*--edit orthogonal"):
+        override(PRESETS["default"], {"edit": {"embeddings": True}})
+
+
 def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
@@ -487,6 +625,71 @@ def test_keep_files_are_split_and_must_not_overlap_with_targets(tmp_path):
     file.write_text("Only one.\n")
     with pytest.raises(DataError, match="need 20"):
         gather(config)
+
+
+HELD = prompts.neutral().where(split="heldout").texts[:30]
+FITTED = prompts.neutral().where(split="fit").texts[:30]
+MINE = [f"Tell me fact number {i} about Norway." for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"keep": HELD}, r"keep/\w+ and in neutral/heldout: .* --keep gives"),
+        ({"keep": prompts.battery().texts}, r"keep/\w+ and in battery: .* --keep gives"),
+        (
+            {"keep": prompts.borderline().where(split="heldout").texts},
+            r"keep/\w+ and in borderline/heldout: .* --keep gives",
+        ),
+        ({"keep": FITTED}, r"neutral/fit and in keep/heldout: .* --keep gives"),
+        ({"everyday": prompts.battery().texts}, "everyday/fit and in battery: .* --everyday gives"),
+        ({"eval_target": FITTED}, "neutral/fit and in eval_target: .* --eval-target gives"),
+        ({"borderline": FITTED}, "neutral/fit and in borderline: .* --borderline gives"),
+        (
+            {"keep": MINE, "eval_neutral": [t.upper() for t in MINE]},
+            "keep/fit and in eval_neutral: .* --keep or --eval-neutral gives",
+        ),
+        (
+            {"target": prompts.capability().texts, "neutral": MINE},
+            "capability and in target/heldout: .* --target gives",
+        ),
+    ],
+)
+def test_what_selects_is_not_reported_on(texts, said, tmp_path):
+    data = {}
+    for name, some in texts.items():
+        file = tmp_path / f"{name}.txt"
+        file.write_text("\n".join(" ".join(text.split()) for text in some))
+        data[name] = [str(file)] if name == "keep" else str(file)
+    with pytest.raises(DataError, match=said) as error:
+        gather(override(PRESETS["default"], {"data": data}))
+    assert "\n" not in str(error.value)
+    assert "must not be reported on" in str(error.value)
+
+
+def test_targets_are_not_preserved_as_well(tmp_path):
+    rows = [{"prompt": text, "split": "fit"} for text in MINE[:8]]
+    for split, some in (("validation", MINE[8:12]), ("heldout", MINE[12:])):
+        rows += [{"prompt": text, "split": split} for text in some]
+    rows[0]["prompt"] = prompts.capability().texts[0]
+    target, neutral = tmp_path / "target.jsonl", tmp_path / "neutral.txt"
+    target.write_text("\n".join(map(json.dumps, rows)))
+    neutral.write_text("\n".join(f"Tell me fact number {i} about Peru." for i in range(30)))
+    files = {"target": str(target), "neutral": str(neutral)}
+    with pytest.raises(DataError, match=r"target/fit and in capability: .*cannot be preserved"):
+        gather(override(PRESETS["default"], {"data": files}))
+
+
+@pytest.mark.parametrize("mode", ["removal", "over-refusal"])
+@pytest.mark.parametrize("battery", ["all", "half"])
+def test_bundled_sets_and_a_keep_file_of_ones_own_lie_apart(mode, battery, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(MINE))
+    for more in ({}, {"keep": [str(file)]}):
+        gather(override(PRESETS["default"], {"data": {"mode": mode, "battery": battery, **more}}))
+    if mode == "removal":
+        for category in sorted({p.category for p in prompts.target()}):
+            gather(override(PRESETS["default"], {"data": {"retain": category}}))
 
 
 def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
@@ -573,6 +776,53 @@ def test_neutral_prompts_that_show_the_behaviour_are_left_out_unless_most_do():
         == selecting
     )
     assert calm(selecting, ["refusal"] * 60 + ["answer"] * 36, validation) == selecting
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_what_is_left_keeps_its_twin_when_neutral_prompts_are_left_out(twins):
+    selecting = gather(PRESETS["default"]).selecting
+    if not twins:
+        rows = tuple(replace(p, twin="") for p in selecting.neutral)
+        selecting = replace(selecting, neutral=replace(selecting.neutral, prompts=rows))
+    fit = ["answer"] * 3 + ["refusal"] + ["answer"] * 92
+    fewer = calm(selecting, fit, ["answer"] * 32).neutral
+    whole = selecting.neutral.pairs
+    assert fewer.pairs == (*whole[:3], *whole[4:])
+    assert whole == (selecting.target.pairs if twins else tuple(range(96)))
+
+
+@pytest.mark.slow
+def test_a_pass_pairs_true_twins_when_prompts_are_left_out(model_folder, monkeypatch):
+    config = small(
+        "default",
+        refine={"passes": 1, "max_q": 1, "stop": "never", "top_k": 1},
+        edit={"kind": "orthogonal", "scope": "own"},
+    )
+    selecting = gather(config).selecting
+    out = {*selecting.neutral.texts[:3], *selecting.neutral_validation.texts[:3]}
+
+    def labels(_self, chosen_from):
+        return ["refusal" if text in out else "answer" for text in chosen_from.texts]
+
+    monkeypatch.setattr(Watch, "_untouched", labels)
+    monkeypatch.setattr(Watch, "_answer", lambda _self, _stay, _brief: None)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.0))
+    read, told = Mock(wraps=refinement.extract), Mock(return_value=None)
+    monkeypatch.setattr(refinement, "extract", read)
+    monkeypatch.setattr(refinement, "compensation", told)
+    subject = Subject.load(str(model_folder), config)
+    watch = Watch(subject.lm, judges.named_judge("phrases"), selecting, config)
+    refined(subject, watch, config)
+    target, neutral = read.call_args.args[:2]
+    assert target.pairs == selecting.target.pairs
+    assert neutral.pairs == target.pairs[3:]
+    texts = told.call_args.args[5:7]
+    assert [len(side) for side in texts] == [32, 29]
+    twins = {p.text: p.twin for p in selecting.target_validation}
+    ids = {p.text: p.id for p in selecting.neutral_validation}
+    pairs = told.call_args.kwargs["pairs"]
+    assert len(pairs) == 29
+    assert all(twins[texts[0][i]] == ids[texts[1][j]] for i, j in pairs)
 
 
 @pytest.mark.parametrize(
@@ -806,6 +1056,48 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
     assert [t["boost"] for t in other["search"]] == [1.0]
     for name, factor in fitted.factors.items():
         torch.testing.assert_close(plan.factors[name].right, 1.5 * factor.right)
+
+
+@pytest.mark.slow
+def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
+    model_folder, tmp_path, monkeypatch
+):
+    measured, refined_ = Ruler.openings, pipeline.refined
+
+    def openings(self, lambda_=0.0):
+        if lambda_ == 30.0:
+            raise NonFinite("the output of layer 3")
+        # Not as rare as is asked for, but not clearly above the usual before the edit either.
+        return replace(measured(self, lambda_), opening=self.usual + 0.05)
+
+    def half_refused(subject, watch, config, **settings):
+        watch.untouched = Shown(0.5)
+        return refined_(subject, watch, config, **settings)
+
+    monkeypatch.setattr(Ruler, "openings", openings)
+    monkeypatch.setattr(pipeline, "refined", half_refused)
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.45))
+    monkeypatch.setattr(Watch, "fitted", lambda _self, rows: Fitted({}, round(0.45 * len(rows))))
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
+    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 0})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    (this,) = record["passes"]
+    # Of as good as no edit too little is gone to stop there.
+    assert [t["lambda"] for t in this["search"]] == [1000.0, 300.0, 100.0, 30.0]
+    assert [t["chosen"] for t in this["search"]] == [True, False, False, False]
+    assert all(t["shown"] for t in this["search"][:3])
+    failed = this["search"][-1]
+    assert (failed["opening"], failed["log_odds"], failed["shown"]) == (None, None, None)
+    assert [t["failed"] for t in this["search"]] == [
+        "",
+        "",
+        "",
+        "NaN or infinity in the output of layer 3.",
+    ]
+    assert this["by_answers"]
+    again = pipeline._load_pass(tmp_path / "run" / "passes" / "1")
+    assert again.by_answers
+    assert [t.failed for t in again.trials] == [t["failed"] for t in this["search"]]
 
 
 @pytest.mark.slow

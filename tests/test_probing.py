@@ -49,7 +49,25 @@ def test_parts_are_to_the_last_digit_what_one_reads(lm, several, of):
     found = join(parts)
     for field in dataclasses.fields(found):
         a, b = getattr(found, field.name), getattr(whole, field.name)
-        assert a == b if field.name == "categories" else same(a, b), field.name
+        plain = field.name in ("categories", "pairs")
+        assert a == b if plain else same(a, b), field.name
+    assert found.pairs == several.pairs
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_what_is_read_can_be_paired_whatever_was_left_out(lm, several, twins):
+    if twins:
+        rows = tuple(dataclasses.replace(p, twin=f"other-{p.id}") for p in several)
+        several = dataclasses.replace(several, prompts=rows)
+    kept = [i % 4 != 1 for i in range(len(several))]
+    expected = tuple(pair for pair, keep in zip(several.pairs, kept, strict=True) if keep)
+    fewer = several.only(kept)
+    look = Look(fewer, ProbeSpec())
+    assert join([look.part(lm, Share(i, 2)) for i in range(2)]).pairs == expected
+    once_more = [i % 5 != 1 for i in range(len(fewer))]
+    assert fewer.only(once_more).pairs == tuple(
+        pair for pair, keep in zip(expected, once_more, strict=True) if keep
+    )
 
 
 def test_a_part_that_is_missing_is_told(lm, several):

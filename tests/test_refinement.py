@@ -107,6 +107,29 @@ def test_compensation_is_nil_when_nothing_downstream_reads_the_direction(family)
     assert abs(found.estimate) < 1e-3
 
 
+def test_compensation_is_of_the_pairs_that_are_told():
+    lm = make_lm("llama")
+    v = unit(torch.randn(32, generator=torch.Generator().manual_seed(8)))
+    writers = find_writers(lm)
+    plan = orthogonal(lm, writers, [Removal(v, 1.0, 0)], "own")
+    target, neutral = ["kill it", "burn it now", "rob her"], ["mill it", "turn it now", "rub her"]
+
+    def found(target, neutral, **pairs):
+        rng = np.random.default_rng(0)
+        return compensation(
+            lm, writers, EditPlan(), plan, v, target, neutral, generator=rng, **pairs
+        )
+
+    whole = found(target, neutral)
+    assert found(target, neutral, pairs=[(i, i) for i in range(3)]) == whole
+    mixed = [neutral[i] for i in (2, 0, 1)]
+    same = found(target, mixed, pairs=[(0, 1), (1, 2), (2, 0)])
+    assert (same.low, same.high) == pytest.approx((whole.low, whole.high), rel=1e-4)
+    assert found(target, mixed).low != pytest.approx(whole.low, rel=1e-2)
+    fewer = found(target, neutral[1:], pairs=[(1, 0), (2, 1)])
+    assert fewer.estimate == pytest.approx(found(target[1:], neutral[1:]).estimate, rel=1e-4)
+
+
 def test_compensation_sees_what_later_layers_do():
     lm = make_lm("llama")
     writers = find_writers(lm)

@@ -622,3 +622,20 @@ def test_prompts_that_were_left_out_are_told() -> None:
     assert "7 left out" in sizes["neutral"]
     assert "1 left out" in sizes["capability"]
     assert "left out" not in sizes["target"]
+
+
+def test_a_strength_that_failed_and_openings_that_tell_nothing_are_told(tmp_path: Path) -> None:
+    run = fake_run()
+    assert "failed" not in model_card(run)
+    shown = {"rate": 0.1, "incoherent": 0.0, "lost": 0.0}
+    run["passes"][0] |= {"by_answers": True, "search": [
+        {"lambda": 30.0, "boost": 1.0, "opening": 0.0, "shown": shown, "chosen": True, "failed": ""},
+        {"lambda": 10.0, "boost": 1.0, "opening": None, "shown": None, "chosen": False,
+         "failed": "NaN or infinity in the output of layer 3."},
+    ]}  # fmt: skip
+    found = tables.search(run).rows
+    assert [row[-1] for row in found] == ["taken", "failed"]
+    assert found[1][3:-1] == ("–",) * 6
+    for text in (model_card(run), html_report(run, tmp_path)):
+        assert "In pass 1 first tokens told nothing of the behaviour" in text
+        assert "λ 10.0 with boost 1.00 failed and ended the search: NaN or infinity in" in text

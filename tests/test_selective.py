@@ -11,7 +11,7 @@ from saber.ablation import applied
 from saber.errors import NonFinite
 from saber.linalg import unit
 from saber.lm.chat import Encoded, encode
-from saber.lm.inputs import plan_reading, read_inputs
+from saber.lm.inputs import plan_reading, read_inputs, read_prefix
 from saber.lm.layers import find_layers
 from saber.lm.writers import find_writers
 from saber.moments import Moment, Preserved, read_decisions
@@ -74,6 +74,18 @@ def rows_of(lm, writers, encoded, last=0):
         lambda key, rows: found.setdefault(key, []).append(rows.clone()),
     )
     return {key: torch.cat(parts) for key, parts in found.items()}
+
+
+def pinned_of(lm, writers, sets):
+    """What the prefixes of some sets add to each moment."""
+    found = {}
+    for prefix in {plan_reading(lm, writers, some).prefix for some in sets} - {()}:
+        rows = {}
+        read_prefix(lm, writers, prefix, lambda key, r, rows=rows: rows.setdefault(key, []).append(r))
+        for key, parts in rows.items():
+            all_rows = torch.cat(parts).double()
+            found[key] = found.get(key, 0) + all_rows.T @ all_rows / len(prefix)
+    return found
 
 
 def test_rows_are_what_the_module_receives(lm):
@@ -165,6 +177,7 @@ def test_the_plan_is_the_closed_form(make):
     x_all, g_all = rows_of(lm, writers, target, 1), rows_of(lm, writers, neutral, 1)
     c_all = [rows_of(lm, writers, s) for s in sets]
     sizes = [plan_reading(lm, writers, s).tokens for s in sets]
+    pinned = pinned_of(lm, writers, sets)
     for writer in writers:
         weight = lm.model.get_parameter(writer.weight).double().movedim(writer.axis, 0)
         change = plan.factors[writer.name].delta().double().movedim(writer.axis, 0)
@@ -186,6 +199,7 @@ def test_the_plan_is_the_closed_form(make):
             t = x.T @ x / len(target)
             c = torch.as_tensor(c) if isinstance(c, torch.Tensor) else torch.zeros_like(t)
             m = c + 1e-3 * max(c.trace(), t.trace()) / len(t) * torch.eye(len(t))
+            m = m + pinned.get(key, 0)
             numerator = reading @ w @ ((x - mu).T @ x) / len(target)
             z = numerator @ torch.linalg.inv(t + lam * m)
             expected = -alpha * writer.write(directions[writer.layer].double()) @ z
@@ -211,6 +225,7 @@ def test_the_expected_balance_is_the_one_measured(llama):
     plan, balance = found.plan(lambdas, alphas), found.balance(lambdas, alphas)
     x, g = rows_of(llama, writers, target, 1), rows_of(llama, writers, neutral, 1)
     kept = [(rows_of(llama, writers, s), plan_reading(llama, writers, s).tokens) for s in sets]
+    pinned = pinned_of(llama, writers, sets)
     for layer in lambdas:
         left = wanted = moved = usual = 0.0
         for w in (w for w in writers if w.layer == layer):
@@ -223,6 +238,9 @@ def test_the_expected_balance_is_the_one_measured(llama):
             left += float((beyond + rows @ (after - before)).pow(2).mean())
             usual += sum(float((k[w.name, 0] @ before).pow(2).sum()) / n for k, n in kept)
             moved += sum(float((k[w.name, 0] @ (after - before)).pow(2).sum()) / n for k, n in kept)
+            p, change = pinned[w.name, 0].float(), after - before
+            usual += float(before @ p @ before)
+            moved += float(change @ p @ change)
         assert balance[layer].wanted == pytest.approx(wanted, rel=1e-3)
         assert balance[layer].left == pytest.approx(left, rel=2e-2, abs=1e-5 * wanted)
         assert balance[layer].usual == pytest.approx(usual, rel=1e-3)
@@ -269,6 +287,53 @@ def test_a_solve_in_sample_space_is_the_solve(count):
     torch.testing.assert_close(solver.solve(rhs), expected, atol=1e-4, rtol=1e-4)
     v = torch.randn(2, 12, dtype=torch.float64)
     torch.testing.assert_close(moment.energy(v), (v @ c * v).sum(1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_pinned_rows_are_in_the_moment_but_not_in_its_ridge(count):
+    generator = torch.Generator().manual_seed(0)
+    rows, large = torch.randn(count, 12, generator=generator), 1e4 * torch.ones(1, 12)
+    moment = Moment(12)
+    moment.pin(large, 0.25)
+    moment.add(rows, 0.5)
+    moment.done()
+    rows, large = rows.double(), large.double()
+    c, pinned = 0.5 * rows.T @ rows, 0.25 * large.T @ large
+    solver = moment.solver(0.01)
+    e = 0.01 * float(c.trace()) / 12
+    assert solver.e == pytest.approx(e)
+    rhs = torch.randn(12, 2, dtype=torch.float64, generator=generator)
+    found = solver.solve(rhs)
+    expected = torch.linalg.solve(c + pinned + e * torch.eye(12, dtype=torch.float64), rhs)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    # What is told apart by the small rows alone is not drowned by the large one.
+    assert float((large @ found).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("make", [lambda: make_lm("llama"), lambda: moe("mixtral")])
+def test_what_all_texts_begin_with_is_preserved_too(make):
+    lm = make()
+    writers = find_writers(lm)
+    encoded = texts(4, 1)
+    prefix = plan_reading(lm, writers, encoded).prefix
+    assert prefix == encoded[0].ids[: len(prefix)] != ()
+    ((_, moments),) = Preserved(lm, writers, [encoded]).groups()
+    seen = []
+    (writer,) = [w for w in writers if w.layer == 1 and not w.experts and w.weight.endswith("o_proj.weight")]
+    hook = lm.model.get_submodule(writer.name).register_forward_hook(
+        lambda _m, args, _o: seen.append(args[0])
+    )
+    with torch.no_grad():
+        for e in encoded:
+            lm.model(input_ids=torch.tensor([e.ids]))
+    hook.remove()
+    first = seen[0][0, : len(prefix)].double()
+    rest = torch.cat([s[0, len(prefix) :] for s in seen]).double()
+    expected = first.T @ first / len(first) + rest.T @ rest / len(rest)
+    eye = torch.eye(expected.shape[0], dtype=torch.float64)
+    torch.testing.assert_close(
+        moments[writer.name, 0].energy(eye), expected.diagonal(), atol=1e-5, rtol=1e-3
+    )
 
 
 def test_an_ill_conditioned_moment_raises_its_ridge_and_says_so():

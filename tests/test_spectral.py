@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from saber import spectral
 from saber.config import preset
 from saber.entanglement import EntanglementSpec, entangle
 from saber.linalg import LowRankNoise, auroc, benjamini_hochberg, d_prime, ledoit_wolf, unit
@@ -292,3 +293,146 @@ def test_energy_resolving_with_more_weight_costs_the_preserved_less():
         )
     ]
     assert energies[0] > 1.2 * energies[1] > 1.2 * energies[2]
+
+
+def twins(n=N, seed=0):
+    """Targets and neutral prompts of shared topics, which vary far more than the sides differ."""
+    generator = torch.Generator().manual_seed(seed)
+    topic = 6 * torch.randn(n, D, generator=generator)
+    x, y = (topic + torch.randn(n, D, generator=generator) for _ in range(2))
+    return x + unit(torch.ones(D)) * 2.5, y
+
+
+def named(x, rows):
+    """Activations of some rows of a set, under what they share with their twins."""
+    return replace(activations(x[rows]), pairs=tuple(f"pair {i}" for i in rows))
+
+
+def scores(target, neutral, spec):
+    found = extract(target, neutral, spec, generator=np.random.default_rng(0))
+    return np.array([(d.d_prime, d.auroc) for d in found])
+
+
+@pytest.mark.parametrize("method", ["means", "svd", "covariance"])
+def test_twins_share_a_fold_and_are_paired_in_whatever_order_they_come(method):
+    x, y = twins()
+    spec = spectral_spec(method=method, components=1, permutations=20)
+    rows, mixed = list(range(N)), torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    usual = scores(named(x, rows), named(y, rows), spec)
+    np.testing.assert_allclose(
+        scores(named(x, rows), named(y, mixed.tolist()), spec), usual, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_neutral_prompt_that_is_left_out_changes_little(numbered):
+    x, y = twins()
+    spec = spectral_spec(method="means", components=1, permutations=20)
+    rows, fewer = list(range(N)), [i for i in range(N) if i != 3]
+    whole = scores(activations(x), activations(y), spec)[0, 1]
+    left = replace(activations(y[fewer]), pairs=tuple(fewer)) if numbered else named(y, fewer)
+    target = activations(x) if numbered else named(x, rows)
+    assert abs(scores(target, left, spec)[0, 1] - whole) < 0.05
+    # Twins in different folds: the one in training pushes the other's score the wrong way.
+    assert scores(activations(x), activations(y[fewer]), spec)[0, 1] < whole - 0.15
+
+
+@pytest.mark.parametrize("method", ["means", "svd", "covariance"])
+@pytest.mark.parametrize(("n", "m"), [(N, N), (N, 41), (41, N)])
+@pytest.mark.parametrize("with_names", [False, True])
+def test_where_nothing_is_left_out_folds_are_the_row_numbers(method, n, m, with_names):
+    x, y = planted(0.3 * torch.ones(D))
+    categories = [str(i % 4) for i in range(n)]
+    spec = spectral_spec(method=method, components=1, permutations=20)
+    target, neutral = activations(x[:n], categories), activations(y[:m])
+    if with_names and n == m:
+        names = tuple(f"pair {i}" for i in range(n))
+        target, neutral = replace(target, pairs=names), replace(neutral, pairs=names)
+    best = extract(target, neutral, spec, generator=np.random.default_rng(0))[0]
+    x, y = x[:n].double(), y[:m].double()
+    out = [torch.zeros(n, 1, dtype=x.dtype), torch.zeros(m, 1, dtype=x.dtype)]
+    for fold in range(spec.folds):
+        ins = [torch.arange(len(side)) % spec.folds != fold for side in (x, y)]
+        part = [c for c, keep in zip(categories, ins[0].tolist(), strict=True) if keep]
+        w = fit(x[ins[0]], y[ins[1]], part, spec).detectors.T
+        train = torch.cat([side[inside] @ w for side, inside in zip((x, y), ins, strict=True)])
+        for scored, side, inside in zip(out, (x, y), ins, strict=True):
+            scored[~inside] = (side[~inside] @ w - train.mean(0)) / train.std(0)
+    curve = auroc(*(s.numpy() for s in out), permutations=20, generator=np.random.default_rng(0))
+    assert best.d_prime == float(d_prime(*out))
+    assert best.auroc == curve.value[0]
+    assert torch.equal(best.pattern, fit(x, y, categories, spec).patterns[0].float())
+
+
+def test_svd_pairs_true_twins_alone():
+    x, y = twins()
+    spec = spectral_spec(method="svd", components=1, permutations=20, resolve="none")
+    some, others = list(range(N - 1)), list(range(1, N))
+
+    def pattern(target, neutral):
+        return extract(target, neutral, spec, generator=np.random.default_rng(0))[0].pattern
+
+    def axis(differences):
+        """Its line: which way it points is told by the means."""
+        found = torch.linalg.svd(differences.double(), full_matrices=False)[2][0].float()
+        return found[:, None] * found
+
+    def line(found):
+        return found[:, None] * found
+
+    # As many in both, and all but one of each has its twin there.
+    own = torch.cat([x[:1] - y[others].mean(0), (x - y)[1 : N - 1]])
+    found = pattern(named(x, some), named(y, others))
+    torch.testing.assert_close(line(found), axis(own), atol=1e-4, rtol=0)
+    # As many in both, and no twin among them.
+    half = N // 2
+    found = pattern(named(x, list(range(half))), named(y, list(range(half, N))))
+    torch.testing.assert_close(line(found), axis(x[:half] - y[half:].mean(0)), atol=1e-4, rtol=0)
+    # Numbers alone make no pairs once some are left out.
+    numbers = [replace(activations(s[r]), pairs=tuple(r)) for s, r in ((x, some), (y, others))]
+    torch.testing.assert_close(
+        line(pattern(*numbers)), axis(x[some] - y[others].mean(0)), atol=1e-4, rtol=0
+    )
+
+
+def fold_fits(monkeypatch, rows, sign=1.0):
+    """Detectors are axes 0 and 1, in every fold those of `rows(fold)`; axis 0 alone separates."""
+    axes, seen = torch.eye(D, dtype=torch.float64), []
+
+    def fake(x, _y, _categories, _spec, _capability, _partners):
+        if len(x) == N:
+            seen.clear()
+            return spectral._Fit(axes[:2], axes[:2])
+        seen.append(len(x))
+        chosen = axes[rows(len(seen) - 1)] * sign
+        return spectral._Fit(chosen, chosen)
+
+    monkeypatch.setattr(spectral, "fit", fake)
+    x, y = planted(20 * torch.eye(D)[0])
+    found = extract(
+        activations(x), activations(y), spectral_spec(), generator=np.random.default_rng(0)
+    )
+    return [next(d for d in found if d.component == i) for i in range(2)]
+
+
+def test_a_components_score_is_of_the_folds_directions_that_are_likest_to_it(monkeypatch):
+    first, second = fold_fits(monkeypatch, lambda fold: [0, 1] if fold % 2 else [1, 0])
+    assert first.auroc == 1.0
+    assert second.auroc < 0.7
+
+
+def test_a_fold_without_a_component_says_nothing_of_it(monkeypatch):
+    first, second = fold_fits(monkeypatch, lambda fold: [1] if fold == 2 else [1, 0])
+    assert first.auroc == 1.0
+    assert first.d_prime > 10
+    assert second.auroc < 0.7
+    first, second = fold_fits(monkeypatch, lambda fold: [1])
+    assert (first.d_prime, first.auroc, first.p_value) == (0.0, 0.5, 1.0)
+    assert (first.auroc_low, first.auroc_high) == (0.0, 1.0)
+    assert 0.3 < second.auroc < 0.7
+
+
+def test_which_way_a_folds_direction_points_is_not_told_by_the_prompts_it_scores(monkeypatch):
+    """The whole fit has seen them, and would make noise look separable."""
+    first, _ = fold_fits(monkeypatch, lambda fold: [1, 0], sign=-1.0)
+    assert first.auroc == 0.0

@@ -4,13 +4,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import make_lm
 
 from saber import strength
-from saber.ablation import EditPlan
+from saber.ablation import EditPlan, Factor
+from saber.errors import NonFinite
 from saber.evaluation.readout import Readout
 from saber.lm.chat import encode
 from saber.lm.forward import forward
+from saber.lm.writers import find_writers
 from saber.prompts import Prompt, PromptSet
 from saber.strength import BOOSTS, LAMBDAS, Ruler, Shown, Trial, search
 
@@ -164,3 +167,109 @@ def test_the_ruler_finds_no_divergence_of_the_untouched_model(llama):
     for batch, _ in forward(llama, [e.ids for e in encoded], [[len(e.ids) - 1] for e in encoded]):
         found += float(batch.logits.softmax(-1)[:, [40, 41]].sum())
     assert ruler.usual == pytest.approx(found / 2, rel=1e-4)
+
+
+HARD = {1000.0: 0.95, 300.0: 0.93, 100.0: 0.88, 30.0: 0.6, 10.0: 0.1, 3.0: 0.03, 1.0: 0.02}
+
+
+@pytest.mark.parametrize("options", [{}, {"direct": True}])
+def test_edits_too_weak_to_do_much_do_not_end_the_search(options, monkeypatch):
+    """Openings that are rare from the first tell nothing; nor does it where they are not asked for."""
+    fake = Fake(openings(0 if options else 1000), HARD, monkeypatch)
+    assert fake.run(aim=0.03, before=0.95, **options)[0] == 3.0
+    assert fake.generated == [1000.0, 300.0, 100.0, 30.0, 10.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("before", "amiss", "asked"),
+    [
+        (0.9, {100.0: 0.4, 30.0: 0.38}, [100.0, 30.0]),  # more than half was set right
+        (0.9, {100.0: 1.2, 30.0: 1.2}, [100.0, 30.0]),  # it does harm
+        (0.0, {100.0: 0.5, 30.0: 0.5}, [100.0, 30.0]),  # nothing was to be set right
+        (None, {100.0: 0.9, 30.0: 0.88}, [100.0, 30.0]),  # not known
+        (0.9, dict.fromkeys(LAMBDAS, 0.9), [100.0, 30.0, 10.0, 3.0, 1.0]),
+    ],
+)
+def test_once_much_is_set_right_an_edit_that_sets_no_more_right_is_the_last(
+    before, amiss, asked, monkeypatch
+):
+    fake = Fake(openings(100), amiss, monkeypatch)
+    assert fake.run(before=before)[0] == min(asked, key=lambda lam: (amiss[lam], -lam))
+    assert fake.generated == asked
+
+
+def test_where_openings_tell_what_is_tried_is_what_they_and_answers_ask_for(monkeypatch):
+    """The demo's first pass: all targets refuse before it, and each opening tells."""
+    opening = dict(zip(LAMBDAS, (0.529, 0.0298, 0.0048, 0.0022, 0.002, 0.002, 0.002), strict=True))
+    amiss = {
+        100.0: Shown(0.09375, at_once=0.0, pooled=0.0546875, pooled_incoherent=0.0078125),
+        30.0: Shown(0.0625, at_once=0.0, pooled=0.0234375, pooled_incoherent=0.015625),
+    }
+    fake = Fake(opening, amiss, monkeypatch)
+    chosen, trials = fake.run(aim=0.03, before=1.0, boosts=BOOSTS)
+    assert chosen == 30.0
+    assert [(t.lambda_, t.boost) for t in trials] == [(x, 1.0) for x in LAMBDAS[:4]]
+    assert fake.generated == [100.0, 30.0]
+
+
+class Overflowing(Fake):
+    """Overflows at some strengths."""
+
+    def __init__(self, at, amiss, monkeypatch):
+        super().__init__(openings(100), amiss, monkeypatch)
+        self.at = at
+
+    def openings(self, lambda_):
+        if self.current.lambda_ == self.at:
+            raise NonFinite("the output of layer 3")
+        return super().openings(lambda_)
+
+
+@pytest.mark.parametrize("at", [10.0, (30.0, 1.5)])
+def test_a_strength_that_overflows_ends_the_search_with_the_best_so_far(at, monkeypatch):
+    amiss = {100.0: 0.4, 30.0: 0.2, 10.0: 0.2}
+    fake = Overflowing(at, {k: Shown(v, at_once=v) for k, v in amiss.items()}, monkeypatch)
+    chosen, trials = fake.run(aim=0.05, boosts=BOOSTS)
+    assert chosen == 30.0
+    last = trials[-1]
+    assert (last.lambda_, last.boost) == (at if isinstance(at, tuple) else (at, 1.0))
+    assert last.failed == "NaN or infinity in the output of layer 3."
+    assert (last.opening, last.log_odds, last.shown) == (None, None, None)
+    assert not any(t.failed for t in trials[:-1])
+
+
+def test_an_overflow_before_any_edit_is_confirmed_is_raised(monkeypatch):
+    with pytest.raises(NonFinite, match="layer 3"):
+        Overflowing(100.0, dict.fromkeys(LAMBDAS, 0.0), monkeypatch).run()
+
+
+def some(name, words):
+    return PromptSet(name, tuple(Prompt(str(i), "c", w) for i, w in enumerate(words)))
+
+
+def test_a_model_that_overflows_is_as_it_was_after_the_search(llama):
+    ruler = Ruler(llama, some("t", ["one two"]), some("n", ["four"]), [], Readout((40, 41)))
+    before = {name: p.clone() for name, p in llama.model.named_parameters()}
+    writer, d = find_writers(llama)[0], llama.d_model
+
+    def make(lambda_, _boost):
+        right = torch.full((1, d), 1.0 if lambda_ > 10 else 1e38)
+        return EditPlan({writer.name: Factor(torch.ones(d, 1), right, None, writer.axis)})
+
+    shown, weights = iter([Shown(0.9), Shown(0.5)]), (100.0, 30.0, 3.0)
+    plan, trials = search(llama, make, ruler, lambda: next(shown), lambdas=weights, direct=True)
+    assert [t.chosen for t in trials] == [False, True, False]
+    assert [bool(t.failed) for t in trials] == [False, False, True]
+    assert plan.digest() == make(30.0, 1.0).digest()
+    assert all(torch.equal(p, before[name]) for name, p in llama.model.named_parameters())
+
+
+def test_openings_tell_only_where_they_were_clearly_above_the_usual(llama):
+    target, neutral = some("t", ["one two", "three"]), some("n", ["four", "five six"])
+    ruler = Ruler(llama, target, neutral, [], Readout(()))
+    assert ruler.usual == pytest.approx(0, abs=1e-5)
+    assert not ruler.tells()
+    every = Ruler(llama, target, neutral, [], Readout(tuple(range(400))))
+    assert not every.tells()  # both open with these
+    every.usual -= 0.2
+    assert every.tells()

@@ -574,6 +574,20 @@ def test_a_folder_of_something_else_is_left_alone(config, model_folder, tmp_path
     assert [r["values"] for r in again.record["trials"]] == [{"edit.alpha": 0.5}]
 
 
+@pytest.mark.parametrize("name", ["README.md", "plots/fig1.pdf", "shared/notes.txt", "study.json"])
+def test_what_only_looks_like_a_sweep_is_left_alone(config, model_folder, tmp_path, name):
+    file = tmp_path / "s" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("{}")
+    for options in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match=r"not a sweep's|no study"):
+            swept(model_folder, tmp_path / "s", config, **options)
+    assert file.read_text() == "{}"
+    for out in (model_folder, model_folder.parent):
+        with pytest.raises(OutputError, match="lies in --out"):
+            swept(model_folder, out, config, overwrite=True)
+
+
 def test_a_damaged_journal_names_the_line(tmp_path):
     path = tmp_path / journal.TRIALS
     Journal(path).append(row(1, 0, 0.1))
@@ -604,6 +618,9 @@ def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, 
 
 def test_bad_input_of_the_command(capsys, tmp_path):
     out = tmp_path / "o"
+    ask = ("sweep", "demo", "--alpha", "1", "--out", out, "--minutes")
+    for minutes in ("nan", "-1"):
+        assert "must not be below 0" in failing(capsys, *ask, minutes)[1]
     assert "the grid is empty" in failing(capsys, "sweep", "demo", "--out", out)[1]
     code, said = failing(capsys, "sweep", "demo", "--axis", "edit.alhpa=1", "--out", out)
     assert code == 2

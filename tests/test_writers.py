@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from saber.ablation import Removal, applied, orthogonal
 from saber.errors import ModelError, UnprovenWriter
-from saber.inspection import inspect, require_ablated
+from saber.inspection import inspect, require_ablated, shares_left
 from saber.linalg import unit
 from saber.lm.layers import find_layers
 from saber.lm.substitution import layer_calls
@@ -207,6 +207,24 @@ def test_what_others_write_does_not_drown_a_writer_in_its_rounding(llama):
     writers = find_writers(llama)
     assert len(writers) == 8
     assert zeroed_law(llama, writers) < 1e-6
+
+
+def test_a_full_edit_is_told_from_rounding_where_layers_write_little(llama):
+    """In bfloat16 the rounding of the stream alone is a third of what such layers write along a direction."""
+    for layer in llama.layers:
+        layer.self_attn.o_proj.weight.mul_(0.1)
+        layer.mlp.down_proj.weight.mul_(0.1)
+    llama.model.to(torch.bfloat16)
+    writers = find_writers(llama)
+    before = {k: (v.data_ptr(), v.clone()) for k, v in llama.model.state_dict().items()}
+    assert max(shares_left(llama, writers)) < 1e-4
+    require_ablated(llama, writers)
+    missed = [w for w in writers if not (w.layer == 2 and "o_proj" in w.weight)]
+    shares = shares_left(llama, missed)
+    assert shares[2] > 0.05 > max(shares[:2])
+    for name, value in llama.model.state_dict().items():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
 
 
 def test_a_layer_is_tried_on_a_stream_on_its_own_device(llama):

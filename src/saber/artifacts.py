@@ -69,6 +69,25 @@ def require_writable(out: Path) -> None:
         ) from error
 
 
+def require_apart(out: Path, model: str) -> None:
+    """Raise `OutputError` where a model is `out` itself or lies in it, and would be written over."""
+    place, target = Path(model).expanduser(), out.expanduser()
+    if model == "demo" or not place.exists():
+        return
+    for form in (Path.absolute, Path.resolve):
+        if form(target) in (form(place), *form(place).parents):
+            raise OutputError(
+                f"the model {model} lies in --out {out}, where it would be written over.",
+                "Choose another folder for --out.",
+            )
+
+
+def foreign_plots(folder: Path) -> list[str]:
+    """Return what lies in the plots of a run or a sweep and is no plot."""
+    inside = (folder / "plots").glob("*") if (folder / "plots").is_dir() else ()
+    return sorted(f"plots/{p.name}" for p in inside if p.suffix not in (".png", ".svg"))
+
+
 def write_json(path: Path, value: Mapping[str, Any], *, sync: bool = True) -> None:
     """Write `value` as JSON, whole or not at all; NaN and infinity are refused."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -106,14 +125,20 @@ def save(folder: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[s
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load a stage result of this kind: its tensors and its meta data."""
+    """Load a stage result of this kind: its tensors and its meta data; raises `DataError`."""
     meta = read_json(folder / META)
     if meta.get("kind") != kind or meta.get("schema") != SCHEMA:
         raise DataError(
             f"{folder} holds {meta.get('kind')!r} of schema {meta.get('schema')!r}, "
             f"not {kind!r} of schema {SCHEMA}."
         )
-    return load_file(folder / TENSORS), meta
+    try:
+        return load_file(folder / TENSORS), meta
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{folder / TENSORS} cannot be read ({error}).",
+            "It is damaged or incomplete: copy it anew, or make it again.",
+        ) from error
 
 
 @contextmanager

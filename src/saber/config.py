@@ -108,6 +108,7 @@ PRESETS: dict[str, RunConfig] = {
 }
 
 _LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
     "minimum_rate": (0, 1),
     "data.limit": (0, 1e9),
     "probe.positions": (1, 64),
@@ -245,23 +246,32 @@ def _counts(items: Any, where: str) -> tuple[int, ...]:
     return tuple(int(text) for text in found)
 
 
+def value_of(config: RunConfig, name: str) -> Any:
+    """Return the value of a field by its dotted name."""
+    node: Any = config
+    for part in name.split("."):
+        node = getattr(node, part) if hasattr(node, part) else getattr(node, f"{part}_")
+    return node
+
+
 def validate(config: RunConfig) -> None:
     """Check every bounded number; raises `UsageError` that gives the range."""
     for path, (low, high) in _LIMITS.items():
-        value: Any = config
-        for part in path.split("."):
-            value = (
-                getattr(value, part, None) if hasattr(value, part) else getattr(value, f"{part}_")
-            )
+        value = value_of(config, path)
         if not low <= value <= high:
             raise UsageError(
-                f"setting {path} is {value}; it must lie between {low:g} and {high:g}."
+                f"setting {path} is {value}; it must lie between {low:g} and {high:.10g}."
             )
     gated = config.data.keep or config.data.retain or config.data.mode != "removal"
     if gated and config.edit.kind != "selective":
         raise UsageError(
             "--keep, --retain and --mode over-refusal need an edit that can tell inputs apart.",
             "Use --edit selective.",
+        )
+    if config.edit.embeddings and config.edit.kind != "orthogonal":
+        raise UsageError(
+            "setting edit.embeddings has no effect on a selective edit.",
+            "Use --edit orthogonal, or leave it off.",
         )
     if max(config.evaluation.lengths, default=1) > 4096:
         raise UsageError("setting evaluation.lengths goes beyond 4096 tokens.")

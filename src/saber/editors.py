@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,20 +24,34 @@ from saber.memo import Memo, forgetful
 from saber.moments import RIDGE, Decisions, Preserved, read_decisions
 from saber.openings import Fitted, Opening
 from saber.passes import Candidate, RefineData, RefineSpec, removals
-from saber.probing import Activations, ProbeSpec
+from saber.probing import Activations, ProbeSpec, decision_count
 from saber.selective import solve
 from saber.sensitivity import fisher, sample, weights
 from saber.strength import ANSWER_TOKENS, BOOSTS, LAMBDAS, LATE_LAMBDAS, Ruler, Shown, Trial, search
 
-Step = tuple[EditPlan, tuple[Trial, ...], list[Candidate], Fitted | None]
-"""The plan with the new pass in it, the strengths tried, the candidates with what they got, and what all fit
-targets show now, where they were asked."""
 Sides = tuple[Activations, Activations]
-Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides], Step]
 Ask = Callable[[Sequence[int]], Fitted]
 """Answers some fit targets, given by number, with the model as it stands."""
 Both = Callable[[Sequence[int]], tuple[Shown, Fitted]]
 """Answers validation targets as well, and tells of both."""
+
+
+class Step(NamedTuple):
+    """What an editor makes of a pass."""
+
+    plan: EditPlan
+    """The plan with the new pass in it."""
+    trials: tuple[Trial, ...]
+    """The strengths tried."""
+    chosen: list[Candidate]
+    """The candidates with what they got."""
+    fitted: Fitted | None
+    """What all fit targets show now, where they were asked."""
+    by_answers: bool = False
+    """Whether each strength was told by answers, as first tokens tell nothing of the behaviour."""
+
+
+Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides, float], Step]
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,14 @@ class OrthogonalEditor:
         opening: Opening,
         pending: Sequence[int],
         sides: Sides,
+        amiss: float,
     ) -> Step:
         """Return the plan with what was chosen taken out too."""
-        del opening, pending, sides
+        del opening, pending, sides, amiss
         number = 1 + max((r.step for r in self.removals), default=0)
         self.removals.extend(removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
-        return plan, (), list(chosen), None
+        return Step(plan, (), list(chosen), None)
 
 
 class SelectiveEditor:
@@ -125,7 +140,7 @@ class SelectiveEditor:
             [*answered, encode(lm, data.capability.texts, references)],
             # With keep sets an edit tells inputs apart that lie close together, and neutral ones feel it.
             [encode(lm, p.texts) for p in (data.neutral, *data.keep)] if data.keep else [],
-            positions=self.probing.positions,
+            positions=decision_count(lm, self.probing),
             memory=self.edit.memory * 2**30,
             progress=progress,
         )
@@ -140,11 +155,12 @@ class SelectiveEditor:
         opening: Opening,
         pending: Sequence[int],
         sides: Sides,
+        amiss: float,
     ) -> Step:
         """Return the plan with an edit for what was chosen, as strong as validation prompts ask for.
 
         `pending` are the fit targets that show the behaviour late, `sides` the activations of targets and
-        neutral prompts behind the `opening`.
+        neutral prompts behind the `opening`, `amiss` the share of answers that is so before the pass.
         """
 
         asked: list[Fitted] = []
@@ -183,6 +199,7 @@ class SelectiveEditor:
                 ),
             )
             felt = self._felt(stacked, at)
+            telling = bool(opening) or self.memo(("telling", at, self.probing), ruler.tells)
         dear = {k: [1.0] * len(cs) for k, cs in by_layer.items()}
         if felt is not None:
             dear = weights(felt, self.edit.sensitivity)
@@ -216,7 +233,9 @@ class SelectiveEditor:
                 shown,
                 lambdas=lambdas_tried,
                 aim=self.spec.stop_rate,
-                direct=bool(opening),
+                direct=bool(opening) or not telling,
+                # Behind a start few show it, and little is left to gain.
+                before=None if opening else amiss,
                 # What comes late is not for this position, and who sets lambda sets the strength.
                 boosts=() if opening or self.edit.lambda_ else BOOSTS,
                 progress=self.progress,
@@ -239,7 +258,7 @@ class SelectiveEditor:
         ]
         # Nothing was asked where a memo knew the outcome.
         told = dict(zip((t for t in trials if t.shown), asked, strict=False))
-        return plan, trials, done, None if opening else told.get(taken)
+        return Step(plan, trials, done, None if opening else told.get(taken), not telling)
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
         """Return what the answers feel of each direction; None where nothing is set by it."""
@@ -273,6 +292,6 @@ class SelectiveEditor:
             self.lm,
             self.writers,
             *encoded,
-            positions=1 if opening else self.probing.positions,
+            positions=1 if opening else decision_count(self.lm, self.probing),
             progress=self.progress,
         )

@@ -124,5 +124,5 @@ class MissingExtra(UsageError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
             f"this needs the package {package!r}, which is not installed.",
-            f"Run: pip install 'saber-llm[{extra}]'",
+            f"In a checkout run: pip install '.[{extra}]' (elsewhere: pip install 'saber-llm[{extra}]').",
         )

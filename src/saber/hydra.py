@@ -41,13 +41,15 @@ def compensation(
     neutral: Sequence[str],
     *,
     generator: np.random.Generator,
+    pairs: Sequence[tuple[int, int]] = (),
     resamples: int = 1000,
 ) -> Compensation | None:
     """Return kappa = sum_unedited (D_post - D_pre) / sum_edited (D_pre - D_frozen), or None.
 
     D is a writer's target-minus-neutral contribution along `direction` at the last prompt token;
     frozen means the edited weights on the inputs from before. Edited writers are those whose
-    contribution that changes; fused experts and embeddings are left out. None when no writer is left
+    contribution that changes; fused experts and embeddings are left out. `pairs` holds the rows of a
+    target and of its neutral twin; without any they are paired row by row. None when no writer is left
     unedited or nothing was removed (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024,
     arXiv 2402.15390).
     """
@@ -66,11 +68,11 @@ def compensation(
     with applied(lm.model, after):
         post, _ = _contributions(lm, writers, texts, direction)
     n = len(target)
+    mine, theirs = zip(*(pairs or zip(range(n), range(len(neutral)), strict=False)), strict=True)
 
     def gap(values: np.ndarray) -> np.ndarray:
         """Per prompt pair: the target's contribution minus the neutral's; (pairs, writers)."""
-        pairs = min(n, len(texts) - n)
-        return values[:pairs] - values[n : n + pairs]
+        return values[list(mine)] - values[n + np.array(theirs)]
 
     back = (gap(post) - gap(pre))[:, ~edited].sum(1)
     removed = (gap(pre) - gap(frozen))[:, edited].sum(1)

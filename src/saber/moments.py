@@ -15,7 +15,7 @@ from torch import Tensor
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded
 from saber.lm.forward import Progress, silent
-from saber.lm.inputs import Key, plan_reading, read_inputs
+from saber.lm.inputs import Key, plan_reading, read_inputs, read_prefix
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 
@@ -87,6 +87,8 @@ class Moment:
         self._rows: list[Tensor] = []
         self._count = 0
         self._sum: Tensor | None = None
+        self._pinned: list[Tensor] = []
+        self._trace: float | None = None
         self.products = 0.0
         """Work done on sums, FLOP."""
 
@@ -98,6 +100,14 @@ class Moment:
             self._fold()
         self._rows.append(rows.float() * weight**0.5)
         self._count += len(rows)
+
+    def pin(self, rows: Float[Tensor, "n d_in"], weight: float) -> None:
+        """Add a few rows that may be larger than all others by orders, and that the ridge leaves out.
+
+        A text's first tokens are such in most models (Sun et al., 2024, arXiv:2402.17762): in a float32
+        sum they would drown the rest.
+        """
+        self._pinned.append(rows.cpu().double() * weight**0.5)
 
     def _fold(self) -> None:
         """Turn the rows kept so far into their sum of products."""
@@ -123,9 +133,18 @@ class Moment:
             for start, end in self._bands():
                 self._sum[end:, start:end] = self._sum[start:end, end:].T
         self._rows = [part.cpu() for part in self._rows]
+        self._trace = self.trace()
+        if self._sum is None:
+            self._rows += self._pinned
+        elif self._pinned:
+            pinned = torch.cat(self._pinned)
+            self._sum += pinned.T @ pinned
+        self._pinned = []
 
     def trace(self) -> float:
-        """Return tr C."""
+        """Return tr C without what is pinned."""
+        if self._trace is not None:
+            return self._trace
         if self._sum is not None:
             return float(self._sum.diagonal().sum())
         return float(sum(part.double().pow(2).sum() for part in self._rows))
@@ -186,17 +205,17 @@ class Solver:
 
 
 def _stack(rows: Sequence[Tensor], width: int) -> Tensor:
-    return torch.cat([torch.zeros(0, width), *rows]).double()
+    return torch.cat([torch.zeros(0, width, dtype=torch.float64), *(r.double() for r in rows)])
 
 
 class Preserved:
     """Second moments of each writer's inputs over all tokens of texts that must not change.
 
     C = sum over sets of E_set[h h^T]: a set counts as one whatever its size, so that a small keep
-    set is not drowned. Of the sets in `decisions` the last `positions` tokens alone are read. An
-    expert's moment is over the tokens routed to it, per token of the set. They are kept when all of
-    them fit into `memory` bytes; otherwise `groups` reads the texts again for each group of writers
-    that fits.
+    set is not drowned. The prefix that all texts of a set share, where it is read once, is a set of its
+    own. Of the sets in `decisions` the last `positions` tokens alone are read. An expert's moment is
+    over the tokens routed to it, per token of the set. They are kept when all of them fit into `memory`
+    bytes; otherwise `groups` reads the texts again for each group of writers that fits.
     """
 
     def __init__(
@@ -250,6 +269,14 @@ class Preserved:
                 progress=self._progress,
                 label="inputs to preserve",
             )
+        for prefix in sorted({reading.prefix for reading in self._readings if reading.prefix}):
+
+            def pin(key: Key, rows: Tensor, weight: float = 1 / len(prefix)) -> None:
+                if key not in moments:
+                    moments[key] = Moment(rows.shape[-1])
+                moments[key].pin(rows, weight)
+
+            read_prefix(self._lm, writers, prefix, pin)
         for moment in moments.values():
             moment.done()
             self._lm.work.products += moment.products

@@ -138,6 +138,8 @@ class Pass:
     late: int | None = None
     """Fit targets whose answers show the behaviour late at its end (of those that did before it, where
     validation targets are clean); None where not looked for."""
+    by_answers: bool = False
+    """Whether answers were asked for at each strength, as first tokens tell nothing of the behaviour."""
 
     @property
     def ablated(self) -> tuple[Candidate, ...]:

@@ -24,9 +24,9 @@ from saber.ablation import EditPlan, applied
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
-from saber.checkpoint.runs import SKETCH, Run
+from saber.checkpoint.runs import SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
-from saber.config import RunConfig, resolved
+from saber.config import DataSpec, RunConfig, resolved
 from saber.entanglement import Entanglement
 from saber.errors import (
     DataError,
@@ -51,7 +51,16 @@ from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 from saber.lm.writers import embedding_share
 from saber.passes import Candidate, Pass, RefineData, Refinement
-from saber.prompts import Prompt, PromptSet, Splits, check_disjoint, normalised, split
+from saber.prompts import (
+    Prompt,
+    PromptSet,
+    Splits,
+    Use,
+    check_apart,
+    check_disjoint,
+    normalised,
+    split,
+)
 from saber.prompts.splits import NAMES as SPLIT_NAMES
 from saber.spectral import Direction, candidate_layers
 from saber.strength import Shown, Trial
@@ -119,6 +128,8 @@ class Listener:
     """Told in a few words what begins."""
     on_pass: Callable[[Pass], None] = lambda _pass: None
     """Told of each finished pass."""
+    on_record: Callable[[Path], None] = lambda _folder: None
+    """Told of the run folder once all but the exports is there."""
 
 
 def run(
@@ -136,9 +147,10 @@ def run(
 ) -> RunResult:
     """Find, measure and remove the behaviour; write the run folder `out`.
 
-    `run.json` is written last and marks the folder as complete. Raises children of `SaberError`;
-    `WeakBehaviour` when the model hardly shows the behaviour and `force` is not set. `origin` names
-    the trial of a sweep that the configuration is from.
+    `run.json` marks the folder as complete; exports come after it and are noted in it one by one, so
+    that one that fails loses nothing else. Raises children of `SaberError`; `WeakBehaviour` when the
+    model hardly shows the behaviour and `force` is not set. `origin` names the trial of a sweep that the
+    configuration is from.
     """
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
@@ -146,7 +158,7 @@ def run(
     data = gather(config)
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     judged_by = describe(config.evaluation.judge, judge)
-    prepare_folder(out, overwrite=overwrite, resume=resume)
+    prepare_folder(out, model, overwrite=overwrite, resume=resume)
     with clock("load"), _removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
@@ -158,6 +170,8 @@ def run(
         "model": mark,
         "config": resolved(config),
         "judge": judged_by,
+        "prompts": describe_data(data),
+        "template": subject.template,
         "version": __version__,
     }
     done = _resume_state(out, identity) if resume else []
@@ -175,7 +189,8 @@ def run(
         try:
             watch.require(model, config.minimum_rate)
         except WeakBehaviour:
-            (out / STATE).unlink()
+            if not done:
+                (out / STATE).unlink()
             raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
@@ -225,7 +240,11 @@ def run(
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": {**describe_model(lm, mark), **licence(lm.name, lm.source)},
+        "model": {
+            **describe_model(lm, mark),
+            **licence(lm.name, lm.source),
+            **way_back(out, lm.name, lm.source),
+        },
         "environment": environment(started),
         "config": resolved(config),
         "judge": judged_by,
@@ -237,14 +256,9 @@ def run(
         "comparison": compare(before, after, seed=config.seed),
         **_describe_passes(lm, outcome, config),
         "examples": examples(before, after),
+        "exports": [],
         **({"sweep": origin.describe(outcome.plan)} if origin else {}),
     }
-    with clock("save"):
-        listener.on_stage("saving the edit")
-        made = Run(record, outcome.plan, sketch)
-        record["exports"] = export_all(
-            made, export, out, lm=lm, spec=config.load, progress=listener.progress
-        )
     total = clock.total()
     record["seconds"] = {**clock.seconds, "total": total}
     record["work"] = {
@@ -255,6 +269,15 @@ def run(
     }
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)
+    listener.on_record(out)
+    if export:
+        listener.on_stage("saving the edit")
+    made, begun = Run(record, outcome.plan, sketch, out), perf_counter()
+    for one in export_all(made, export, out, lm=lm, spec=config.load, progress=listener.progress):
+        record["exports"].append(one)
+        took = perf_counter() - begun
+        record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
+        artifacts.write_json(out / RUN, record)
     return RunResult(out, record)
 
 
@@ -285,7 +308,7 @@ class Stopwatch:
 
 
 def gather(config: RunConfig) -> RunData:
-    """Load, check and split all prompt sets; nothing is read twice and no split overlaps."""
+    """Load, check and split all prompt sets; nothing is read twice, and `DataError` where uses overlap."""
     spec = config.data
     if bool(spec.target) != bool(spec.neutral):
         raise UsageError("--target and --neutral go together.", "Give both, or neither.")
@@ -318,10 +341,7 @@ def gather(config: RunConfig) -> RunData:
             )
         refused = targets
         if not spec.target:
-            more = prompts.harmful()
-            check_disjoint(borderline.fit, more)
-            refused = _with_more(targets, more)
-        check_disjoint(borderline.fit, target)
+            refused = _with_more(targets, prompts.harmful())
         wrong, kept = borderline, [refused, *kept]
     else:
         wrong, retained = _without(targets, spec.retain, config.seed)
@@ -350,7 +370,7 @@ def gather(config: RunConfig) -> RunData:
     battery = prompts.battery()
     choosing, checking = halves(battery)
     between = borderline.validation if borderline and len(borderline.validation) else None
-    return RunData(
+    data = RunData(
         RefineData(
             target=wrong.fit,
             neutral=neutrals.fit,
@@ -380,6 +400,48 @@ def gather(config: RunConfig) -> RunData:
             kept=tuple(some(k.validation) for k in reported),
         ),
     )
+    _require_apart(data, spec)
+    return data
+
+
+def _require_apart(data: RunData, spec: DataSpec) -> None:
+    """Raise `DataError` for a prompt that selects and is reported on, or is target and preserved.
+
+    None is left out instead: that would change what the user asked for, or what runs are compared by.
+    """
+    chosen, held, between = data.selecting, data.reporting, data.validation.borderline
+    target, neutral, borderline, everyday = (
+        f"--{name}" if getattr(spec, name) else ""
+        for name in ("target", "neutral", "borderline", "everyday")
+    )
+    narrow, files = spec.mode == "over-refusal", ["--keep"] * len(spec.keep)
+    kept = [target, *files] if narrow else [*files, "--retain"]
+    wrong = borderline if narrow else target
+    targets = [Use(chosen.target, wrong), Use(chosen.target_validation, wrong)]
+    preserved = [
+        Use(chosen.neutral, neutral),
+        Use(chosen.neutral_validation, neutral),
+        Use(chosen.capability),
+        Use(chosen.everyday, everyday),
+        *map(Use, chosen.keep, kept),
+        *map(Use, chosen.keep_validation, kept),
+    ]
+    reported = [
+        Use(held.target, "--eval-target" if spec.eval_target else target),
+        Use(held.neutral, "--eval-neutral" if spec.eval_neutral else neutral),
+        Use(held.battery),
+        *map(Use, held.kept, kept[1:] if narrow else kept),
+    ]
+    if held.borderline:
+        reported.append(Use(held.borderline, borderline))
+    if held.everyday:
+        reported.append(Use(held.everyday, everyday))
+    # A sweep chooses by half of the battery too, which is reported on unless `data.battery` is half.
+    choosing = [Use(between, borderline)] if between else []
+    check_apart(
+        [*targets, *preserved, *choosing], reported, "what selects must not be reported on as well"
+    )
+    check_apart(targets, preserved, "what is to lose the behaviour cannot be preserved as well")
 
 
 def _everyday(name: str, sets: Sequence[PromptSet], seed: int) -> Splits:
@@ -448,7 +510,12 @@ def _without(targets: Splits, categories: Sequence[str], seed: int) -> tuple[Spl
     if not categories:
         return targets, None
     parts = (targets.fit, targets.validation, targets.heldout)
-    known = {p.category for part in parts for p in part}
+    known = {p.category for part in parts for p in part} - {""}
+    if not known:
+        raise UsageError(
+            "--retain names categories, and these targets have none.",
+            "Give them a column category: .jsonl, .csv or .parquet.",
+        )
     for name in categories:
         if name not in known:
             raise UnknownName("category to retain", name, sorted(known))
@@ -485,20 +552,53 @@ def _separate(reporting: PromptSet, selecting: PromptSet) -> PromptSet:
     return reporting
 
 
-def prepare_folder(out: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the run folder usable before any work is done; raises `OutputError` when it is not."""
+def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:
+    """Make the run folder usable before any work is done; raises `OutputError` when it is not.
+
+    Only a folder that a run has marked as its own is gone on with or replaced, and none with `model` in it.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if resume and (out / RUN).exists():
-            raise OutputError(f"the run in {out} is finished.", "There is nothing to resume.")
+    if model:
+        artifacts.require_apart(out, model)
+    if out.is_dir() and any(not _is_part(p.name) for p in out.iterdir()):
+        finished, begun = _is_marked(out / RUN), _is_marked(out / STATE)
+        if not (finished or begun):
+            raise OutputError(
+                f"--out {out} is not empty and holds no run{' to resume' if resume else ''}.",
+                "Choose another folder; --overwrite replaces runs alone.",
+            )
+        if resume and finished:
+            raise OutputError(
+                f"the run in {out} is finished.",
+                "There is nothing to resume. What it lacks of exports, saber export writes.",
+            )
         if not resume:
             if not overwrite:
-                raise OutputError(
-                    f"--out {out} is not empty.", "Choose another, or --overwrite, or --resume."
+                what, ways = (
+                    ("a finished run", "--overwrite")
+                    if finished
+                    else ("an interrupted run", "--resume, or --overwrite")
                 )
+                raise OutputError(f"--out {out} holds {what}.", f"Choose another, or {ways}.")
             _remove_run(out)
     artifacts.require_writable(out)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a name is that of a file that was being written."""
+    return name.startswith(".") and name.endswith(".part")
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a file is a run's `run.json` or `state.json`, and not somebody else's."""
+    if not path.is_file():
+        return False
+    try:
+        found = artifacts.read_json(path)
+    except DataError:
+        return False
+    return "config" in found and bool({"version", "saber_version"} & found.keys())
 
 
 @contextmanager
@@ -517,14 +617,17 @@ def _remove_run(out: Path) -> None:
     ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
     foreign = sorted(
         p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
-    )
+    ) + artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(
             f"--out {out} holds files that are not a run's ({', '.join(foreign[:3])}).",
             "Choose another folder; --overwrite replaces runs alone.",
         )
-    for path in sorted(out.iterdir(), key=lambda p: p.name != RUN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (out / RUN).exists():
+        # What is left when this is cut off is an unfinished run's, and still marked as such.
+        os.replace(out / RUN, out / STATE)
+    for path in sorted(out.iterdir(), key=lambda p: p.name == STATE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
@@ -533,7 +636,8 @@ def _resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
         return []
     state = artifacts.read_json(out / STATE)
     if state != identity:
-        changed = [k for k in identity if state.get(k) != identity[k]]
+        words = {"prompts": "set of prompts", "template": "chat template"}
+        changed = [words.get(k, k) for k in identity if state.get(k) != identity[k]]
         raise UsageError(
             f"the run in {out} was made with another {' and '.join(changed)}.",
             "Give the same arguments, or start anew with --overwrite.",
@@ -585,6 +689,7 @@ def _load_pass(folder: Path) -> Pass:
         hydra=hydra,
         plan=EditPlan.load(folder / PLAN),
         trials=tuple(trials),
+        by_answers=meta.get("by_answers", False),
     )
 
 
@@ -615,13 +720,18 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
         "compute_dtype": str(lm.dtype).removeprefix("torch."),
         "storage_dtype": str(lm.stored_dtype).removeprefix("torch."),
         "device": lm.device.type,
+        "response_prefix": lm.response_prefix,
     }
 
 
 def describe_data(
     data: RunData, left_out: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used."""
+    """Return the prompt sets as they stand in `run.json`, and how many of a kind were not used.
+
+    `fingerprint` is that of the prompts to fit on, or of all where there is no split; the other splits have
+    their own.
+    """
     chosen, held = data.selecting, data.reporting
     # In over-refusal mode borderline prompts are fitted on, and what is kept first are the targets.
     narrow = len(chosen.keep) > len(held.kept)
@@ -633,16 +743,16 @@ def describe_data(
             "validation": len(validation),
             "heldout": len(heldout),
             "fingerprint": (fit if len(fit) else heldout).fingerprint(),
+            "validation_fingerprint": validation.fingerprint(),
+            "heldout_fingerprint": heldout.fingerprint(),
         }
 
-    everyday = None
+    everyday, nothing = None, _none_of(chosen.target)
     if len(chosen.everyday) or held.everyday:
-        nothing = _none_of(chosen.everyday)
         everyday = {
             **splits(chosen.everyday, nothing, held.everyday or nothing),
             "left_out": left_out.get("everyday", 0),
         }
-    nothing = _none_of(chosen.target)
     fitted = splits(chosen.target, chosen.target_validation, held.target)
     border = _described(held.borderline) if held.borderline else None
     kept = list(zip(chosen.keep, chosen.keep_validation, strict=True))
@@ -709,6 +819,7 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "lost_after": this.lost_after,
         "opening": this.opening,
         "late_after": this.late,
+        "by_answers": this.by_answers,
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],

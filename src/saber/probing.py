@@ -21,7 +21,7 @@ from saber.lm.model import LanguageModel
 from saber.lm.substitution import streams_axis
 from saber.lm.writers import Writer
 from saber.memo import Key as MemoKey
-from saber.prompts import PromptSet
+from saber.prompts import Pair, PromptSet
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Activations:
     """Log-probabilities of the token behind the last position, where asked for."""
     inputs: Mapping[Key, Float[Tensor, "samples d_in"]] | None = None
     """What went into writers at the same positions, in no order of prompts, where asked for."""
+    pairs: tuple[Pair, ...] = ()
+    """What each prompt shares with its twin in the opposite set alone; empty: its row number."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def join(parts: Sequence[Part]) -> Activations:
         return reads[0]
     place = torch.tensor(rows).argsort()
     categories = [c for r in reads for c in r.categories]
+    pairs = [p for r in reads for p in r.pairs]
     first = [r.first_token for r in reads if r.first_token is not None]
     inputs = [r.inputs for r in reads if r.inputs is not None]
     return Activations(
@@ -127,7 +130,13 @@ def join(parts: Sequence[Part]) -> Activations:
         tuple(categories[i] for i in place.tolist()),
         torch.cat(first)[place] if first else None,
         {key: torch.cat([i[key] for i in inputs]) for key in inputs[0]} if inputs else None,
+        tuple(pairs[i] for i in place.tolist()),
     )
+
+
+def decision_count(lm: LanguageModel, spec: ProbeSpec) -> int:
+    """Return how many tokens decide: those asked for, as far as the template puts them behind the text."""
+    return min(spec.positions, measure_template(lm).suffix_length)
 
 
 def _probe(
@@ -141,7 +150,7 @@ def _probe(
     share: Share,
 ) -> Part:
     encoded = encode(lm, prompts.texts, [opening] * len(prompts))
-    count = 1 if opening else min(spec.positions, measure_template(lm).suffix_length)
+    count = 1 if opening else decision_count(lm, spec)
     where = [list(range(len(e.ids) - count, len(e.ids))) for e in encoded]
     inputs = _Inputs(where)
     label = f"probe {prompts.name}"
@@ -151,12 +160,13 @@ def _probe(
         )
     if not hidden:
         return Part((), None)
-    categories = prompts.categories
+    categories, pairs = prompts.categories, prompts.pairs
     read = Activations(
         torch.stack(list(hidden.values())),
         tuple(categories[row] for row in hidden),
         logits,
         {key: torch.cat(parts) for key, parts in inputs.found.items()} if writers else None,
+        tuple(pairs[row] for row in hidden),
     )
     return Part(tuple(hidden), read)
 

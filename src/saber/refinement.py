@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from saber.memo import Memo, forgetful
 from saber.openings import Fitted, Opening, likeliest
 from saber.passes import Hydra, Pass, RefineData, Refinement, RefineSpec
 from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
-from saber.prompts import PromptSet
+from saber.prompts import PromptSet, paired
 from saber.spectral import SpectralSpec, extract
 from saber.strength import Shown
 
@@ -112,6 +112,8 @@ def refine(
         untouched = look(data.neutral_validation)
         start = mean_log_odds(look(data.target_validation), readout)
         start_rate = (behaviour() if shown is None else shown).rate
+        if not readout.tokens:
+            spec = replace(spec, shortlist=0)  # nothing would tell causes apart
         # What must be kept is what the untouched model does: this is probed once.
         capability = memo(
             ("capability", "", read, probing),
@@ -139,7 +141,7 @@ def refine(
         editor = OrthogonalEditor(lm, writers, edit, [r for p in passes for r in p.removals])
     current = passes[-1].log_odds_after if passes else start
     rate = passes[-1].rate_after if passes else start_rate
-    amiss, selective = math.inf, edit.kind == "selective"
+    amiss, selective = start_rate, edit.kind == "selective"
     pending: Mapping[int, Opening] = {}
 
     everyone, few = range(len(data.target)), spec.stop_rate * len(data.target)
@@ -218,8 +220,8 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            plan, trials, chosen, told = editor(
-                earlier, chosen, opening, list(pending), (target, neutral)
+            plan, trials, chosen, told, by_answers = editor(
+                earlier, chosen, opening, list(pending), (target, neutral), amiss
             )
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
@@ -231,6 +233,7 @@ def refine(
                 reached = (reached or memo(("shown", mark), behaviour)).on_validation()
             back = None
             if self_repair and len(plan.factors) < len(writers):
+                pairs = paired(data.target_validation.pairs, data.neutral_validation.pairs)
                 back = compensation(
                     lm,
                     writers,
@@ -240,6 +243,7 @@ def refine(
                     data.target_validation.texts,
                     data.neutral_validation.texts,
                     generator=rng,
+                    pairs=pairs,
                 )
         best = found[0]
         woken = None if opening else dormant(chosen, original)
@@ -265,6 +269,7 @@ def refine(
             trials=trials,
             opening=str(lm.tokenizer.decode(list(opening))),
             late=len(pending) if selective else None,
+            by_answers=by_answers,
         )
         worse = (reached.amiss - amiss) * len(data.target_validation)
         if passes and selective and worse + len(pending) - len(before) >= 0:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saber.linalg import (
+    Auroc,
     LowRankNoise,
     auroc,
     benjamini_hochberg,
@@ -21,6 +23,7 @@ from saber.linalg import (
     unit,
 )
 from saber.probing import Activations
+from saber.prompts import numbered, paired
 
 Method = Literal["means", "svd", "covariance"]
 
@@ -95,6 +98,27 @@ class _Fit(NamedTuple):
     detectors: Float[Tensor, "k d_model"]
 
 
+class _Twins(NamedTuple):
+    fold_x: Int[Tensor, " n"]
+    fold_y: Int[Tensor, " m"]
+    partners: Int[Tensor, " n"]
+
+
+def _twins(target: Activations, neutral: Activations, folds: int) -> _Twins:
+    """Return each prompt's fold, and the neutral row that each target is paired with, or -1.
+
+    Prompts that name no twin share a fold by their numbers, and are pairs where both sets have the same.
+    """
+    first = target.pairs or tuple(range(len(target.hidden)))
+    second = neutral.pairs or tuple(range(len(neutral.hidden)))
+    x, y = (torch.tensor(side) % folds for side in numbered(first, second))
+    partners = torch.full((len(first),), -1)
+    for row, other in paired(first, second):
+        if first == second or isinstance(first[row], str):
+            partners[row] = other
+    return _Twins(x, y, partners)
+
+
 def _kept(capability: Activations, layer: int) -> Kept:
     stream = capability.hidden[:, 0, layer + 1].double()
     names = capability.categories
@@ -119,17 +143,21 @@ def extract(
     """Return the candidate directions of all middle layers and positions, best separated first.
 
     A direction is fitted on all prompts given; its separability is cross-validated: each fold's
-    scores come from a fit that has not seen the fold. Prompts of equal index in both sets (twins)
-    share a fold.
+    scores come from a fit that has not seen the fold. Twins share a fold, whatever was left out of
+    either set: the prompts that name each other or, where none does, those of equal index before
+    anything was left out.
     """
     positions, depths = target.hidden.shape[1], target.hidden.shape[2]
+    twins = _twins(target, neutral, spec.folds)
     found: list[Direction] = []
     for layer in candidate_layers(depths - 1, spec):
         kept = _kept(capability, layer) if capability is not None else None
         for offset in range(positions):
             x = target.hidden[:, offset, layer + 1].double()
             y = neutral.hidden[:, offset, layer + 1].double()
-            found += _at(x, y, target.categories, kept, layer, offset - positions, spec, generator)
+            found += _at(
+                x, y, target.categories, kept, twins, layer, offset - positions, spec, generator
+            )
     q_values = benjamini_hochberg(np.array([d.p_value for d in found]))
     found = [replace(d, q_value=float(q)) for d, q in zip(found, q_values, strict=True)]
     return sorted(found, key=lambda d: (-d.d_prime, d.layer, d.position, d.component))
@@ -140,6 +168,7 @@ def _at(
     y: Tensor,
     categories: Sequence[str],
     capability: Kept | None,
+    twins: _Twins,
     layer: int,
     position: int,
     spec: SpectralSpec,
@@ -147,13 +176,11 @@ def _at(
 ) -> list[Direction]:
     if not bool((torch.cat([x, y]) - y[0]).any()):
         return []  # nothing of the prompts has come here: the template alone is seen
-    whole = fit(x, y, categories, spec, capability)
-    count = len(whole.patterns)
-    scores_x, scores_y = _held_out_scores(x, y, categories, capability, spec, count)
-    curve = auroc(
-        scores_x.numpy(), scores_y.numpy(), permutations=spec.permutations, generator=generator
+    whole = fit(x, y, categories, spec, capability, twins.partners)
+    scores_x, scores_y = _held_out_scores(
+        x, y, categories, capability, spec, whole.detectors, twins
     )
-    apart = d_prime(scores_x, scores_y)
+    apart, curve = _separability(scores_x, scores_y, spec.permutations, generator)
     return [
         Direction(
             layer=layer,
@@ -168,7 +195,7 @@ def _at(
             p_value=float(curve.p_value[i]),
             q_value=1.0,
         )
-        for i in range(count)
+        for i in range(len(whole.patterns))
     ]
 
 
@@ -178,25 +205,63 @@ def _held_out_scores(
     categories: Sequence[str],
     capability: Kept | None,
     spec: SpectralSpec,
-    count: int,
-) -> tuple[Tensor, Tensor]:
-    """Score each prompt by fits without its fold, in units of the training spread."""
-    out_x = torch.zeros(len(x), count, dtype=x.dtype)
-    out_y = torch.zeros(len(y), count, dtype=y.dtype)
-    fold_x = torch.arange(len(x)) % spec.folds
-    fold_y = torch.arange(len(y)) % spec.folds
+    whole: Float[Tensor, "k d_model"],
+    twins: _Twins,
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]]:
+    """Score each prompt by fits without its fold, in units of the training spread.
+
+    A column holds the scores of what is likest, in each fold, to a detector of the whole fit; NaN where
+    a fold has none left for it. Which way a detector points is told by the fold's training prompts alone:
+    the whole fit has seen the others.
+    """
+    out_x = torch.full((len(x), len(whole)), torch.nan, dtype=x.dtype)
+    out_y = torch.full((len(y), len(whole)), torch.nan, dtype=y.dtype)
     for fold in range(spec.folds):
-        in_x, in_y = fold_x != fold, fold_y != fold
+        in_x, in_y = twins.fold_x != fold, twins.fold_y != fold
         part = [c for c, keep in zip(categories, in_x.tolist(), strict=True) if keep]
-        fitted = fit(x[in_x], y[in_y], part, spec, capability)
-        w = fitted.detectors.T
-        k = min(count, w.shape[1])
-        w = w[:, :k]
+        # A pair is in a fold as a whole, so the partner of what is left is there too.
+        partners = twins.partners[in_x]
+        partners = torch.where(partners < 0, partners, (in_y.cumsum(0) - 1)[partners])
+        fitted = fit(x[in_x], y[in_y], part, spec, capability, partners)
+        mine, theirs = _matched(whole, fitted.detectors)
+        w = fitted.detectors[theirs].T
         train = torch.cat([x[in_x] @ w, y[in_y] @ w])
         centre, spread = train.mean(0), train.std(0).clamp_min(1e-30)
-        out_x[~in_x, :k] = (x[~in_x] @ w - centre) / spread
-        out_y[~in_y, :k] = (y[~in_y] @ w - centre) / spread
+        out_x[(~in_x).nonzero(), mine] = (x[~in_x] @ w - centre) / spread
+        out_y[(~in_y).nonzero(), mine] = (y[~in_y] @ w - centre) / spread
     return out_x, out_y
+
+
+def _matched(
+    whole: Float[Tensor, "k d_model"], part: Float[Tensor, "j d_model"]
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of both that belong together: one to one, with the largest sum of |cosine|."""
+    alike = (unit(whole) @ unit(part).T).abs().nan_to_num()
+    mine, theirs = linear_sum_assignment(alike.numpy(), maximize=True)
+    return torch.from_numpy(mine), torch.from_numpy(theirs)
+
+
+def _separability(
+    x: Float[Tensor, "n k"],
+    y: Float[Tensor, "m k"],
+    permutations: int,
+    generator: np.random.Generator,
+) -> tuple[Tensor, Auroc]:
+    """Return d' and AUROC of each column without its NaN; chance where fewer than two scores are left."""
+    if not bool(torch.cat([x, y]).isnan().any()):
+        curve = auroc(x.numpy(), y.numpy(), permutations=permutations, generator=generator)
+        return d_prime(x, y), curve
+    found = []
+    for i in range(x.shape[1]):
+        a, b = (s[~s[:, i].isnan(), i : i + 1] for s in (x, y))
+        if min(len(a), len(b)) < 2:
+            half, none, one = np.full(1, 0.5), np.zeros(1), np.ones(1)
+            found.append((torch.zeros(1), Auroc(half, none, one, one)))
+        else:
+            found.append(_separability(a, b, permutations, generator))
+    names = [f.name for f in fields(Auroc)]
+    joined = {n: np.concatenate([getattr(curve, n) for _, curve in found]) for n in names}
+    return torch.cat([apart for apart, _ in found]), Auroc(**joined)
 
 
 def fit(
@@ -205,14 +270,16 @@ def fit(
     categories: Sequence[str],
     spec: SpectralSpec,
     capability: Kept | None = None,
+    partners: Int[Tensor, " n"] | None = None,
 ) -> _Fit:
     """Return up to `components` patterns and detectors, both pointing from neutral to target.
 
     means: the difference of the means, which detects itself (Marks and Tegmark 2023, arXiv
     2310.06824).
 
-    svd: right singular vectors of the paired differences (of target minus the neutral mean when
-    the counts differ); a pattern detects itself.
+    svd: right singular vectors of the differences between each target and the row of y that
+    `partners` has for it, or the neutral mean where that is -1; without `partners` row by row, or all
+    with the mean when the counts differ. A pattern detects itself.
 
     With `resolve`, patterns then keep off the streams of neutral and capability prompts, see
     `shrunk`. Detectors stay as they are, and so does the separability.
@@ -224,7 +291,9 @@ def fit(
     if spec.method == "means":
         patterns = detectors = unit(x.mean(0) - y.mean(0))[None]
     elif spec.method == "svd":
-        differences = x - y if len(x) == len(y) else x - y.mean(0)
+        if partners is None:
+            partners = torch.arange(len(x)) if len(x) == len(y) else torch.full((len(x),), -1)
+        differences = x - torch.where(partners[:, None] < 0, y.mean(0), y[partners])
         _, _, right = torch.linalg.svd(differences, full_matrices=False)
         patterns = right[: spec.components]
         detectors = patterns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from saber.ablation import EditPlan, applied
+from saber.errors import NonFinite
 from saber.evaluation.divergence import Reference, diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.lm.forward import Progress, silent
@@ -23,11 +25,16 @@ ANSWER_TOKENS = 32
 """Length of the untouched model's answers along which divergence is measured, tokens."""
 MARGIN = 0.01
 """How much more likely than a neutral prompt's answer a target's may be to open with the behaviour."""
+CLEAR = 0.1
+"""How much more likely that has to be before an edit for openings to tell anything of it."""
 LATE_LAMBDAS = (300.0, 100.0, 30.0)
 """The same for an edit of late behaviour, each confirmed by answers: a late turn has no one token."""
 WORTH = 0.06
 """What share of all answers a stronger edit has to set right for a still stronger one to be tried: eight
 of the usual 128, two of 32 in late passes. Less is no reason to move preserved inputs more."""
+GAIN = 0.5
+"""What share of the answers amiss before it an edit has to set right for that rule to hold: up to there edits
+may simply be too weak."""
 BOOSTS = (1.5, 2.0, 3.0)
 """How much more than the fit asks for is taken off, in turn, where behaviour is left that shows at once."""
 
@@ -89,9 +96,9 @@ class Trial:
 
     lambda_: float
     """Weight of preserved inputs, before what each layer makes of it."""
-    opening: float
-    """Mean probability that an answer to a target opens with the behaviour."""
-    log_odds: float
+    opening: float | None = None
+    """Mean probability that an answer to a target opens with the behaviour; None where it failed."""
+    log_odds: float | None = None
     """Mean log-odds of the same, nats."""
     kl_first: float | None = None
     """KL from the untouched model at the first answer token of neutral and kept prompts, nats; None where
@@ -104,6 +111,8 @@ class Trial:
     """Whether the pass ended with it."""
     boost: float = 1.0
     """Factor on what the fit takes off (on every alpha)."""
+    failed: str = ""
+    """Why it could not be measured, such as an overflow; empty where it was."""
 
 
 class Ruler:
@@ -153,14 +162,18 @@ class Ruler:
         odds = self._readout.log_odds(self._first(self._target))
         return Trial(lambda_, float(odds.sigmoid().mean()), float(odds.mean()))
 
+    def tells(self) -> bool:
+        """Whether, as the model stands, targets' answers open with the behaviour clearly more often."""
+        opening = self.openings().opening
+        return opening is not None and opening > self.usual + CLEAR
+
     def cost(self, trial: Trial) -> Trial:
-        """Measure, of the model as it stands, how far answers that should stay have moved."""
+        """Measure how far answers that should stay have moved, as the model stands; raises `NonFinite`."""
         found = diverge(self._lm, self._reference)
-        return replace(
-            trial,
-            kl_first=float(found.first_token.mean()),
-            kl_sequence=float(found.sequence.mean()),
-        )
+        first, sequence = float(found.first_token.mean()), float(found.sequence.mean())
+        if not math.isfinite(first + sequence):
+            raise NonFinite("the edited model's divergence")
+        return replace(trial, kl_first=first, kl_sequence=sequence)
 
     def __call__(self, plan: EditPlan, lambda_: float = 0.0) -> Trial:
         """Measure both of a plan, by forward passes alone."""
@@ -177,6 +190,7 @@ def search(
     lambdas: Sequence[float] = LAMBDAS,
     aim: float = 0.1,
     direct: bool = False,
+    before: float | None = None,
     boosts: Sequence[float] = (),
     progress: Progress[Any] = silent,
 ) -> tuple[EditPlan, tuple[Trial, ...]]:
@@ -186,10 +200,14 @@ def search(
     rarely as those to neutral prompts do (within `MARGIN`) is confirmed by judged answers, or the first of
     all where the search is `direct`. If more than `aim` of these are left as they should not be, a
     stronger edit is tried, and then another as long as each sets some right (`WORTH`): where both kinds of
-    answers open with like words, openings tell little. Of those confirmed, the one with fewest answers
+    answers open with like words, openings tell little. Where the share amiss `before` is given, that rule
+    holds only once an edit has set much of it right (`GAIN`). Of those confirmed, the one with fewest answers
     amiss is taken, the weaker of equals. Where more than `aim` shows at once with it, its lambda is kept and
     more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
     answer to a validation target right: what other writers make up for is gone then too.
+
+    A strength at which the model overflows is noted and ends the search; raises `NonFinite` where none was
+    confirmed before it.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
@@ -199,26 +217,41 @@ def search(
         assert shown is not None
         return shown.amiss
 
+    def weak() -> bool:
+        """Whether no edit has done much so far, for better or worse."""
+        if before is None:
+            return False
+        return (1 - GAIN) * before < min(map(amiss, confirmed)) < before + WORTH
+
     def tried(lambda_: float, boost: float = 1.0, *, sure: bool = False) -> Shown | None:
         """Try an edit; ask for answers where `sure`, or where openings are rare enough."""
-        with applied(lm.model, make(lambda_, boost)):
-            trial = replace(ruler.openings(lambda_), boost=boost)
-            if sure or trial.opening <= ruler.usual + MARGIN:
-                trial = replace(ruler.cost(trial), shown=behaviour())
-                confirmed.append(len(trials))
+        try:
+            with applied(lm.model, make(lambda_, boost)):
+                trial = replace(ruler.openings(lambda_), boost=boost)
+                assert trial.opening is not None
+                if sure or trial.opening <= ruler.usual + MARGIN:
+                    trial = replace(ruler.cost(trial), shown=behaviour())
+                    confirmed.append(len(trials))
+        except NonFinite as error:
+            if not confirmed:
+                raise
+            trial = Trial(lambda_, boost=boost, failed=error.problem)
         trials.append(trial)
         return trial.shown
 
     for lambda_ in progress(lambdas, "line search", len(lambdas)):
         shown = tried(lambda_, sure=direct or bool(confirmed) or lambda_ == lambdas[-1])
-        if shown is not None and shown.left <= aim:
+        if trials[-1].failed or (shown is not None and shown.left <= aim):
             break
-        if len(confirmed) > 1 and amiss(confirmed[-1]) > min(map(amiss, confirmed[:-1])) - WORTH:
+        stalls = (
+            len(confirmed) > 1 and amiss(confirmed[-1]) > min(map(amiss, confirmed[:-1])) - WORTH
+        )
+        if stalls and not weak():
             break
     best = min(confirmed, key=amiss)
     for boost in progress(boosts, "taking more off", len(boosts)):
         left = trials[best].shown
-        if left is None or (left.at_once or 0) <= aim:
+        if trials[-1].failed or left is None or (left.at_once or 0) <= aim:
             break
         found = tried(trials[best].lambda_, boost, sure=True)
         # Fit targets are fitted where this shows: those that were not tell.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from saber import codec
 from saber.ablation import EditSpec
 from saber.config import RunConfig
 from saber.errors import WeakBehaviour
@@ -15,6 +16,7 @@ from saber.evaluation.divergence import exact
 from saber.evaluation.judge import Judge, Label
 from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
+from saber.lm.chat import encode
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, Request, answer, generate
 from saber.lm.load import as_stored, load
@@ -53,6 +55,11 @@ class Subject:
         writers = find_writers(lm)
         require_ablated(lm, writers)
         return cls(lm, mark, tuple(writers))
+
+    @property
+    def template(self) -> str:
+        """Digest of the tokens that a prompt becomes through the chat template."""
+        return codec.digest(str(encode(self.lm, ["Alpha one?"])))
 
     def edited(self, config: RunConfig) -> list[Writer]:
         """Return the writers that a configuration edits."""
@@ -325,7 +332,5 @@ def calm_by_category(chosen: PromptSet, labels: Sequence[Label]) -> PromptSet:
 
 def those(chosen: PromptSet, labels: Sequence[Label], refused: bool) -> PromptSet:
     """Return the prompts whose answers show the behaviour, or those whose do not."""
-    pairs = zip(chosen, labels, strict=True)
-    return replace(
-        chosen, prompts=tuple(p for p, label in pairs if (label == "refusal") == refused)
-    )
+    assert len(labels) == len(chosen)
+    return chosen.only([(label == "refusal") == refused for label in labels])

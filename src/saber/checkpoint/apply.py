@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
 from saber.checkpoint.carry import Cargo, cargo
-from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, hub_folder
+from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
 from saber.checkpoint.stage import Stage, in_use
@@ -21,11 +21,15 @@ from saber.checkpoint.workers import Job, do_all
 from saber.errors import DataError, ModelError, OutputError
 
 CARD = "README.md"
-MARGIN, WORTH = 1 << 24, 4 * 10**9
-"""Bytes that must stay free beside what is written; bytes of work that a worker is started for."""
+WORTH = 4 * 10**9
+"""Bytes of work that a worker is started for."""
 
 Watch = Callable[[int, int], None]
 """Told how many bytes of how many are written."""
+
+
+def unwatched(_done: int, _total: int) -> None:
+    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,38 @@ class ApplySpec:
     """Whether to convert pickled weights first."""
     sync: bool = True
     """Whether to bring what is written to the disk, so that a power cut cannot take it back."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An edit to make on a checkpoint's files."""
+
+    plan: DiskPlan
+    """The edit."""
+    source: Source
+    """The files with the weights."""
+    folder: Path
+    """Where the other files lie: beside the weights, unless those were converted."""
+    edits: Mapping[str, TensorEdit]
+    """What changes each tensor, by its name in the files."""
+    origin: Mapping[str, str]
+    """What the result carries (`provenance.KEYS`)."""
+    card: Callable[[str, Mapping[str, float]], str]
+    """Makes its card, from the base's and what storing in 8 bits lost of the edit, by tensor."""
+    added: Mapping[str, str] = field(default_factory=dict)
+    """Text of further files of ours, by name; the base's of that name are not carried over."""
+
+    @property
+    def cargo(self) -> Cargo:
+        """Files to carry over, and to leave."""
+        other = Source(self.folder, self.source.shards, self.source.config)
+        return cargo(other, (CARD, provenance.FILE, *self.added))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted call must have had in common to be gone on with."""
+        source = str(self.folder.resolve())
+        return {"version": __version__, "origin": dict(self.origin), "source": source}
 
 
 @dataclass(frozen=True)
@@ -67,7 +103,7 @@ def apply_to_files(
     model: str,
     out: Path,
     spec: ApplySpec = ApplySpec(),
-    watch: Watch = lambda _done, _total: None,
+    watch: Watch = unwatched,
 ) -> Applied:
     """Write to `out` the checkpoint folder `model` with the plan of `run` made on it.
 
@@ -91,23 +127,40 @@ def apply_to_files(
         edits = plan.edits(source)
         origin = provenance.origin(plan, plan.hash(), source, provenance.run_record(run))
         forced = _check_base(plan, origin, spec.force)
-        identity = {"version": __version__, "origin": origin, "source": str(folder.resolve())}
-        finished = stage.finished(identity)
+        work = Work(
+            plan,
+            source,
+            folder,
+            edits,
+            origin,
+            lambda old, lost: provenance.card(old, origin, lost),
+        )
+        finished = stage.finished(work.identity)
         if finished is not None:
             return Applied(out, finished, len(edits), len(source.shards), forced, 0.0)
-        stage.begin(identity)
-        cards = cargo(source if source_folder == folder else _beside(source, folder), _OWN)
-        jobs = _jobs(plan, source, edits, origin, stage, spec, converted=source_folder != folder)
-        resumed, left = stage.left(jobs, source)
-        _check_space(stage, source, left)
-        workers = spec.workers or _usual(source)
-        do_all(left, workers, stage.mark, lambda: watch(stage.written(), source.size))
-        record = _finish(stage, folder, source, edits, origin, cards)
-        stage.publish()
+        record, resumed = write_files(work, stage, spec, watch)
     return Applied(out, record, len(edits), resumed, forced, perf_counter() - begun)
 
 
-_OWN = (CARD, provenance.FILE)
+def write_files(
+    work: Work, stage: Stage, spec: ApplySpec, watch: Watch = unwatched
+) -> tuple[Record, int]:
+    """Write the edited files to the stage and move them to their place.
+
+    Returns the record of what was written, and how many shards were there already. Raises `ModelError`
+    for a source that cannot be read, `NonFinite` for weights that are none, `OutputError` when the
+    disk is or would be full.
+    """
+    source = work.source
+    stage.begin(work.identity)
+    cards = work.cargo
+    resumed, left = stage.left(_jobs(work, stage, spec), source)
+    _check_space(stage, source, left)
+    workers = spec.workers or _usual(source)
+    do_all(left, workers, stage.mark, lambda: watch(stage.written(), source.size))
+    record = _finish(work, stage, cards)
+    stage.publish()
+    return record, resumed
 
 
 def plan_folder(run: Path) -> Path:
@@ -122,21 +175,18 @@ def plan_folder(run: Path) -> Path:
 
 def model_folder(model: str) -> Path:
     """Return the folder of a model's files; raises `ModelError` for what has none."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    folder = files_folder(model)
+    if folder is not None:
+        return folder
     if model == "demo" or model.endswith(".gguf"):
         raise ModelError(
             f"{model} is no folder of safetensors files.",
             "For the demo and GGUF files, model/ in the run folder already is the edited model.",
         )
-    cached = None if path.exists() or model.count("/") != 1 else hub_folder(model)
-    if cached is None:
-        raise ModelError(
-            f"no such model folder: {model}.",
-            "Give a folder of safetensors files, or the hub id of a model that was downloaded.",
-        )
-    return cached
+    raise ModelError(
+        f"no such model folder: {model}.",
+        "Give a folder of safetensors files, or the hub id of a model that was downloaded.",
+    )
 
 
 def _check_places(folder: Path, out: Path, stage: Stage) -> None:
@@ -167,11 +217,6 @@ def _check_base(plan: DiskPlan, origin: Mapping[str, str], force: bool) -> bool:
     return True
 
 
-def _beside(source: Source, folder: Path) -> Source:
-    """Return the source with the folder that its other files lie in."""
-    return Source(folder, source.shards, source.config)
-
-
 def _usual(source: Source) -> int:
     """Return how many workers pay: one takes seconds to start."""
     cores = os.cpu_count() or 1
@@ -180,28 +225,20 @@ def _usual(source: Source) -> int:
     return max(1, min(cores, source.size // WORTH))
 
 
-def _jobs(
-    plan: DiskPlan,
-    source: Source,
-    edits: Mapping[str, TensorEdit],
-    origin: Mapping[str, str],
-    stage: Stage,
-    spec: ApplySpec,
-    *,
-    converted: bool,
-) -> list[Job]:
+def _jobs(work: Work, stage: Stage, spec: ApplySpec) -> list[Job]:
     """Return one job a shard, the largest first."""
-    changed = set(touched(source, edits))
+    source = work.source
+    changed = set(touched(source, work.edits))
     order = sorted(source.shards.values(), key=lambda s: (-s.size, s.path.name))
     return [
         Job(
             source=str(source.folder),
-            plan=str(plan.folder),
+            plan=str(work.plan.folder),
             file=shard.path.name,
             target=str(stage.files / shard.path.name),
             edit=shard.path.name in changed,
-            added=dict(origin),
-            link=not spec.copy or converted,
+            added=dict(work.origin),
+            link=not spec.copy and source.folder == work.folder,
             sync=spec.sync,
         )
         for shard in order
@@ -212,24 +249,12 @@ def _check_space(stage: Stage, source: Source, left: list[Job]) -> None:
     """Raise `OutputError` when what is left to write does not fit the disk."""
     linked = stage.files.stat().st_dev == source.folder.stat().st_dev
     needed = sum(source.shards[j.file].size for j in left if j.edit or not (j.link and linked))
-    free = shutil.disk_usage(stage.files).free
-    if needed + MARGIN > free:
-        raise OutputError(
-            f"the disk of {stage.out.parent} is full: {needed / 1e9:.2f} GB are to be written and "
-            f"{free / 1e9:.2f} GB are free.",
-            "Free space or choose another --out.",
-        )
+    blocks.require_room(stage.out, needed)
 
 
-def _finish(
-    stage: Stage,
-    folder: Path,
-    source: Source,
-    edits: Mapping[str, TensorEdit],
-    origin: Mapping[str, str],
-    cards: Cargo,
-) -> Record:
+def _finish(work: Work, stage: Stage, cards: Cargo) -> Record:
     """Carry the other files over, write the card and, last, the record."""
+    source, folder = work.source, work.folder
     marks: dict[str, FileMark] = {}
     for name in cards.carried:
         target = stage.files / name
@@ -249,10 +274,12 @@ def _finish(
         rounding |= done.rounding
     base_card = folder / CARD
     old = base_card.read_text("utf-8", "replace") if base_card.is_file() else ""
-    text = provenance.card(old, origin, rounding)
-    artifacts.write_text(stage.files / CARD, text, sync=stage.sync)
-    marks[CARD] = FileMark(blocks.sha256(stage.files / CARD), (stage.files / CARD).stat().st_size)
+    for name, text in {**work.added, CARD: work.card(old, rounding)}.items():
+        artifacts.write_text(stage.files / name, text, sync=stage.sync)
+        marks[name] = FileMark(
+            blocks.sha256(stage.files / name), (stage.files / name).stat().st_size
+        )
     files = dict(sorted(marks.items()))
-    record = Record(origin, touched(source, edits), files, cards.skipped, rounding)
+    record = Record(work.origin, touched(source, work.edits), files, cards.skipped, rounding)
     record.save(stage.files, sync=stage.sync)
     return record

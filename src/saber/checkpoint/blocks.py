@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from saber.errors import ModelError, OutputError
 
 CHUNK, SYNC = 1 << 22, 1 << 26
 """Bytes copied at once; bytes after which the disk is set to work on what is there already."""
+MARGIN = 1 << 24
+"""Bytes that must stay free beside what is written."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,6 +41,18 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def require_room(out: Path, needed: int) -> None:
+    """Raise `OutputError` when so many bytes do not fit the disk that `out` will lie on."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed + MARGIN > free:
+        raise OutputError(
+            f"the disk of {out.parent} is full: {needed / 1e9:.2f} GB are to be written and "
+            f"{free / 1e9:.2f} GB are free.",
+            "Free space or choose another --out.",
+        )
 
 
 @dataclass

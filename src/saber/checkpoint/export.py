@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+import torch
+
 from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint import gguf_fit
 from saber.checkpoint.card import DROWNED, export_card
+from saber.checkpoint.carry import cargo
 from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
-from saber.checkpoint.merged import save_merged
+from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
+from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run
 from saber.checkpoint.sketch import take
-from saber.errors import ModelError, OutputError, UnknownName, UsageError
+from saber.errors import ModelError, OutputError, SaberError, UnknownName, UsageError
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
-from saber.lm.load import LoadSpec, as_stored, load, skeleton
+from saber.lm.load import LoadSpec, as_stored, load, read_template, skeleton
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
 FORMATS: tuple[Format, ...] = ("lora", "merged", "gguf", "gguf-lora")
-CARD = "README.md"
+CARD, TEMPLATE = "README.md", "chat_template.jinja"
 PLACES: Mapping[str, str] = {
     "merged": "model", "lora": "adapter", "gguf": "gguf", "gguf-lora": "gguf-adapter",
 }  # fmt: skip
@@ -139,7 +144,6 @@ def export(
         artifacts.write_text(card, written.card)
     elif kind == "merged":
         written = _merged(run, out, spec, lm)
-        artifacts.write_text(card, written.card)
     else:
         with artifacts.staged_folder(out) as part:
             write = _lora if kind == "lora" else _gguf
@@ -166,26 +170,50 @@ def export_all(
     lm: LanguageModel,
     spec: LoadSpec,
     progress: Progress[Any] = silent,
-) -> list[dict[str, Any]]:
-    """Write several formats into a run folder, the merged one last; return what to record of them.
+) -> Iterator[dict[str, Any]]:
+    """Write several formats into a finished run's folder, the merged one last; yield what to record of each.
 
     Files of an interrupted run are replaced. `spec` is what the model was loaded with. The model in
-    memory stays edited if one is `merged`, unless it computes in a dtype that rounds its weights.
+    memory stays edited if one is `merged`, unless that is written off files or its weights are read again.
+    Raises `OutputError` for whatever goes wrong, which says how to write what is missing.
     """
-    made = []
-    for kind in sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged"):
+    order = sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged")
+    for index, kind in enumerate(order):
         out = folder / PLACES[kind]
         shutil.rmtree(out, ignore_errors=True)
-        done = export(run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress)
-        made.append(
-            {
-                "format": kind,
-                "path": PLACES[kind],
-                "bytes": done.bytes,
-                "notes": list(done.notes),
-            }
-        )
-    return made
+        try:
+            done = export(
+                run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress
+            )
+        except Exception as error:  # the run is finished, and this says how to go on
+            raise OutputError(
+                f"the run in {folder} is finished, but not its export as {kind}: {_told(error)}",
+                f"Go on with: {' && '.join(_command(k, folder, spec) for k in order[index:])}",
+            ) from error
+        yield {
+            "format": kind,
+            "path": PLACES[kind],
+            "bytes": done.bytes,
+            "notes": list(done.notes),
+        }
+
+
+def _told(error: Exception) -> str:
+    """Return an error as one sentence."""
+    if isinstance(error, SaberError):
+        return error.problem
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}{f': {first}' if first else ''}".rstrip(".") + "."
+
+
+def _command(kind: str, folder: Path, spec: LoadSpec) -> str:
+    """Return the command that writes a format into a run folder, as the run would have."""
+    out = str(folder / PLACES[kind])
+    words = ["saber", "export", str(folder), "--format", kind, "--out", out]
+    words += [] if kind == "merged" else ["--partial"]
+    words += ["--chat-template", spec.chat_template] if spec.chat_template else []
+    words += ["--trust-remote-code"] if spec.trust_remote_code else []
+    return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -215,16 +243,54 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
 
 
 def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
+    name = spec.base or str(run.model["name"])
     notes: tuple[str, ...] = ()
-    if lm is None:
-        lm = load(spec.base or run.model["name"], spec.load)
+    files, reason = _files(run, name, out, lm)
+    if lm is None and not (files and files.same):
+        lm = load(name, spec.load)
         notes = _same_model(run, lm, spec.force)
-    else:
-        lm = as_stored(lm, spec.load)
+        files, reason = _files(run, name, out, lm)  # they may be there only now
+    elif files and not files.same:
+        files, reason = None, f"the files of {name} were changed since they were read."
     where = origin(run.record, run.plan)
+    if files is not None:
+        where["base_checkpoint"] = files.mark
+        skipped = cargo(files.source, ()).skipped
+        if skipped:
+            shown = f"{', '.join(skipped[:5])}{' ...' if skipped[5:] else ''}"
+            notes += (f"Left behind, as they hold unedited weights in another form: {shown}",)
+        text = export_card("merged", out, run.record, where, notes)
+        write_merged(files, out, where, lambda old: text + behind(old), _template(run, spec, lm))
+        return _Written(text, notes)
+    assert lm is not None
+    if reason:
+        notes += (f"Weights, tokenizer and configuration as transformers saves them: {reason}",)
+    lm = as_stored(lm, spec.load)
     _weights_of(lm.model, run.plan)
     save_merged(lm, run.plan, out, where)
-    return _Written(export_card("merged", out, run.record, where, notes), notes)
+    text = export_card("merged", out, run.record, where, notes)
+    artifacts.write_text(out / CARD, text)
+    return _Written(text, notes)
+
+
+def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Files | None, str]:
+    """Return the files that a merged model can be written off, or why it has to be from memory."""
+    revision = getattr(lm.model.config, "_commit_hash", None) if lm else None
+    stated = str(run.model.get("storage_dtype", "float32"))
+    dtype = lm.stored_dtype if lm else getattr(torch, stated, torch.float32)
+    try:
+        return files_of(run.folder, name, revision, out, dtype), ""
+    except SaberError as error:
+        return None, error.problem
+
+
+def _template(run: Run, spec: ExportSpec, lm: LanguageModel | None) -> dict[str, str]:
+    """Return the chat template that stood in for the checkpoint's own, as the file that holds it."""
+    config = (run.record.get("config") or {}).get("load") or {}
+    given = spec.load.chat_template or str(config.get("chat_template") or "")
+    if not given:
+        return {}
+    return {TEMPLATE: lm.tokenizer.chat_template if lm else read_template(Path(given))}
 
 
 def _weights_of(model: Any, plan: EditPlan) -> None:

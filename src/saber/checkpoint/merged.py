@@ -1,19 +1,112 @@
-"""Write the edited model as a plain transformers folder, in the checkpoint's own dtype."""
+"""Write the edited model as a plain transformers folder: off its checkpoint's files, or from memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from transformers.utils import logging
 
 from saber import artifacts
 from saber.ablation import EditPlan, apply
-from saber.errors import OutputError
+from saber.checkpoint import blocks
+from saber.checkpoint.apply import ApplySpec, Work, plan_folder, write_files
+from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
+from saber.checkpoint.shards import DTYPES, Source, fingerprint, read_source
+from saber.checkpoint.stage import Stage
+from saber.errors import ModelError, OutputError
+from saber.lm.device import holds
 from saber.lm.model import LanguageModel
+
+STANDS_ALONE = ApplySpec(copy=True)
+"""Untouched shards are copied: nobody expects a run's own model to share files with its base."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """A checkpoint's files that a saved plan can be made on."""
+
+    plan: DiskPlan
+    """The edit."""
+    source: Source
+    """The files."""
+    edits: Mapping[str, TensorEdit]
+    """What changes each tensor, by its name in the files."""
+    mark: str
+    """Fingerprint of the files."""
+
+    @property
+    def same(self) -> bool:
+        """Whether they are those that the plan was made from."""
+        return self.mark == self.plan.checkpoint
+
+
+def files_of(
+    run: Path | None, name: str, revision: str | None, out: Path, dtype: torch.dtype
+) -> Files | None:
+    """Return the files of a model that the plan of `run` can be made on; None for one without any.
+
+    `dtype` is what the model would be saved in from memory. Raises `DataError` and `ModelError` where the
+    edit has to be made in memory: an older plan, weights that the files weave together, an `out`
+    inside the model's folder, or a tensor of which its file would round more away than `dtype`.
+    """
+    folder = files_folder(name, revision)
+    if run is None or folder is None:
+        return None
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{out} is inside the model's own folder.")
+    plan = DiskPlan.read(plan_folder(run))
+    source = read_source(folder)
+    edits = plan.edits(source)
+    for edited in edits:
+        stored = source.stored(edited)
+        assert stored is not None
+        if not holds(DTYPES[stored.dtype], dtype):
+            wanted = str(dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{edited} is stored in {stored.dtype}, and the configuration says {wanted}."
+            )
+    return Files(plan, source, edits, fingerprint(source))
+
+
+def write_merged(
+    files: Files,
+    out: Path,
+    origin: Mapping[str, str],
+    card: Callable[[str], str],
+    added: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Write the edited files to `out`, everything else as it is; return what was left behind.
+
+    `card` makes the card from the base's; `added` are further text files of ours by name. The folder
+    appears whole or not at all. Raises what `apply.write_files` does.
+    """
+    stage = Stage(out, out.with_name(f".{out.name}.part"))
+    work = Work(
+        files.plan,
+        files.source,
+        files.source.folder,
+        files.edits,
+        origin,
+        lambda old, _: card(old),
+        added,
+    )
+    with stage.locked():
+        try:
+            record, _ = write_files(work, stage, STANDS_ALONE)
+        except OutputError as error:
+            raise OutputError(error.problem, "Free space or choose another --out.") from error
+        finally:
+            shutil.rmtree(stage.folder, ignore_errors=True)
+    return tuple(record.skipped)
 
 
 def save_merged(
@@ -23,20 +116,49 @@ def save_merged(
 
     The edit is made in float32 and rounded once, to the compute dtype, before the cast to the
     checkpoint's own. `metadata` goes into the `__metadata__` of the weights. The folder appears whole
-    or not at all. The model in memory stays edited.
+    or not at all. The model in memory stays edited. Raises `OutputError` when the disk is or would be
+    full.
     """
+    _require_room(lm, folder)
     apply(lm.model, plan)
-    # A dispatched model cannot be cast as a whole; it was loaded in its own dtype anyway.
-    if lm.dtype != lm.stored_dtype and getattr(lm.model, "hf_device_map", None) is None:
-        lm.model.to(lm.stored_dtype)
+    _cast(lm)
     try:
-        with artifacts.staged_folder(folder) as part:
+        with artifacts.staged_folder(folder) as part, _without_bars():
             lm.model.save_pretrained(part)
             lm.tokenizer.save_pretrained(part)
             for file in sorted(part.glob("*.safetensors")) if metadata else []:
                 stamp(file, metadata or {})
     except (SafetensorError, RuntimeError) as error:
         raise OutputError(f"cannot save the model to {folder}: {error}.") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars, which the caller's own would run into."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _require_room(lm: LanguageModel, folder: Path) -> None:
+    """Raise `OutputError` when the weights do not fit the disk."""
+    size = lm.stored_dtype.itemsize
+    weights = lm.model.parameters()
+    needed = sum(p.numel() * (size if p.is_floating_point() else p.itemsize) for p in weights)
+    blocks.require_room(folder, needed)
+
+
+def _cast(lm: LanguageModel) -> None:
+    """Bring the weights to the checkpoint's dtype, each where it lies: a spread model is not cast whole."""
+    if lm.dtype == lm.stored_dtype:
+        return
+    for tensor in chain(lm.model.parameters(), lm.model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(lm.stored_dtype)
 
 
 def stamp(file: Path, metadata: Mapping[str, str]) -> None:

@@ -85,17 +85,23 @@ def _plain(piece: Piece) -> dict[str, Any]:
 
 def checkpoint_mark(lm: LanguageModel) -> str | None:
     """Return the fingerprint of the safetensors files that a model was loaded from, None without any."""
-    folder = None
-    if lm.source == "folder":
-        folder = Path(lm.name).expanduser()
-    elif lm.source == "hub":
-        folder = hub_folder(lm.name, getattr(lm.model.config, "_commit_hash", None))
+    folder = files_folder(lm.name, getattr(lm.model.config, "_commit_hash", None))
     if folder is None:
         return None
     try:
         return fingerprint(read_source(folder))
     except SaberError:
         return None  # other files than transformers' usual ones; apply says so
+
+
+def files_folder(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's files, None where it has none (the demo, GGUF, not downloaded)."""
+    if name == "demo" or name.endswith(".gguf"):
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    return None if path.exists() or name.count("/") != 1 else hub_folder(name, revision)
 
 
 def hub_folder(name: str, revision: str | None = None) -> Path | None:

@@ -149,8 +149,10 @@ def card(base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float
         f"| | |\n|---|---|\n{rows}\n{worst}\n"
         f"`saber verify` holds this folder against `{FILE}`, the run and the base.\n"
     )
-    rest = base_card[front.end() :] if front else base_card
-    behind = (
-        f"\n---\n\nThe card of the untouched model:\n\n{rest.strip()}\n" if rest.strip() else ""
-    )
-    return head + section + behind
+    return head + section + behind(base_card)
+
+
+def behind(base_card: str) -> str:
+    """Return the base's card as it stands behind one of ours; empty where there is none."""
+    rest = _FRONT.sub("", base_card, count=1).strip()
+    return f"\n---\n\nThe card of the untouched model:\n\n{rest}\n" if rest else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,54 @@ from typing import Any
 from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint.sketch import Sketch
-from saber.errors import DataError
+from saber.errors import DataError, ModelError
 
+LOCAL = ("folder", "gguf")
+"""Sources of a model that lies on this machine under a name of the user's."""
 RUN, PLAN, SKETCH = "run.json", "plan", "sketch"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a run folder's `run.json`; raises `DataError` where it does not say what chat and export need."""
+    record = artifacts.read_json(folder / RUN)
+    model, config = record.get("model"), record.get("config")
+    named = model if isinstance(model, dict) else {}
+    lacking = [f"model.{k}" for k in ("name", "fingerprint") if not isinstance(named.get(k), str)]
+    lacking += [] if isinstance(config, dict) else ["config"]
+    if lacking:
+        raise DataError(
+            f"{folder / RUN} lacks {' and '.join(lacking)}.",
+            "It is damaged, or no run's: copy it anew, or make the run again.",
+        )
+    return record
+
+
+def way_back(folder: Path, model: str, source: str) -> dict[str, str]:
+    """Return what leads from a run folder to where a relative path of its model begins: folders up alone.
+
+    Nothing where it would name folders of this machine, which a published `run.json` should not.
+    """
+    here, there = Path.cwd(), folder.resolve()
+    if source not in LOCAL or Path(model).expanduser().is_absolute() or here not in there.parents:
+        return {}
+    return {"relative_to": "/".join([".."] * (len(there.parts) - len(here.parts)))}
+
+
+def base_of(folder: Path, model: Mapping[str, Any]) -> str:
+    """Return the name of a run's model as it is to be loaded from here; raises `ModelError` where it is not.
+
+    `model` is what `run.json` says of it.
+    """
+    name = str(model["name"])
+    if model.get("source") not in LOCAL:
+        return name
+    given, way = Path(name).expanduser(), model.get("relative_to")
+    if isinstance(way, str) and (there := folder.resolve() / way / name).exists():
+        same = given.exists() and given.samefile(there)
+        return name if same else os.path.relpath(there)
+    if not given.exists():
+        raise ModelError(f"the run's model {name} is not here.", "Say where it is: --base PATH.")
+    return name
 
 
 @dataclass(frozen=True)
@@ -25,6 +71,8 @@ class Run:
     """The edit."""
     sketch: Sketch | None
     """Samples of the weights before the edit; runs of older versions have none."""
+    folder: Path | None = None
+    """Where it lies; None for a run of which nothing is on the disk."""
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -42,7 +90,8 @@ class Run:
         plan = EditPlan.load(folder / PLAN)
         if not plan.factors:
             raise DataError(f"the plan in {folder / PLAN} changes nothing.")
-        return cls(artifacts.read_json(folder / RUN), plan, Sketch.load(folder / PLAN / SKETCH))
+        sketch = Sketch.load(folder / PLAN / SKETCH)
+        return cls(read_record(folder), plan, sketch, folder)
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -181,6 +181,8 @@ class _There:
 
 
 def _error(value: dict[str, str]) -> SaberError:
+    if value["kind"] == "OutputError":
+        return errors.OutputError(value["error"], value["remedy"])
     error = SaberError(value["error"], value["remedy"])
     error.exit_code = getattr(errors, value["kind"], SaberError).exit_code
     return error

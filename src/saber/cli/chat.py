@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 from rich.console import Console
 
-from saber import artifacts
 from saber.ablation import EditPlan, applied
+from saber.checkpoint.runs import base_of, read_record
 from saber.config import RunConfig
 from saber.errors import UsageError
 from saber.lm.chat import encode
@@ -22,6 +22,7 @@ from saber.lm.generate import generate
 from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.pipeline import PLAN, RUN
+from saber.report.reading import dig
 
 Said = tuple[tuple[str, str], ...]
 """What was said in a conversation: (role, text), a user's message and its answer in turn."""
@@ -32,7 +33,10 @@ AFRESH = "/new"
 
 def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -> int:
     """`saber chat`: what is typed in a terminal is a conversation; other messages stand on their own."""
-    name, plan, mark, system = _resolve(arguments.model)
+    base = (arguments.base,) if arguments.base else ()
+    name, plan, mark, system = _resolve(arguments.model, *base)
+    if base and plan is None:
+        raise UsageError("--base needs a run folder.", "Give the folder that saber run wrote.")
     if arguments.compare and plan is None:
         raise UsageError("--compare needs a run folder.", "Give the folder that saber run wrote.")
     console = Console()
@@ -99,15 +103,19 @@ def remembered(lm: LanguageModel, said: Said, prompt: str, limit: int) -> Said:
     return said
 
 
-def _resolve(name: str) -> tuple[str, EditPlan | None, str | None, str]:
-    """Return the model to load, and a run's plan, the fingerprint it was made on and its system prompt."""
+def _resolve(name: str, base: str = "") -> tuple[str, EditPlan | None, str | None, str]:
+    """Return the model to load, and a run's plan, the fingerprint it was made on and its system prompt.
+
+    `base` is where a run's model lies, if not where the run says.
+    """
     folder = Path(name)
     if not (folder / RUN).is_file():
         return name, None, None, ""
-    record = artifacts.read_json(folder / RUN)
+    record = read_record(folder)
     model = record["model"]
-    system = record["config"].get("load", {}).get("system", "")
-    return model["name"], EditPlan.load(folder / PLAN), model["fingerprint"], system
+    system = dig(record, "config", "load", "system") or ""
+    plan = EditPlan.load(folder / PLAN)
+    return base or base_of(folder, model), plan, model["fingerprint"], system
 
 
 def _typed(console: Console, talking: bool) -> Iterator[str]:

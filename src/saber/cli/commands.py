@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def run_command(
     out, progress = consoles(arguments)
     keep_freed_memory()
     with listening(progress) as listener:
+
+        def report(folder: Path) -> None:
+            listener.on_stage("drawing plots, report and model card")
+            build(folder)
+
         result = pipeline.run(
             arguments.model,
             arguments.out,
@@ -59,11 +65,9 @@ def run_command(
             resume=arguments.resume,
             force=arguments.force,
             command=shlex.join(["saber", *sys.argv[1:]]),
-            listener=listener,
+            listener=replace(listener, on_record=report),
             origin=origin,
         )
-        listener.on_stage("drawing plots, report and model card")
-        build(result.folder)
     if arguments.json:
         print(json.dumps(result.record))
         return 0

@@ -38,6 +38,8 @@ def diff_command(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--plot {plot} is neither .png nor .svg.")
     if arguments.top < 0:
         raise UsageError("--top must be at least 0.")
+    if not 0 <= arguments.seed < 2**31:
+        raise UsageError(f"--seed must lie between 0 and {2**31 - 1}.")
 
     from saber.checkpoint.diff import compare, record
     from saber.checkpoint.reading import open_checkpoint

@@ -10,19 +10,24 @@ from rich.console import Console
 from rich.table import Table
 
 from saber.checkpoint.export import Exported, ExportSpec, check_formats, export
-from saber.checkpoint.runs import Run
+from saber.checkpoint.runs import Run, base_of
 from saber.cli import push
 from saber.cli.progress import listening
 from saber.config import RunConfig
+from saber.errors import UsageError
 
 
 def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Write one format; print where it is and what to know of it."""
     check_formats([arguments.format])
+    if arguments.type != "auto" and arguments.format != "gguf":
+        raise UsageError(
+            f"--type goes with --format gguf, not {arguments.format}.", "Leave it out."
+        )
     target = push.destination(arguments)
     run = Run.load(arguments.run)
     spec = ExportSpec(
-        base=arguments.base or "",
+        base=arguments.base or _base(arguments, run),
         type=arguments.type,
         partial=arguments.partial,
         force=arguments.force,
@@ -34,6 +39,14 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     if not arguments.json:
         _tell(made)
     return push.finish(arguments, target, made.path, as_json(made))
+
+
+def _base(arguments: argparse.Namespace, run: Run) -> str:
+    """Return where the run's own model lies, if not where the run says or if it is no base of the format."""
+    if arguments.format.startswith("gguf") and run.model.get("source") != "gguf":
+        return ""
+    found = base_of(arguments.run, run.model)
+    return "" if found == run.model["name"] else found
 
 
 def _tell(made: Exported) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from saber import __version__
 from saber.cli import diff, push
-from saber.errors import SaberError, UsageError
+from saber.errors import ModelError, SaberError, UsageError
 
 INTERRUPTED = 130
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 wrong use, 3 target missed, 130)."""
     arguments = build_parser().parse_args(argv)
     try:
+        _enter_runs(arguments)
         return int(arguments.handler(arguments))
     except SaberError as error:
         return _fail(error, arguments)
@@ -44,11 +46,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return 1
+    except RuntimeError as error:
+        from saber.lm.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(
+            SaberError(
+                "the device has no memory left for this.",
+                "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu, and see "
+                "that nothing else runs there.",
+            ),
+            arguments,
+        )
     except OSError as error:
         return _fail(
             SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."),
             arguments,
         )
+
+
+def _enter_runs(arguments: argparse.Namespace) -> None:
+    """Where a model is wanted and a run folder given, take the edited model in it."""
+    for name in ("model", "base"):
+        given = getattr(arguments, name, None)
+        own = arguments.command == "diff" or (arguments.command == "chat" and name == "model")
+        if given and not own:
+            setattr(arguments, name, _model_in(given))
+
+
+def _model_in(name: str) -> str:
+    folder = Path(name).expanduser()
+    if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
+        return name
+    if not (folder / "model" / "config.json").is_file():
+        raise ModelError(
+            f"{name} is a run folder with no edited model in it.",
+            f"Make one: saber export {name} --format merged --out DIR.",
+        )
+    return str(folder / "model")
 
 
 def _resumable(arguments: argparse.Namespace) -> bool:
@@ -78,9 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="find, measure and remove a behaviour")
     _model_options(run)
     _config_options(run)
-    run.add_argument("--out", type=Path, help="run folder (default: runs/MODEL)")
+    run.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/MODEL)")
     run.add_argument(
         "--export",
+        metavar="FORMAT,...",
         default="merged",
         help="any of merged, lora, gguf and gguf-lora, or none for the plan alone (default: merged)",
     )
@@ -89,8 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--force", action="store_true", help="edit even if the model hardly shows the behaviour"
     )
-    run.add_argument("--from-sweep", type=Path, help="build a trial of this sweep's folder")
-    run.add_argument("--trial", type=int, help="which one (default: the one that was chosen)")
+    run.add_argument(
+        "--from-sweep", metavar="DIR", type=Path, help="build a trial of this sweep's folder"
+    )
+    run.add_argument(
+        "--trial", metavar="N", type=int, help="which one (default: the one that was chosen)"
+    )
     run.set_defaults(handler=_run)
     _sweep_options(
         commands.add_parser(
@@ -104,8 +145,10 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", help="measure a model, or an edited one against its base"
     )
     _model_options(evaluate)
-    _config_options(evaluate)
-    evaluate.add_argument("--base", help="the untouched model, for divergence and paired tests")
+    _config_options(evaluate, edits=False)
+    evaluate.add_argument(
+        "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
+    )
     evaluate.add_argument(
         "--lm-eval",
         metavar="TASK,...",
@@ -125,11 +168,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="show the untouched model's answer too (a run folder)",
     )
     chat.add_argument(
-        "--max-new-tokens", type=int, default=256, help="length of an answer (default: 256)"
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=256,
+        help="length of an answer (default: 256)",
     )
     _system_option(chat)
     chat.add_argument(
-        "--prompt", action="append", help="ask this and leave; more than one: each by itself"
+        "--base", metavar="MODEL", help="the untouched model, if not where the run says"
+    )
+    chat.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="ask this and leave; more than one: each by itself",
     )
     chat.set_defaults(handler=_chat)
 
@@ -137,11 +190,24 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="ship a run's edit: LoRA, merged folder, GGUF")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    export.add_argument("--format", required=True, help="lora, merged, gguf or gguf-lora")
-    export.add_argument("--out", required=True, type=Path, help="folder or .gguf file; must be new")
-    export.add_argument("--base", help="the model or .gguf file to build on (default: the run's)")
+    export.add_argument(
+        "--format", metavar="FORMAT", required=True, help="lora, merged, gguf or gguf-lora"
+    )
+    export.add_argument(
+        "--out",
+        metavar="PATH",
+        required=True,
+        type=Path,
+        help="folder or .gguf file; must be new",
+    )
+    export.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="the model or .gguf file to build on (default: the run's)",
+    )
     export.add_argument(
         "--type",
+        metavar="NAME",
         default="auto",
         help="GGUF, changed tensors: keep their type, q8_0, f16, ...; auto keeps it where the edit "
         "outlives it and takes q8_0 elsewhere (default: auto)",
@@ -172,9 +238,12 @@ def _file_commands(commands: Any) -> None:
     apply = commands.add_parser("apply", help="make a run's edit on a checkpoint's files, unloaded")
     apply.add_argument("run", metavar="RUN", type=Path, help="run folder")
     apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
-    apply.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
+    apply.add_argument(
+        "--out", metavar="DIR", type=Path, required=True, help="folder to write; must be new"
+    )
     apply.add_argument(
         "--workers",
+        metavar="N",
         type=int,
         default=0,
         help="processes that write shards (default: by size and cores)",
@@ -200,8 +269,8 @@ def _file_commands(commands: Any) -> None:
 
     verify = commands.add_parser("verify", help="check where an edited model comes from")
     verify.add_argument("path", metavar="DIR", type=Path, help="what SABER wrote")
-    verify.add_argument("--run", type=Path, help="the run that it should come from")
-    verify.add_argument("--base", help="the model that it should be made from")
+    verify.add_argument("--run", metavar="RUN", type=Path, help="the run that it should come from")
+    verify.add_argument("--base", metavar="MODEL", help="the model that it should be made from")
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.set_defaults(handler=_verify)
 
@@ -219,14 +288,37 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=V,...",
         help="any setting as an axis; for a search also FIELD=LOW..HIGH or FIELD=LOW..HIGH:log",
     )
-    add("--out", type=Path, help="sweep folder (default: runs/MODEL-sweep)")
+    add("--out", metavar="DIR", type=Path, help="sweep folder (default: runs/MODEL-sweep)")
     add("--overwrite", action="store_true", help="replace a former sweep in --out")
     add("--resume", action="store_true", help="go on with the sweep in --out")
     add("--force", action="store_true", help="go on even if the model hardly shows the behaviour")
-    add("--aim", type=float, help="share of validation prompts that may be left amiss (0.05)")
-    add("--trials", type=int, default=0, help="search so many settings instead of a grid")
-    add("--minutes", type=float, default=0.0, help="begin no trial after so many minutes")
-    add("--workers", type=int, default=1, help="local processes, each with a model of its own")
+    add(
+        "--aim",
+        metavar="SHARE",
+        type=float,
+        help="share of validation prompts that may be left amiss (default: 0.05)",
+    )
+    add(
+        "--trials",
+        metavar="N",
+        type=int,
+        default=0,
+        help="search so many settings instead of a grid",
+    )
+    add(
+        "--minutes",
+        metavar="N",
+        type=float,
+        default=0.0,
+        help="begin no trial after so many minutes",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=int,
+        default=1,
+        help="local processes, each with a model of its own (default: 1)",
+    )
     add("--ray", action="store_true", help="workers are Ray's, on this machine")
     add("--ray-address", metavar="HOST:PORT", help="workers are those of this Ray cluster")
     add("--also", metavar="NAME,...", help="search: over-refusal, accuracy as further objectives")
@@ -240,16 +332,30 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:i or mps (default: auto)")
     parser.add_argument(
-        "--dtype", help="auto, float32, float16 or bfloat16 (default: what the device is fast at)"
+        "--device", metavar="NAME", help="auto, cpu, cuda, cuda:i or mps (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype",
+        metavar="NAME",
+        help="auto, float32, float16 or bfloat16 (default: what the device is fast at)",
     )
     parser.add_argument(
         "--device-map",
+        metavar="NAME",
         help="spread over several devices, as transformers does: auto, balanced, ...",
     )
-    parser.add_argument("--chat-template", help="a Jinja file to use as chat template")
-    parser.add_argument("--layers-path", help="dotted path of the decoder's layer list")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja file to use as chat template"
+    )
+    parser.add_argument(
+        "--response-prefix",
+        metavar="TEXT",
+        help="text in front of every answer (default: an empty thought where the model opens one)",
+    )
+    parser.add_argument(
+        "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -273,10 +379,53 @@ def _system_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config_options(parser: argparse.ArgumentParser) -> None:
+def _edit_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--preset", default=None, help="default, orthogonal, or card (the published settings)")
-    add("--config", type=Path, help="a TOML file with settings")
+    add(
+        "--preset",
+        metavar="NAME",
+        help="default, orthogonal, or card: the published settings (default: default)",
+    )
+    add("--edit", metavar="KIND", help="selective or orthogonal (default: selective)")
+    add(
+        "--lambda",
+        dest="lambda_",
+        metavar="WEIGHT",
+        type=float,
+        help="selective edit: weight of what must not change; 0 lets validation prompts choose "
+        "(default: 0)",
+    )
+    add(
+        "--top-k",
+        metavar="N",
+        type=int,
+        help="directions ablated in a pass, 0 for all (default: 0; orthogonal, card: 10)",
+    )
+    add(
+        "--alpha",
+        metavar="SHARE",
+        type=float,
+        help="share of a pure direction that is removed (default: 1; card: 0.85)",
+    )
+    add(
+        "--passes",
+        metavar="N",
+        type=int,
+        help="most passes (default: 4; orthogonal: 3; card: 5)",
+    )
+    add(
+        "--scope",
+        metavar="NAME",
+        help="orthogonal edit: writers that are edited: own, nearest, upstream or all "
+        "(default: nearest)",
+    )
+
+
+def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
+    add = parser.add_argument
+    if edits:
+        _edit_options(parser)
+    add("--config", metavar="FILE", type=Path, help="a TOML file with settings")
     add(
         "--set",
         action="append",
@@ -284,18 +433,41 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any setting, such as spectral.components=5",
     )
-    add("--seed", type=int)
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="of splits, nulls and bootstraps (default: 0)",
+    )
     _system_option(parser)
     add(
         "--target",
+        metavar="FILE",
         help="prompts that show the behaviour: .txt .jsonl .csv .parquet or a hub dataset",
     )
-    add("--neutral", help="prompts that do not")
-    add("--eval-target", help="targets to measure on (default: the held-out split)")
-    add("--eval-neutral", help="neutral prompts to measure on")
-    add("--borderline", help="safe prompts that sound unsafe")
-    add("--everyday", help="ordinary requests whose answers must stay, or none (default: bundled)")
-    add("--mode", help="removal, or over-refusal: take out false refusals alone, keep true ones")
+    add("--neutral", metavar="FILE", help="prompts that do not")
+    add(
+        "--eval-target",
+        metavar="FILE",
+        help="targets to measure on (default: the held-out split)",
+    )
+    add(
+        "--eval-neutral",
+        metavar="FILE",
+        help="neutral prompts to measure on (default: the held-out split)",
+    )
+    add("--borderline", metavar="FILE", help="safe prompts that sound unsafe")
+    add(
+        "--everyday",
+        metavar="FILE",
+        help="ordinary requests whose answers must stay, or none (default: bundled)",
+    )
+    add(
+        "--mode",
+        metavar="NAME",
+        help="removal, or over-refusal: take out false refusals alone, keep true ones "
+        "(default: removal)",
+    )
     add(
         "--keep",
         action="append",
@@ -303,26 +475,34 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
         help="prompts whose answers must not change; may be given more than once",
     )
     add("--retain", metavar="CATEGORY,...", help="target categories that keep the behaviour")
-    add("--limit", type=int, help="measure on at most this many prompts of each set")
-    add("--edit", help="selective or orthogonal (default: selective)")
     add(
-        "--lambda",
-        dest="lambda_",
-        type=float,
-        help="weight of what must not change; 0 lets validation prompts choose (selective edit)",
+        "--limit",
+        metavar="N",
+        type=int,
+        help="measure on at most this many prompts of each set (default: all)",
     )
-    add("--top-k", type=int, help="directions ablated in a pass (0: all)")
-    add("--alpha", type=float, help="share of a pure direction that is removed")
-    add("--passes", type=int, help="most passes")
-    add("--scope", help="writers that are edited: own, nearest, upstream or all")
-    add("--max-new-tokens", type=int, help="length of judged answers")
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        help="length of judged answers (default: 32)",
+    )
     add("--lengths", metavar="N,...", help="judge answers to targets at these lengths as well")
     add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
-    add("--judge", help="phrases (default), regex, classifier or endpoint")
+    add(
+        "--judge",
+        metavar="NAME",
+        help="phrases, regex, classifier or endpoint (default: phrases)",
+    )
     add("--judge-pattern", metavar="REGEX", help="regex: a pattern, or @FILE with one a line")
     add("--judge-model", metavar="NAME", help="classifier: folder or hub id; endpoint: model")
     add("--judge-label", metavar="NAME", help="classifier: label of answers with the behaviour")
-    add("--judge-threshold", type=float, help="classifier: least probability (default: 0.5)")
+    add(
+        "--judge-threshold",
+        metavar="SHARE",
+        type=float,
+        help="classifier: least probability (default: 0.5)",
+    )
     add("--judge-url", metavar="URL", help="endpoint: OpenAI-compatible address, .../v1")
     add("--judge-key", metavar="VARIABLE", help="endpoint: environment variable with the key")
     add("--judge-description", metavar="TEXT", help="endpoint: when an answer shows the behaviour")
@@ -362,6 +542,7 @@ FLAGS = {
     "device_map": "load.device_map",
     "chat_template": "load.chat_template",
     "system": "load.system",
+    "response_prefix": "load.response_prefix",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
     "allow_unproven": "load.allow_unproven",
@@ -369,13 +550,63 @@ FLAGS = {
 """Option -> the setting that it gives."""
 
 
+_EDITS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "edit.lambda": ("edit.kind", ("selective",)),
+    "edit.ridge": ("edit.kind", ("selective",)),
+    "edit.sensitivity": ("edit.kind", ("selective",)),
+    "edit.scope": ("edit.kind", ("orthogonal",)),
+}
+_JUDGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "judging.pattern": ("evaluation.judge", ("regex",)),
+    "judging.model": ("evaluation.judge", ("classifier", "endpoint")),
+    "judging.label": ("evaluation.judge", ("classifier",)),
+    "judging.threshold": ("evaluation.judge", ("classifier",)),
+    "judging.url": ("evaluation.judge", ("endpoint",)),
+    "judging.key": ("evaluation.judge", ("endpoint",)),
+    "judging.description": ("evaluation.judge", ("endpoint",)),
+    "judging.timeout": ("evaluation.judge", ("endpoint",)),
+    "judging.retries": ("evaluation.judge", ("endpoint",)),
+    "judging.parallel": ("evaluation.judge", ("endpoint",)),
+}
+"""Setting -> another setting, and the values of that one with which it does anything."""
+
+
+def require_used(
+    config: Any, *, edits: bool = True, axes: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Raise `UsageError` for a setting, or an axis of a sweep, that does nothing; defaults are none.
+
+    Without `edits` only the judge's are looked at.
+    """
+    from saber.config import RunConfig, value_of
+
+    plain = RunConfig()
+    for path, (other, wanted) in ({**_EDITS, **_JUDGES} if edits else _JUDGES).items():
+        given = path in axes or value_of(config, path) != value_of(plain, path)
+        now = axes.get(other) or [value_of(config, other)]
+        if given and not set(now) & set(wanted):
+            raise UsageError(
+                f"{_option(path)} does nothing with {_option(other)} {now[0]}.",
+                f"It goes with {_option(other)} {' or '.join(wanted)}.",
+            )
+
+
+def _option(path: str) -> str:
+    """Return the option that gives a setting, or the setting's name where there is none."""
+    flag = next((f for f, known in FLAGS.items() if known == path), None)
+    return f"--{flag.rstrip('_').replace('_', '-')}" if flag else path
+
+
 def read_config(arguments: argparse.Namespace) -> Any:
     """Return the resolved configuration: defaults < preset < TOML < flags."""
-    from saber.config import override, preset, read_toml, require_behaviour
+    from saber.config import PRESETS, override, preset, read_toml, require_behaviour
 
     file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
     usual = "orthogonal" if getattr(arguments, "edit", None) == "orthogonal" else "default"
     name = getattr(arguments, "preset", None) or file.get("preset", usual)
+    if not isinstance(name, str):
+        known = ", ".join(sorted(PRESETS))
+        raise UsageError(f"setting preset needs one name, not {name!r}.", f"Known: {known}.")
     config = override(preset(name), {**file, "preset": name})
     flags: dict[str, Any] = {}
     for option in getattr(arguments, "set", []):
@@ -412,7 +643,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("--trial goes with --from-sweep.")
     from saber.cli.commands import run_command
 
-    return run_command(arguments, read_config(arguments))
+    config = read_config(arguments)
+    require_used(config)
+    return run_command(arguments, config)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -424,9 +657,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from saber.cli.commands import eval_command, tasks_command
 
+    config = read_config(arguments)
+    require_used(config, edits=False)
     if arguments.lm_eval is not None:
-        return tasks_command(arguments, read_config(arguments))
-    return eval_command(arguments, read_config(arguments))
+        return tasks_command(arguments, config)
+    return eval_command(arguments, config)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -54,6 +54,8 @@ def listening(console: Console) -> Iterator[Listener]:
             f"shown on validation targets {this.rate_before:.0%} -> {this.rate_after:.0%}, "
             f"log-odds {this.log_odds_before:+.2f} -> {this.log_odds_after:+.2f}"
         )
+        if this.by_answers:
+            bars.console.print("  first tokens tell nothing here: each strength was told by answers")
 
     with bars:
         yield Listener(progress=progress, on_stage=stage, on_pass=finished)

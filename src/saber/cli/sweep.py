@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saber.cli.commands import consoles, run_command, slug
-from saber.cli.main import FLAGS
+from saber.cli.main import FLAGS, require_used
 from saber.cli.progress import listening
 from saber.config import RunConfig, override, preset
 from saber.errors import DataError, UsageError
@@ -45,7 +45,12 @@ def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     ):
         if given is not None:
             axes.append(f"{name}={given}")
-    if min(arguments.trials, arguments.minutes) < 0:
+    given = [axis.partition("=") for axis in axes]
+    require_used(
+        config,
+        axes={name.strip(): [v.strip() for v in values.split(",")] for name, _, values in given},
+    )
+    if not (arguments.trials >= 0 and arguments.minutes >= 0):  # what is no number is neither
         raise UsageError("--trials and --minutes must not be below 0.")
     if not arguments.trials and (arguments.also or arguments.storage):
         raise UsageError("--also and --storage are for a search.", "Give --trials N.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from saber import codec
 from saber.errors import OutputError, SaberError
 from saber.evaluation.judge import Judge, excerpt
 from saber.evaluation.measure import EvaluationSets, EvaluationSpec, Judged, Measurement, measure
+from saber.lm.chat import encode
 from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
 
@@ -87,9 +89,18 @@ def _key(
     named = [sets.target, sets.neutral, sets.borderline, sets.battery, sets.everyday, *sets.kept]
     prompts = [None if s is None else (s.name, s.fingerprint()) for s in named]
     versions = (_code(), torch.__version__, transformers.__version__)
-    where = (lm.device.type, str(lm.dtype), lm.before)
+    where = (lm.device.type, str(lm.dtype), sorted(lm.eos_ids), _settings(lm))
+    # Prompts as the model gets them: the same words are other tokens under another chat template.
+    read = [encode(lm, s.texts) for s in named if s is not None]
     asked = sorted(described.items())
-    return codec.digest(mark, str(prompts), sorted(sets.seen), spec, asked, versions, where)[:32]
+    found = (mark, str(prompts), str(read), sorted(sets.seen), spec, asked, versions, where)
+    return codec.digest(*found)[:32]
+
+
+def _settings(lm: LanguageModel) -> str:
+    """Return the model's configuration but for where it lies."""
+    given = lm.model.config.to_dict()
+    return json.dumps({**given, "_name_or_path": None}, sort_keys=True, default=str)
 
 
 def _brief(found: Measurement) -> Measurement:

@@ -51,15 +51,11 @@ def score_battery(
     """Score prompts and reference answers in one teacher-forced pass."""
     template = measure_template(lm)
     encoded = encode(lm, battery.texts, encode_answers(lm, [p.reference for p in battery]))
-    # Logits at position p predict token p + 1.
-    wanted = [
-        [
-            *range(template.prefix_length - 1, e.prompt_length - template.suffix_length - 1),
-            *e.answer_positions,
-        ]
-        for e in encoded
-    ]
-    counts = [e.prompt_length - template.suffix_length - template.prefix_length for e in encoded]
+    # Logits at position p predict token p + 1; of a text with nothing before it the first has none.
+    first = max(template.prefix_length - 1, 0)
+    spans = [range(first, e.prompt_length - template.suffix_length - 1) for e in encoded]
+    wanted = [[*span, *e.answer_positions] for span, e in zip(spans, encoded, strict=True)]
+    counts = [len(span) for span in spans]
     size = len(encoded)
     answers = TextScores(np.zeros(size), np.zeros(size, dtype=int))
     prompts = TextScores(np.zeros(size), np.zeros(size, dtype=int))

@@ -16,7 +16,7 @@ class Readout:
     """The first tokens with which a model opens the behaviour."""
 
     tokens: tuple[int, ...]
-    """Token ids."""
+    """Token ids; empty where none tells targets from neutral prompts."""
 
     def log_odds(self, first_token: Float[Tensor, "prompts vocab"]) -> Float[Tensor, " prompts"]:
         """Return log(p / (1 - p)), nats, p the probability that the answer opens with one of them."""
@@ -29,10 +29,10 @@ def derive_readout(
     """Choose the tokens that open answers to targets much more often than to neutral prompts.
 
     From the first-token log-probabilities of the untouched model: those of at least 0.2% mean
-    probability on targets and four times that on neutral prompts, the most likely first.
+    probability on targets and four times that on neutral prompts, the most likely first; none where
+    there are no such.
     """
     p, q = target.exp().mean(0), neutral.exp().mean(0)
     apart = (p > 2e-3) & (p > 4 * q)
     ranked = torch.argsort(torch.where(apart, p - q, torch.zeros_like(p)), descending=True)
-    count = max(1, min(limit, int(apart.sum())))
-    return Readout(tuple(int(t) for t in ranked[:count]))
+    return Readout(tuple(int(t) for t in ranked[: min(limit, int(apart.sum()))]))

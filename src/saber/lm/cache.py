@@ -107,6 +107,18 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
+def bytes_per_token(cache: Any) -> int:
+    """Return what the keys and values of a token take in a filled cache of plain layers; 0 for others."""
+    if not is_plain(cache):
+        return 0
+    return sum(
+        t.numel() * t.element_size() // max(1, t.shape[0] * t.shape[-2])
+        for layer in cache.layers
+        for t in (layer.keys, layer.values)
+        if t is not None
+    )
+
+
 def make_room(cache: Any, longest: int) -> None:
     """Let the plain layers of a filled cache take most new tokens without copying the old ones.
 

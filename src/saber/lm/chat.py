@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
+
+from transformers.utils import chat_template_utils
 
 from saber.errors import ModelError
 from saber.lm.model import LanguageModel
 
 _DUMMIES = ("Alpha one?", "Zebra two.", "middle three")
-_OPEN_THINK, _CLOSE_THINK = "<think>", "</think>"
+EMPTY_THOUGHTS = {
+    "<think>": "<think>\n\n</think>\n\n",
+    "[THINK]": "[THINK][/THINK]",
+    "<|channel>thought": "<|channel>thought\n<channel|>",
+    "<|channel|>analysis": "<|channel|>analysis<|message|><|end|><|start|>assistant"
+    "<|channel|>final<|message|>",
+}
+"""What opens a thought -> a thought without words, and the way out to the answer."""
+TODAY = datetime.datetime(2026, 1, 1)
+"""The day that chat templates are told, so that a prompt is the same tokens whenever it is read."""
+
+
+class _Calendar(datetime.datetime):
+    """What transformers asks for the date that a template writes."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+        """Return `TODAY`."""
+        return TODAY.replace(tzinfo=tz)
 
 
 @dataclass(frozen=True)
@@ -40,17 +62,18 @@ class Template:
 def render(lm: LanguageModel, prompt: str) -> str:
     """Return the templated text behind the messages that come `before`, ready for the answer.
 
-    A thinking model gets an empty think block. Raises `ModelError` where the template fails, or leaves
-    out a system prompt.
+    A thinking model gets an empty thought, and a template that writes the date is told `TODAY`. Raises
+    `ModelError` where the template fails, or leaves out a system prompt or the prompt itself.
     """
     messages = [*lm.before, ("user", prompt)]
     try:
-        text: str = lm.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
+        with patch.object(chat_template_utils, "datetime", _Calendar, create=True):
+            text: str = lm.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,
+            )
     except Exception as error:  # jinja raises its own family, and templates may raise anything
         raise ModelError(
             f"the chat template of {lm.name!r} fails: {error}",
@@ -63,9 +86,20 @@ def render(lm: LanguageModel, prompt: str) -> str:
                 f"the chat template of {lm.name!r} leaves out the {role} message.",
                 "Pass another with --chat-template, or leave --system out.",
             )
-    if text.rstrip().endswith(_OPEN_THINK):
-        text = f"{text.rstrip()}\n\n{_CLOSE_THINK}\n\n"
-    return text
+    if _spaceless(prompt) not in _spaceless(text):
+        raise ModelError(
+            f"the chat template of {lm.name!r} leaves out the user message.",
+            "Pass another with --chat-template.",
+        )
+    for opener, empty in EMPTY_THOUGHTS.items():
+        if text.rstrip().endswith(opener):
+            text = text.rstrip().removesuffix(opener) + empty
+    return text + lm.response_prefix
+
+
+def _spaceless(text: str) -> str:
+    """Return a text without its white space, which templates strip and fold."""
+    return "".join(text.split())
 
 
 def encode(

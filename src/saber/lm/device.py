@@ -27,14 +27,20 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(
             f"unknown device {name!r}.", "Use auto, cpu, cuda, cuda:0 or mps."
         ) from error
-    present = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not present.get(device.type, True):
+    if not _is_present(device):
         raise UsageError(f"device {name!r} is not available here.", "Use --device auto.")
     return device
+
+
+def _is_present(device: torch.device) -> bool:
+    """Return whether torch has such a device here, and as many of them as its number asks for."""
+    if device.type == "cpu":
+        return True
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        return False  # torch was not built for it
+    return bool(module.is_available()) and (device.index or 0) < module.device_count()
 
 
 def device_of_worker(name: str, worker: int) -> str:
@@ -95,6 +101,29 @@ def matmul_rate(
 
     product()
     return 2e-9 * size**3 / min(product() for _ in range(repeats))
+
+
+def memory_for_caches(device: torch.device, weights: int) -> int | None:
+    """Return the bytes that keys and values may take on a device beside so many of weights, if known.
+
+    Two fifths of what the weights leave: by the device's size, so that batches and digits are the same in
+    every run, unless others hold so much of it that less than that is free.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        free = total - torch.mps.current_allocated_memory()
+    else:
+        return None
+    return int(min(0.4 * (total - weights), 0.8 * free))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device has no memory left."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
 
 
 def has_float64(device: torch.device) -> bool:

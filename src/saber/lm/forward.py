@@ -24,6 +24,9 @@ Progress = Callable[[Iterable[T], str, int], Iterator[T]]
 
 TOKENS_PER_BATCH = 1024
 LOGITS_PER_BATCH = 12_500_000
+"""What a batch of a forward pass holds at most on a CPU, where larger ones are no faster."""
+ACCELERATED = 8
+"""How many times that on anything else, which larger ones keep busy."""
 HEAD_VALUES = 16_777_216
 """Weights of the output head that are held in float32 at a time."""
 
@@ -198,12 +201,21 @@ def unrounded_head(lm: LanguageModel) -> Iterator[None]:
         handle.remove()
 
 
+def enlarged(device: torch.device) -> int:
+    """Return how many times the tokens and logits of a CPU's batch go into one on this device."""
+    return 1 if device.type == "cpu" else ACCELERATED
+
+
 def plan_batches(
-    lengths: Sequence[int], wanted: Sequence[int], vocab: int, tokens: int = TOKENS_PER_BATCH
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    vocab: int,
+    tokens: int = TOKENS_PER_BATCH,
+    logits: int = LOGITS_PER_BATCH,
 ) -> list[list[int]]:
     """Group rows of like length so that padded tokens and wanted logits stay within bounds."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    limit = max(1, LOGITS_PER_BATCH // vocab)
+    limit = max(1, logits // vocab)
     groups: list[list[int]] = []
     for row in order:
         group = groups[-1] if groups else None
@@ -237,11 +249,13 @@ def forward(
     the second item is instead this model's own head inputs at the wanted positions. Hooks that the
     caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
     is at most `earliest`. Logits are float32 ones, whatever the model computes in. Of the batches that
-    all sequences make, those of `share` run.
+    all sequences make, those of `share` run. Raises ValueError for a wanted position below 0.
     """
     if not sequences:
         return
     first = min((w[0] for w in wanted if len(w)), default=1 << 30)
+    if first < 0:
+        raise ValueError(f"no position lies before a sequence, so none is {first}")
     shortest = min(len(s) for s in sequences)
     if earliest is not None:
         first = min(first, earliest)
@@ -250,7 +264,9 @@ def forward(
     offset = offset if cache is not None else 0
     lengths = [len(s) - offset for s in sequences]
     vocab = int(lm.text_config.vocab_size)
-    groups = share.cut(plan_batches(lengths, [len(w) for w in wanted], vocab))
+    times = enlarged(lm.device)
+    limits = (times * TOKENS_PER_BATCH, times * LOGITS_PER_BATCH)
+    groups = share.cut(plan_batches(lengths, [len(w) for w in wanted], vocab, *limits))
     pad = lm.tokenizer.pad_token_id or 0
     for rows in progress(groups, label, len(groups)):
         width = lengths[rows[0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saber.lm.cache import is_plain, is_roomy, join, make_room
+from saber.lm.cache import bytes_per_token, is_plain, is_roomy, join, make_room
 from saber.lm.chat import common_prefix, encode
+from saber.lm.device import memory_for_caches
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
     Progress,
     cacheable,
     carried,
     carry,
+    enlarged,
     expanded,
     forward,
     gathered_head,
@@ -28,7 +31,7 @@ from saber.lm.model import LanguageModel
 
 ROWS_PER_BATCH = 256
 CACHED_PER_BATCH = 20_000
-"""Tokens whose keys and values lie in memory at a time."""
+"""Tokens whose keys and values lie in memory at a time, where no device says how much it has."""
 CHECK_EVERY = 4
 SHRINK_BELOW = 0.8
 
@@ -201,6 +204,7 @@ def _finished(
     of many rows. Those with most tokens to write come first: none is left to be written alone.
     """
     waiting = sorted(rows, key=lambda row: (-row.left, -len(row.text)))
+    most, read = cached_tokens(lm, prefix), enlarged(lm.device) * TOKENS_PER_BATCH
     batch: _Batch | None = None
     while waiting or batch is not None:
         if batch is not None and not batch.wasteful:
@@ -209,37 +213,53 @@ def _finished(
             parts = [] if batch is None else [batch]
             fresh: list[_Row] = []
             if batch is None or is_roomy(batch.state):
-                fresh = _admitted(waiting, [] if batch is None else batch.open, offset)
+                fresh = _admitted(waiting, [] if batch is None else batch.open, offset, most)
                 del waiting[: len(fresh)]
             # What cannot be joined afterwards is read together at once.
-            for some in _chunks(fresh) if is_roomy(prefix) else [fresh] if fresh else []:
+            whole = [fresh] if fresh else []
+            for some in _chunks(fresh, read) if is_roomy(prefix) else whole:
                 parts.append(_Batch.started(lm, some, offset, prefix, longest))
                 yield from parts[-1].step(lm)
             batch = _joined([part for part in parts if part.open], offset)
         batch = batch if batch is not None and batch.open else None
 
 
-def _admitted(waiting: Sequence[_Row], beside: Sequence[_Row], offset: int) -> list[_Row]:
-    """Return how many of those that wait, from the first on, have room beside others."""
+def cached_tokens(lm: LanguageModel, prefix: Any) -> int:
+    """Return for how many tokens there is room for keys and values, by those of the shared prefix.
+
+    On the device that has least room; `CACHED_PER_BATCH` where nothing of that is known.
+    """
+    held: Counter[torch.device] = Counter()
+    for parameter in lm.model.parameters():
+        held[parameter.device] += parameter.numel() * parameter.element_size()
+    rooms = [memory_for_caches(device, weights) for device, weights in held.items()]
+    known, each = [room for room in rooms if room is not None], bytes_per_token(prefix)
+    return max(1, min(known) // each) if known and each else CACHED_PER_BATCH
+
+
+def _admitted(
+    waiting: Sequence[_Row], beside: Sequence[_Row], offset: int, most: int
+) -> list[_Row]:
+    """Return those that wait, from the first on, that have room beside others in `most` tokens."""
     count, length, left = len(beside), 0, 0
     for row in beside:
         length, left = max(length, row.length), max(left, row.left)
     taken: list[_Row] = []
     for row in waiting:
         count, length, left = count + 1, max(length, row.length), max(left, row.left)
-        full = count > ROWS_PER_BATCH or count * (offset + length + left) > CACHED_PER_BATCH
+        full = count > ROWS_PER_BATCH or count * (offset + length + left) > most
         if full and (taken or beside):
             break
         taken.append(row)
     return taken
 
 
-def _chunks(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Group rows of like length, so that little is padded where their texts are read."""
+def _chunks(rows: Sequence[_Row], most: int) -> list[list[_Row]]:
+    """Group rows of like length in up to `most` tokens, so that little is padded as they are read."""
     order = sorted(rows, key=lambda row: -len(row.text))
     groups: list[list[_Row]] = []
     for row in order:
-        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0].text) > TOKENS_PER_BATCH:
+        if not groups or (len(groups[-1]) + 1) * len(groups[-1][0].text) > most:
             groups.append([])
         groups[-1].append(row)
     return groups

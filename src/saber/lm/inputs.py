@@ -25,6 +25,7 @@ from saber.lm.forward import (
     cache_name,
     carried,
     carry,
+    enlarged,
     expanded,
     gathered_head,
     prefix_cache,
@@ -60,14 +61,19 @@ class Reading:
 
     batches: tuple[tuple[Tensor, tuple[int, ...]], ...]
     """Token ids (rows, width) behind the prefix, padded on the right, and each row's length."""
-    offset: int
-    """Length of the prefix, which is read by nobody."""
+    prefix: tuple[int, ...]
+    """The tokens that all begin with, which `read_prefix` reads."""
     cache: DynamicCache | None
     """The model's state after the prefix."""
     last: int
     """How many last tokens of each sequence are read; 0: all behind the prefix."""
     padded: bool
     """Whether rows of a batch may differ in length."""
+
+    @property
+    def offset(self) -> int:
+        """Length of the prefix."""
+        return len(self.prefix)
 
     @property
     def tokens(self) -> int:
@@ -81,30 +87,33 @@ def plan_reading(
     encoded: Sequence[Encoded],
     *,
     last: int = 0,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tokens_per_batch: int = 0,
 ) -> Reading:
-    """Arrange sequences for reading and run their shared prefix.
+    """Arrange sequences for reading and run their shared prefix; 0 tokens a batch: as many as usual.
 
     Where a router decides which rows an expert gets, padding would be routed too and could not be
     told from tokens: sequences of equal length run together then.
     """
     sequences = [e.ids for e in encoded]
-    offset = min(common_prefix(sequences), min(map(len, sequences), default=1) - max(last, 1))
+    shortest = min(map(len, sequences), default=1)
+    offset = max(0, min(common_prefix(sequences), shortest - max(last, 1)))
     cache = prefix_cache(lm, sequences[0][:offset]) if sequences else None
     offset = offset if cache is not None else 0
     padded = not routes(lm, writers)
     tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
     pad = lm.tokenizer.pad_token_id or 0
     batches: list[tuple[Tensor, tuple[int, ...]]] = []
+    most = tokens_per_batch or enlarged(lm.device) * TOKENS_PER_BATCH
     while tails:
         # From the longest on, so that the widest batch comes first.
         width = len(tails[-1])
-        room = max(1, tokens_per_batch // width)
+        room = max(1, most // width)
         rows = [t for t in tails[-room:] if padded or len(t) == width]
         del tails[-len(rows) :]
         ids = torch.tensor([t + [pad] * (width - len(t)) for t in rows])
         batches.append((ids, tuple(map(len, rows))))
-    return Reading(tuple(batches), offset, cache, last, padded)
+    prefix = tuple(sequences[0][:offset]) if sequences else ()
+    return Reading(tuple(batches), prefix, cache, last, padded)
 
 
 def routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
@@ -149,7 +158,7 @@ def read_inputs(
                 [
                     line * width + column
                     for line, length in enumerate(lengths)
-                    for column in range(length - (reading.last or length), length)
+                    for column in range(max(0, length - (reading.last or length)), length)
                 ],
                 device=ids.device,
             )
@@ -159,6 +168,15 @@ def read_inputs(
 
             with tap.to(keep):
                 _run(lm, ids, lengths, reading.offset, state)
+
+
+def read_prefix(
+    lm: LanguageModel, writers: Sequence[Writer], prefix: Sequence[int], receive: Receive
+) -> None:
+    """Give `receive` the rows that go into the writers when the model reads how all texts begin."""
+    ids = torch.tensor([list(prefix)], device=lm.device)
+    with plain_experts(lm), torch.no_grad(), Tap(lm, writers, receive):
+        _run(lm, ids, None, 0, None)
 
 
 def _steps(lm: LanguageModel, tap: Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:

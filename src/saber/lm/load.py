@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +17,22 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from saber.errors import ModelError
 from saber.lm import demo
-from saber.lm.device import DtypeName, choose_device, choose_dtype, holds, share_keys_on_cpu
+from saber.lm.device import (
+    DtypeName,
+    choose_device,
+    choose_dtype,
+    holds,
+    is_out_of_memory,
+    share_keys_on_cpu,
+)
+from saber.lm.headers import main_dtype
 from saber.lm.layers import find_layers
-from saber.lm.model import LanguageModel, Source
+from saber.lm.model import LanguageModel, Source, Work
+from saber.lm.thought import empty_thought
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,8 @@ class LoadSpec:
     """A Jinja file that replaces the tokenizer's chat template."""
     system: str = ""
     """System prompt in front of every prompt; empty leaves it to the chat template."""
+    response_prefix: str = ""
+    """Text in front of every answer; empty takes an empty thought where the model would open one."""
     layers_path: str = ""
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
@@ -99,7 +111,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     )
     auto_class = _auto_class(name, config)
     _refuse_quantized(name, config)
-    stored = torch.float16 if gguf else (_stored_dtype(config) or torch.float32)
+    stored = torch.float16 if gguf else (_stored_dtype(config) or _main_dtype(name, location))
     dtype = choose_dtype(spec.dtype, device, stored)
     tokenizer = None
     if with_tokenizer:
@@ -107,15 +119,17 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     placement = {"device_map": spec.device_map} if spec.device_map else {}
     if gguf:
         files["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _read(
+    model, told = _read(
         f"the weights of {name!r}",
         auto_class,
         location,
         dtype=dtype,
+        output_loading_info=True,
         **files,
         **trusted,
         **placement,
     )
+    _refuse_incomplete(name, model, told)
     if gguf:
         _forget_quantization(model)
     if source == "demo":
@@ -125,7 +139,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     _refuse_offloaded(name, model)
     model.eval().requires_grad_(False)
     layers_path = find_layers(model, spec.layers_path)
-    return LanguageModel(
+    lm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         name=name,
@@ -135,14 +149,21 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         layers_path=layers_path,
         allow_unproven=spec.allow_unproven,
         before=(("system", spec.system),) if spec.system else (),
+        response_prefix=spec.response_prefix,
     )
+    if with_tokenizer and not spec.response_prefix:
+        lm = replace(lm, response_prefix=empty_thought(lm), work=Work())
+    return lm
 
 
 def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:
     """Return the tokenizer, with a chat template and a padding token."""
-    tokenizer = _read(f"the tokenizer of {name!r}", transformers.AutoTokenizer, location, **options)
+    what, auto_class = f"the tokenizer of {name!r}", transformers.AutoTokenizer
+    tokenizer = _read(what, auto_class, location, **options)
+    if type(tokenizer).__name__ == _TEMPLATELESS:
+        tokenizer = _read(what, auto_class, location, mistral_format=False, **options)
     if spec.chat_template:
-        tokenizer.chat_template = _read_template(Path(spec.chat_template))
+        tokenizer.chat_template = read_template(Path(spec.chat_template))
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, as is usual for a base model.",
@@ -168,6 +189,18 @@ def _refuse_quantized(name: str, config: Any) -> None:
             )
 
 
+def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights are not in its files: transformers makes up random ones."""
+    lacking = sorted(set(told["missing_keys"]) & {n for n, _ in model.named_parameters()})
+    if lacking:
+        unknown = sorted(told["unexpected_keys"])
+        remedy = f"They hold {len(unknown)} others, {unknown[0]} for one. " if unknown else ""
+        raise ModelError(
+            f"the files of {name!r} lack {len(lacking)} of its weights, {lacking[0]} for one.",
+            remedy + "Download the checkpoint again, or give one that is whole and not quantised.",
+        )
+
+
 def _refuse_offloaded(name: str, model: Any) -> None:
     """Refuse a model of which parts lie elsewhere between their calls, where nothing can be edited."""
     aside = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.is_meta})
@@ -179,6 +212,8 @@ def _refuse_offloaded(name: str, model: Any) -> None:
         )
 
 
+_TEMPLATELESS = "MistralCommonBackend"
+"""transformers' tokenizer over Mistral's own package, which takes no chat template."""
 _DEQUANTIZE = {
     "mxfp4": "transformers' Mxfp4Config(dequantize=True)",
     "fp8": "transformers' FineGrainedFP8Config(dequantize=True)",
@@ -208,13 +243,37 @@ def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str
             f"no such model: {name!r} is no folder here and no hub id.",
             "Give a folder, a .gguf file, a hub id like owner/name, or demo.",
         )
+    if _has_adapter(name):
+        raise ModelError(f"{name!r} is or holds a LoRA adapter, which is not edited.", _MERGE)
     return "hub", name, ""
+
+
+def _has_adapter(name: str) -> bool:
+    try:
+        return find_adapter_config_file(name) is not None
+    except (OSError, ValueError):
+        return False  # what is wrong is told when the configuration is read
+
+
+_MERGE = (
+    "Merge it into its base first: peft.PeftModel.from_pretrained(BASE_MODEL, ADAPTER_FOLDER)"
+    ".merge_and_unload().save_pretrained(FOLDER), copy the tokenizer there, and give that folder."
+)
 
 
 def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
     def has(*patterns: str) -> bool:
         return any(True for pattern in patterns for _ in path.glob(pattern))
 
+    if has(ADAPTER_CONFIG_NAME) and not has("config.json"):
+        raise ModelError(f"{path} is a LoRA adapter, no model.", _MERGE)
+    if has(ADAPTER_CONFIG_NAME):
+        raise ModelError(
+            f"{path} holds a LoRA adapter ({ADAPTER_CONFIG_NAME}) beside its weights, which transformers "
+            "lays over them unmerged.",
+            f"Move adapter_* to a folder of its own. {_MERGE} If the weights are merged already, "
+            "leave it there.",
+        )
     if not has("config.json"):
         hint = "It holds a .gguf file: name that file itself." if has("*.gguf") else ""
         raise ModelError(f"{path} has no config.json, so it is no model folder.", hint)
@@ -255,7 +314,16 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
     return None
 
 
-def _read_template(path: Path) -> str:
+def _main_dtype(name: str, location: str) -> torch.dtype:
+    """Return the dtype of most of the weights, for a configuration that names none."""
+    try:
+        return main_dtype(location) or torch.float32
+    except _LOAD_ERRORS as error:
+        raise _unreadable(f"the weights of {name!r}", error) from error
+
+
+def read_template(path: Path) -> str:
+    """Return the text of a chat template; raises `ModelError` when it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -279,11 +347,17 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(location, **kwargs)
     except _LOAD_ERRORS as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "Check the name, the files, and the connection to the hub."
-        if "trust_remote_code" in str(error):
-            remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
-        raise ModelError(f"cannot read {what}: {first}", remedy) from error
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> ModelError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    remedy = "Check the name, the files, and the connection to the hub."
+    if is_out_of_memory(error):
+        remedy = "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu."
+    elif "trust_remote_code" in str(error):
+        remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
+    return ModelError(f"cannot read {what}: {first}", remedy)
 
 
 def _forget_quantization(model: Any) -> None:

@@ -48,6 +48,8 @@ class LanguageModel:
     """Edit the writers that were found even where they cannot be proved to be all."""
     before: tuple[tuple[str, str], ...] = ()
     """Messages (role, text) that come before every prompt: a system prompt, an earlier exchange."""
+    response_prefix: str = ""
+    """Text behind the chat template, in front of every answer: an empty thought, for instance."""
     work: Work = field(default_factory=Work)
     """Forward work done so far."""
 

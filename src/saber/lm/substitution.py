@@ -55,6 +55,10 @@ class Call:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
 
+    def wide(self) -> Call:
+        """Return the same call with all it is given in 16 bits in float32."""
+        return replace(self, args=_widened(self.args), kwargs=_widened(self.kwargs))
+
     def run(self, layer: nn.Module) -> Float[Tensor, "tokens streams d_model"]:
         """Return the layer's output in float64, one row of streams a token."""
         # A layer may add to its input in place, or leave states behind for later layers.
@@ -67,6 +71,27 @@ class Call:
     def rows(self) -> Float[Tensor, "tokens streams d_model"]:
         """The stream that goes in, in float64, one row of streams a token."""
         return by_token(self.hidden)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if type(value) in (tuple, list):
+        return type(value)(map(_widened, value))
+    return {k: _widened(v) for k, v in value.items()} if type(value) is dict else value
+
+
+@contextmanager
+def widened(layer: nn.Module) -> Iterator[None]:
+    """Hold what a layer has in 16 bits in float32; the very same storage comes back at the end."""
+    kept = [(t, t.data) for t in (*layer.parameters(), *layer.buffers())]
+    try:
+        for tensor, data in kept:
+            tensor.data = _widened(data)
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def by_token(hidden: Tensor) -> Float[Tensor, "tokens streams d_model"]:

@@ -31,6 +31,7 @@ from saber.lm.search import Finding, Memory, dtype_limit, search
 from saber.lm.substitution import (
     TOKENS,
     Bench,
+    Call,
     Fit,
     by_token,
     held,
@@ -312,13 +313,16 @@ def ablated_law(lm: LanguageModel, direction: Float[Tensor, " d_model"]) -> list
 
     Compare the values before and after a full-strength edit of r.
     """
-    values: list[float] = []
-    for layer, call in zip(lm.layers, layer_calls(lm), strict=True):
-        r = direction.to(call.hidden)
-        without = call.hidden - (call.hidden @ r)[..., None] * r
-        out = call.on(without).run(layer)
-        values.append(float((out @ direction.to(out)).pow(2).mean().sqrt()))
-    return values
+    calls = zip(lm.layers, layer_calls(lm), strict=True)
+    return [written_along(layer, call, direction) for layer, call in calls]
+
+
+def written_along(layer: nn.Module, call: Call, direction: Float[Tensor, " d_model"]) -> float:
+    """Return the root mean square of r.out for the stream of a call without r."""
+    r = direction.to(call.hidden)
+    without = call.hidden - (call.hidden @ r)[..., None] * r
+    out = call.on(without).run(layer)
+    return float((out @ direction.to(out)).pow(2).mean().sqrt())
 
 
 @contextmanager

@@ -11,21 +11,27 @@ from saber.prompts.bundled import (
 )
 from saber.prompts.loaders import load
 from saber.prompts.model import Prompt, PromptSet, normalised
-from saber.prompts.splits import Splits, check_disjoint, split
+from saber.prompts.splits import Splits, Use, check_apart, check_disjoint, split
+from saber.prompts.twins import Pair, numbered, paired
 
 __all__ = [
+    "Pair",
     "Prompt",
     "PromptSet",
     "Splits",
+    "Use",
     "battery",
     "borderline",
     "capability",
+    "check_apart",
     "check_disjoint",
     "everyday",
     "harmful",
     "load",
     "neutral",
     "normalised",
+    "numbered",
+    "paired",
     "split",
     "target",
 ]

@@ -208,7 +208,7 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
             kind = "is empty" if empty else f"is a {type(text).__name__}, not text"
             raise DataError(
                 f"{place}, {row.place}: the column {key!r} {kind}.",
-                "Mend or remove it, or name another column with --column or path#column.",
+                "Mend or remove it, or name another column: path#NAME.",
             )
         number = row.place.rpartition(" ")[2]
         given = {k.strip().lower(): v for k, v in row.fields.items() if k != key}
@@ -234,7 +234,7 @@ def _text_column(row: Row, place: str, column: str | None) -> str:
             return folded[column.lower()]
         raise DataError(
             f"{place}, {row.place}: no column {column!r}; found: {_names(row)}.",
-            "Name the one with the prompts: --column NAME, or path#NAME.",
+            "Name the one with the prompts: path#NAME.",
         )
     for known in COLUMNS:
         if known in folded:
@@ -242,7 +242,7 @@ def _text_column(row: Row, place: str, column: str | None) -> str:
     raise DataError(
         f"{place}, {row.place}: no column named {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; "
         f"found: {_names(row)}.",
-        "Name the one with the prompts: --column NAME, or path#NAME.",
+        "Name the one with the prompts: path#NAME.",
     )
 
 

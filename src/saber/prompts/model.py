@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from saber.prompts.twins import Pair
 
 _DROPPED_MARKS = re.compile(r"['\u2018\u2019\u02bc]")
 _SPACED_MARKS = re.compile(
@@ -57,6 +59,11 @@ class PromptSet:
     """The prompts, in order."""
     dropped: int = 0
     """How many duplicates were left out when the set was made, at least 0."""
+    places: tuple[int, ...] = ()
+    """Number of each prompt before `only` left some out, from 0; empty where none was."""
+
+    def __post_init__(self) -> None:
+        assert len(self.places) in (0, len(self.prompts))
 
     @classmethod
     def unique(cls, name: str, prompts: Iterable[Prompt]) -> PromptSet:
@@ -84,6 +91,27 @@ class PromptSet:
         """The categories, one a prompt, in order."""
         return [prompt.category for prompt in self.prompts]
 
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What each prompt shares with its twin in the opposite set alone, in order."""
+        places = self.places or range(len(self))
+        return tuple(
+            " ".join(sorted((p.id, p.twin))) if p.twin else place
+            for p, place in zip(self.prompts, places, strict=True)
+        )
+
+    def only(self, kept: Sequence[bool]) -> PromptSet:
+        """Return the prompts that are marked, in order; each goes on to be paired as it was."""
+        if all(kept):
+            return self
+        places = self.places or range(len(self))
+        rows = [row for row, keep in enumerate(kept) if keep]
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in rows),
+            places=tuple(places[row] for row in rows),
+        )
+
     def where(self, *, split: str | None = None, category: str | None = None) -> PromptSet:
         """Return the prompts of this split and category (None: any), in order."""
         chosen = tuple(
@@ -95,7 +123,9 @@ class PromptSet:
         return PromptSet(self.name, chosen)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 (64 hex digits) of all the fields of all the prompts, in order."""
-        rows = [asdict(prompt) for prompt in self.prompts]
+        """Return the SHA-256 (64 hex digits) of all the fields of all the prompts, and their places."""
+        rows: list[Any] = [asdict(prompt) for prompt in self.prompts]
+        if self.places:
+            rows.append(self.places)
         text = json.dumps(rows, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -85,6 +85,38 @@ def check_disjoint(a: PromptSet, b: PromptSet) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Use:
+    """A set of prompts, as a run uses it."""
+
+    prompts: PromptSet
+    """The set."""
+    option: str = ""
+    """The option that gave it; empty for a bundled set."""
+
+
+def check_apart(some: Sequence[Use], others: Sequence[Use], why: str) -> None:
+    """Raise DataError naming a prompt of both sides, its two sets, and the options that gave them.
+
+    Prompts are the same as in `check_disjoint`; `why` says why they must not be.
+    """
+    seen: dict[str, Use] = {}
+    for use in some:
+        for prompt in use.prompts:
+            seen.setdefault(normalised(prompt.text), use)
+    for use in others:
+        shared = [p for p in use.prompts if normalised(p.text) in seen]
+        if shared:
+            other = seen[normalised(shared[0].text)]
+            more = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
+            named = dict.fromkeys(option for option in (other.option, use.option) if option)
+            raise DataError(
+                f"the same prompt is in {other.prompts.name} and in {use.prompts.name}: "
+                f"{shared[0].text[:80]!r}{more}; {why}.",
+                f"Take it out of what {' or '.join(named)} gives." if named else "",
+            )
+
+
 def _own(prompts: PromptSet) -> list[list[Prompt]]:
     parts: dict[str, list[Prompt]] = {name: [] for name in NAMES}
     for prompt in prompts:

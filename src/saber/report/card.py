@@ -207,7 +207,7 @@ def _search(run: Run) -> tuple[str, ...]:
         "change. The first at which answers open with the behaviour as rarely as those to neutral prompts "
         "do is confirmed by judged answers."
     )
-    return lead, markdown(found)
+    return lead, markdown(found), cell(reading.search_note(run))
 
 
 def _measured(run: Run) -> str:

@@ -47,6 +47,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         kept_title=reading.worded(run, "Retained refusals", "Kept prompts"),
         hydra=tables.hydra(run),
         search=tables.search(run),
+        search_note=reading.search_note(run),
         kept=tables.kept_by_category(run),
         stop_reason=run.get("stop_reason") or "",
         directions=tables.directions(run),

@@ -151,6 +151,24 @@ def passes(run: Run) -> list[Mapping[str, Any]]:
     return list(run.get("passes") or [])
 
 
+def search_note(run: Run) -> str:
+    """What was not as usual when strengths were tried; empty where nothing was."""
+    notes = []
+    for one in passes(run):
+        where = f"pass {one.get('index', MISSING)}"
+        if one.get("by_answers"):
+            notes.append(
+                f"In {where} first tokens told nothing of the behaviour: each strength was told by answers."
+            )
+        notes += [
+            f"In {where} λ {number(t.get('lambda'))} with boost {number(t.get('boost'))} failed "
+            f"and ended the search: {t['failed']}"
+            for t in one.get("search") or []
+            if t.get("failed")
+        ]
+    return " ".join(notes)
+
+
 def candidates(run: Run, first_pass_only: bool = False) -> list[Mapping[str, Any]]:
     """Every scored direction; those ablated are among them even if a run lists them apart."""
     found: list[Mapping[str, Any]] = []

@@ -220,7 +220,8 @@ def search(run: Run) -> Table:
                 percent(t.get("opening"), 1),
                 number(t.get("kl_first")), number(t.get("kl_sequence")),
                 percent(shown.get("rate")), percent(shown.get("incoherent")),
-                percent(shown.get("lost")), "taken" if t.get("chosen") else "",
+                percent(shown.get("lost")),
+                "taken" if t.get("chosen") else "failed" if t.get("failed") else "",
             ))  # fmt: skip
     return Table(
         ("pass", "λ", "boost", reading.worded(run, "opens with a refusal", "opens with it"),

@@ -96,9 +96,9 @@ def sweep(
     axes = [read_axis(base, text) for text in plan.axes]
     settings = [] if plan.trials else grid(base, _listed(axes))
     check_objectives(plan.also)
-    journal.prepare(out, overwrite=overwrite, resume=resume)
+    journal.prepare(out, model, overwrite=overwrite, resume=resume)
     with journal.locked(out):
-        if overwrite and not resume:
+        if (overwrite and not resume) or not (out / journal.STUDY).exists():
             _clear(out)
         storage = open_storage(out, plan.storage) if plan.trials else None
         listener.on_stage(f"loading {model}")
@@ -225,13 +225,14 @@ def _with_axes(out: Path, base: RunConfig, plan: Plan, resume: bool) -> Plan:
 
 
 def _clear(out: Path) -> None:
-    """Remove a former sweep, its mark of completeness first."""
-    for name in (journal.SWEEP, journal.STUDY, journal.TRIALS, journal.PARQUET, journal.README):
+    """Remove a former sweep: its mark of completeness first, and last what tells that it is one."""
+    for name in (journal.SWEEP, journal.TRIALS, journal.PARQUET, journal.README):
         (out / name).unlink(missing_ok=True)
     for path in out.glob(f"{journal.OPTUNA}*"):
         path.unlink()
     for name in (journal.SHARED, journal.PLOTS):
         shutil.rmtree(out / name, ignore_errors=True)
+    (out / journal.STUDY).unlink(missing_ok=True)
 
 
 def _study(out: Path, about: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saber import codec
-from saber.config import RunConfig, override, resolved
+from saber.config import RunConfig, override, resolved, value_of
 from saber.errors import UnknownName, UsageError
 
 MEASURED = ("load.", "data.", "evaluation.", "judging.", "preset", "minimum_rate")
@@ -124,14 +124,6 @@ def _range(config: RunConfig, name: str, given: str) -> Range:
     if scale and ends[0] <= 0:
         raise UsageError(f"axis {name}: a range in logarithms begins above 0.")
     return Range(name, float(ends[0]), float(ends[1]), bool(scale), kind is int)
-
-
-def value_of(config: RunConfig, name: str) -> Any:
-    """Return the value of a field by its dotted name."""
-    node: Any = config
-    for part in name.split("."):
-        node = getattr(node, part) if hasattr(node, part) else getattr(node, f"{part}_")
-    return node
 
 
 def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:

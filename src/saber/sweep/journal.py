@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -137,7 +138,7 @@ def write_study(folder: Path, study: Mapping[str, Any]) -> None:
     artifacts.write_json(folder / STUDY, {"kind": KIND, "schema": artifacts.SCHEMA, **study})
 
 
-SAME = ("model", "config", "judge", "prompts", "version")
+SAME = ("model", "config", "judge", "prompts", "template", "version")
 """Parts of a study that a resumed sweep must have in common with it."""
 
 
@@ -167,23 +168,41 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:23]}\u2026"
 
 
-def prepare(out: Path, *, overwrite: bool, resume: bool) -> None:
+def prepare(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:
     """Make the folder usable before any work is done; raises `OutputError` when it is not.
 
-    A sweep that is there is gone on with (`resume`) or removed (`overwrite`); other files never are.
+    A sweep that is there is gone on with (`resume`) or removed (`overwrite`); other files never are, and
+    no folder that holds `model` is taken.
     """
     ours: Sequence[str] = (*(STUDY, TRIALS, LOCK, SHARED, SWEEP, PARQUET, PLOTS, README, OPTUNA),)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
+    if model:
+        artifacts.require_apart(out, model)
+    if not _has_study(out):
+        # What a sweep leaves that ended before it had begun.
+        ours = (OPTUNA, *([SHARED] if _is_shared(out / SHARED) else []))
     found = [p.name for p in out.iterdir()] if out.is_dir() else []
     foreign = sorted(n for n in found if not n.startswith((*ours, ".")))
+    if overwrite and not resume:
+        foreign += artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(
             f"--out {out} holds files that are not a sweep's ({', '.join(foreign[:3])}).",
             "Choose another folder.",
         )
-    if (out / STUDY).exists() and not (resume or overwrite):
+    if _has_study(out) and not (resume or overwrite):
         raise OutputError(
             f"--out {out} holds a sweep.", "Choose another, or --overwrite, or --resume."
         )
     artifacts.require_writable(out)
+
+
+def _has_study(out: Path) -> bool:
+    return (out / STUDY).is_file() and artifacts.read_json(out / STUDY).get("kind") == KIND
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether a folder holds nothing but results that trials share."""
+    ours = re.compile(r"[0-9a-f]{32}|parts|\..*\.part")
+    return folder.is_dir() and all(ours.fullmatch(p.name) for p in folder.iterdir())

@@ -219,6 +219,7 @@ class Bench:
             "config": resolved(self.base),
             "judge": self._judged_by,
             "prompts": self._prompts,
+            "template": self.subject.template,
             "version": __version__,
             "baseline": summarise(before),
             "baseline_tokens": baseline_tokens,

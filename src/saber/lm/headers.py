@@ -1,0 +1,47 @@
+"""What the headers of a checkpoint's safetensors files say, before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of plain weights, by their name in the files."""
+
+
+def weight_files(location: str) -> list[str]:
+    """Return the weights of a folder or hub id, which are fetched where they are not there yet."""
+    index = _file(location, SAFE_WEIGHTS_INDEX_NAME)
+    if index is not None:
+        return list(get_checkpoint_shard_files(location, index)[0])
+    whole = _file(location, SAFE_WEIGHTS_NAME)
+    return [] if whole is None else [whole]
+
+
+def _file(location: str, name: str) -> str | None:
+    return cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+
+
+def main_dtype(location: str) -> torch.dtype | None:
+    """Return the dtype that most entries of the weights are stored in, None where none are plain floats.
+
+    Raises `OSError` and `SafetensorError` for files that cannot be read.
+    """
+    entries: Counter[str] = Counter()
+    for path in weight_files(location):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                entries[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    most = max(FLOATS, key=lambda code: entries[code])
+    return FLOATS[most] if entries[most] else None
