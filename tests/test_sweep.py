@@ -24,7 +24,9 @@ from saber.evaluation.measure import EvaluationSpec, measure, perplexity_ratio, 
 from saber.pipeline import gather, run
 from saber.prompts import PromptSet
 from saber.report import build_sweep, read_sweep
+from saber.report.style import styled
 from saber.report.sweep_card import columns
+from saber.report.sweep_plots import heatmap
 from saber.subject import Subject
 from saber.sweep import front, journal
 from saber.sweep import trial as trials
@@ -427,6 +429,18 @@ def test_a_sweep_leaves_table_plots_and_a_trial_that_can_be_built(
     page = made.card.read_text()
     assert f"setting {result.record['best']['number']}" in page
     assert "Held-out prompts had no say" in page
+    narrow = read_sweep(out)
+    narrow["config"]["data"]["mode"] = "over-refusal"
+    for row in narrow["trials"]:
+        row["over_refusal"]["borderline"] = {"rate": 0.25, "low": 0.1, "high": 0.5}
+    names, cells = columns(narrow)
+    assert names[4:6] == ["False refusals", "Refusal"]
+    for line in cells:
+        assert len(line) == len(names)
+        assert line[4] == "25.0% (10.0-50.0)"
+    with styled():
+        drawn = heatmap(narrow)
+    assert drawn.axes[0].get_title(loc="left") == "False refusals"
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(out / "trials.parquet").to_pylist()

@@ -58,8 +58,8 @@ class EditSpec:
     """purity: alpha x purity; constant: alpha for every direction; lambda: alpha for every direction,
     but lambda / purity (selective only)."""
     embeddings: bool = False
-    """Whether the token embedding is edited too, as a writer below the first layer. Not possible
-    where it is the output head as well."""
+    """Whether the token embedding is edited too, as a writer below the first layer (orthogonal only).
+    Not possible where it is the output head as well."""
 
 
 @dataclass(frozen=True)

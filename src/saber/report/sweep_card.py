@@ -57,7 +57,9 @@ def columns(
     """
     axes = list(dict.fromkeys(f for row in record["trials"] for f in row["values"]))
     name = reading.behaviour(record)
-    names = ["", "#", *(axis_name(axis) for axis in axes), name[:1].upper() + name[1:]]
+    # Where wrong refusals alone were to go, these come first and then those that were to stay.
+    lead = [reading.lowered_name(record)] if reading.narrow(record) else []
+    names = ["", "#", *(axis_name(axis) for axis in axes), *lead, name[:1].upper() + name[1:]]
     names += ["PPL", "PPL \N{GREEK CAPITAL LETTER DELTA}", "Layers", "Dirs ablated"]
     names += ["KL", "Incoherent", "Accuracy"]
     return names, [_cells(record, row, axes, intervals) for row in record["trials"]]
@@ -69,11 +71,13 @@ def _cells(
     mark = "best" if row["best"] else "*" if row["front"] else ""
     values = [_value(row["values"].get(axis)) for axis in axes]
     head = [mark, str(row["number"]), *values]
+    narrow = reading.narrow(record)
     if row["state"] != "done":
-        return [*head, row["state"], *[MISSING] * 7]
+        return [*head, row["state"], *[MISSING] * (8 if narrow else 7)]
     before = dig(record, "baseline", "perplexity", "overall")
     return [
         *head,
+        *([_rate(row["over_refusal"]["borderline"])] if narrow else []),
         _rate(row["refusal"]),
         fixed(row["perplexity"], 2),
         (_change(row) if intervals else "") or relative(before, row["perplexity"]),
@@ -119,8 +123,7 @@ def shrinkage(record: Mapping[str, Any]) -> str:
     seen, now = best["amiss"]["validation"], best["amiss"]["heldout"]
     was, found = best["validation"], best["heldout"]["edited"]
     untouched = best["heldout"]["baseline"]
-    narrow = dig(record, "config", "data", "mode") == "over-refusal"
-    what = "refused wrongly" if narrow else "amiss (shown or incoherent)"
+    what = "refused wrongly" if reading.narrow(record) else "amiss (shown or incoherent)"
     text = (
         f"setting {best['number']}: {what} {percent(seen['rate'], 1)} of {seen['n']} validation prompts, "
         f"{_rate(now)} of {now['n']} held-out ones ({points(seen['rate'], now['rate'])}); "

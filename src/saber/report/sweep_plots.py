@@ -58,9 +58,12 @@ def heatmap(record: Mapping[str, Any]) -> Figure:
     others = {k: v for k, v in best["values"].items() if k not in pair}
     here = [r for r in rows if all(r["values"][k] == v for k, v in others.items())]
     before = dig(record, "baseline", "perplexity", "overall")
-    name = reading.behaviour(record)
+    name, path = reading.behaviour(record), reading.lowered(record)
+    lead = (
+        reading.lowered_name(record) if reading.narrow(record) else f"{name[:1].upper()}{name[1:]}"
+    )
     panels: list[tuple[str, Callable[[Mapping[str, Any]], float | None], Callable[[Any], str]]] = [
-        (f"{name[:1].upper()}{name[1:]}", lambda r: r["refusal"]["rate"], lambda v: percent(v, 0)),
+        (lead, lambda r: dig(r, *path, "rate"), lambda v: percent(v, 0)),
         ("Incoherent", lambda r: r["incoherent"]["rate"], lambda v: percent(v, 0)),
         ("Perplexity change", lambda r: r["perplexity"] / before - 1, lambda v: f"{100 * v:+.1f}%"),
         ("KL, sequence", lambda r: r["kl"]["sequence"], lambda v: fixed(v, 3)),
