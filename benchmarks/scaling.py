@@ -3,6 +3,7 @@
     python benchmarks/scaling.py measure [--model demo] [--workers 1 2] [--ray] [OPTIONS]
     python benchmarks/scaling.py probe [--model demo] [--workers 1 2] [--openings 8]
     python benchmarks/scaling.py plan SWEEP [--trials 12 640] [--gpus 1 2 4 8 16 32 64]
+    python benchmarks/scaling.py readings [--memory 4 16 64 256]
 
 `measure` makes the same small grid with each number of workers, one thread each, in new folders and with
 nothing kept from before; OPTIONS go to `saber sweep`. `probe` times what workers that have loaded the
@@ -10,7 +11,8 @@ model take to read a large prompt set together: the bundled prompts, each behind
 takes a finished sweep's own times, measures what a worker costs before its first trial and how many
 bytes go through the object store, and replays the driver's rule (the next setting to the next free
 worker) on a clock: no trial is made.
-With --start and --trial seconds of one's own machine take the place of the measured ones.
+With --start and --trial seconds of one's own machine take the place of the measured ones. `readings`
+counts, from the shapes of published models, how often a selective pass reads what it must preserve.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
+import transformers
 
 from saber import preset, prompts
 from saber.config import override
 from saber.lm.forward import Share
+from saber.lm.model import LanguageModel
+from saber.lm.writers import Writer
+from saber.moments import packed, width
 from saber.prompts.splits import NAMES, split
 from saber.sweep.journal import TRIALS, Journal
 from saber.sweep.trial import Bench, Job
@@ -245,6 +251,52 @@ def _many(folder: Path, openings: int) -> dict[str, str]:
     return files
 
 
+SHAPES: dict[str, dict[str, object]] = {
+    "Qwen3-8B": {
+        "model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_attention_heads": 32, "head_dim": 128,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_attention_heads": 64, "head_dim": 64, "num_local_experts": 32,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "num_attention_heads": 32, "head_dim": 128, "num_experts": 128,
+    },
+    "Llama-3.3-70B": {
+        "model_type": "llama", "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_attention_heads": 64, "head_dim": 128,
+    },
+}  # fmt: skip
+"""What of a published model's configuration sizes its writers."""
+
+
+def readings(given: argparse.Namespace) -> None:
+    """Print how many readings each bound on memory asks for, and how many layers they run."""
+    print(
+        "| model | all moments, GiB | bound, GiB | readings | as whole forward passes |\n"
+        "|---|---:|---:|---:|---:|"
+    )
+    for name, sizes in SHAPES.items():
+        config = transformers.AutoConfig.for_model(**sizes)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        lm = LanguageModel(model, None, name, "hub", None, torch.bfloat16, "model.layers")
+        writers = [
+            Writer(n, int(n.split(".")[2]), "other", axis, None, None, experts=fused)
+            for n, p in model.named_parameters()
+            for fused in [len(p) if p.ndim == 3 else None]
+            for axis in [2 if fused and config.model_type == "gpt_oss" else 1 if fused else 0]
+            if n.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+        ]
+        whole = sum(8 * width(lm, w) ** 2 * (w.experts or 1) for w in writers) / 2**30
+        for bound in given.memory:
+            groups = packed(lm, writers, bound * 2**30)
+            run = sum(group[-1].layer + 1 for group in groups) / config.num_hidden_layers
+            print(f"| {name} | {whole:.0f} | {bound:g} | {len(groups)} | {run:.1f} |")
+
+
 def main() -> None:
     """Measure, or plan."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -265,6 +317,8 @@ def main() -> None:
     two.add_argument("--per-node", type=int, default=8)
     two.add_argument("--start", type=float, default=0.0, help="seconds a worker takes to load")
     two.add_argument("--trial", type=float, default=0.0, help="mean seconds of a trial")
+    four = commands.add_parser("readings")
+    four.add_argument("--memory", type=float, nargs="+", default=[4, 16, 64, 256])
     given, options = parser.parse_known_args()
     torch.set_grad_enabled(False)
     if options and given.command != "measure":
@@ -273,6 +327,8 @@ def main() -> None:
         plan(given)
     elif given.command == "probe":
         probe(given)
+    elif given.command == "readings":
+        readings(given)
     else:
         measure(given, options)
 
