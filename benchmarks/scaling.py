@@ -38,6 +38,7 @@ import transformers
 from saber import preset, prompts
 from saber.config import override
 from saber.lm.forward import Share
+from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.moments import packed, width
 from saber.prompts.splits import NAMES, split
@@ -250,35 +251,25 @@ def _many(folder: Path, openings: int) -> dict[str, str]:
     return files
 
 
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "Qwen3-8B": (
-        "qwen3",
-        {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128},
-    ),
-    "gpt-oss-20b": (
-        "gpt_oss",
-        {"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_local_experts": 32},
-    ),
-    "Qwen3-30B-A3B": (
-        "qwen3_moe",
-        {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48, "head_dim": 128,
-         "num_experts": 128},
-    ),
-    "Llama-3.3-70B": (
-        "llama",
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "head_dim": 128},
-    ),
+SHAPES: dict[str, dict[str, object]] = {
+    "Qwen3-8B": {
+        "model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_attention_heads": 32, "head_dim": 128,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_attention_heads": 64, "head_dim": 64, "num_local_experts": 32,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "num_attention_heads": 32, "head_dim": 128, "num_experts": 128,
+    },
+    "Llama-3.3-70B": {
+        "model_type": "llama", "num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_attention_heads": 64, "head_dim": 128,
+    },
 }  # fmt: skip
-"""Published models: the type, and what of the configuration sizes their writers."""
-HEADS = {"Qwen3-8B": 32, "gpt-oss-20b": 64, "Qwen3-30B-A3B": 32, "Llama-3.3-70B": 64}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model without weights, as far as writers are sized by it."""
-
-    model: torch.nn.Module
-    """The transformers model on the device "meta"."""
+"""What of a published model's configuration sizes its writers."""
 
 
 def readings(given: argparse.Namespace) -> None:
@@ -287,21 +278,22 @@ def readings(given: argparse.Namespace) -> None:
         "| model | all moments, GiB | bound, GiB | readings | as whole forward passes |\n"
         "|---|---:|---:|---:|---:|"
     )
-    for name, (kind, sizes) in SHAPES.items():
-        config = transformers.AutoConfig.for_model(kind, **sizes, num_attention_heads=HEADS[name])
+    for name, sizes in SHAPES.items():
+        config = transformers.AutoConfig.for_model(**sizes)
         with torch.device("meta"):
-            shape = Shape(transformers.AutoModelForCausalLM.from_config(config))
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        lm = LanguageModel(model, None, name, "hub", None, torch.bfloat16, "model.layers")
         writers = [
             Writer(n, int(n.split(".")[2]), "other", axis, None, None, experts=fused)
-            for n, p in shape.model.named_parameters()
+            for n, p in model.named_parameters()
             for fused in [len(p) if p.ndim == 3 else None]
-            for axis in [2 if kind == "gpt_oss" and fused else 1 if fused else 0]
+            for axis in [2 if fused and config.model_type == "gpt_oss" else 1 if fused else 0]
             if n.removesuffix(".weight").endswith(("o_proj", "down_proj"))
         ]
-        whole = sum(8 * width(shape, w) ** 2 * (w.experts or 1) for w in writers) / 2**30
+        whole = sum(8 * width(lm, w) ** 2 * (w.experts or 1) for w in writers) / 2**30
         for bound in given.memory:
-            groups = packed(shape, writers, bound * 2**30)
-            run = sum(group[-1].layer + 1 for group in groups) / sizes["num_hidden_layers"]
+            groups = packed(lm, writers, bound * 2**30)
+            run = sum(group[-1].layer + 1 for group in groups) / config.num_hidden_layers
             print(f"| {name} | {whole:.0f} | {bound:g} | {len(groups)} | {run:.1f} |")
 
 

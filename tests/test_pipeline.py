@@ -266,6 +266,19 @@ def test_splits_that_select_and_report_share_no_prompt():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("finished", ["default"], indirect=True)
+def test_how_often_inputs_are_read_changes_no_digit_of_a_run(finished, pico, tmp_path):
+    less = run(str(pico), tmp_path / "run", small("default", edit={"memory": 1e-6}), force=True)
+    records = [untimed(found.record) for found in (finished, less)]
+    for record in records:
+        del record["config"]["edit"]["memory"], record["exports"]
+    assert records[0] == records[1]
+    assert whole(less.record) > whole(finished.record)
+    plans = [EditPlan.load(found.folder / "plan").digest() for found in (finished, less)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
 def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path):
     seen = []

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from saber import __version__, artifacts, prompts
-from saber.ablation import EditPlan, applied
+from saber.ablation import EditPlan, applied, originals_kept
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import PLACES, check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
@@ -213,9 +213,10 @@ def run(
         listener.on_pass(this)
 
     listener.on_stage("refining")
-    outcome = refined(
-        subject, watch, config, progress=listener.progress, finished=finished, done=done
-    )
+    with originals_kept(lm.model):
+        outcome = refined(
+            subject, watch, config, progress=listener.progress, finished=finished, done=done
+        )
     clock.add(outcome.seconds)
     if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
         first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after

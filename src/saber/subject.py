@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from saber import codec
-from saber.ablation import EditSpec, originals_kept
+from saber.ablation import EditSpec
 from saber.config import RunConfig
 from saber.errors import WeakBehaviour
 from saber.evaluation.divergence import exact
@@ -254,28 +254,27 @@ def refined(
     self_repair: bool = True,
 ) -> Refinement:
     """Run the passes of a configuration; see `refine`. The model stays as it was."""
-    with originals_kept(subject.lm.model):
-        return refine(
-            subject.lm,
-            subject.edited(config),
-            watch.selecting_for(config.edit),
-            probing=config.probe,
-            spectral=config.spectral,
-            entanglement=config.entanglement,
-            edit=in_mode(config),
-            spec=config.refine,
-            seed=config.seed,
-            behaviour=behaviour or watch.shown,
-            shown=watch.untouched,
-            fitted=watch.fitted,
-            together=None if behaviour else watch.together,
-            own=watch.own,
-            progress=progress,
-            finished=finished,
-            done=done,
-            memo=memo,
-            self_repair=self_repair,
-        )
+    return refine(
+        subject.lm,
+        subject.edited(config),
+        watch.selecting_for(config.edit),
+        probing=config.probe,
+        spectral=config.spectral,
+        entanglement=config.entanglement,
+        edit=in_mode(config),
+        spec=config.refine,
+        seed=config.seed,
+        behaviour=behaviour or watch.shown,
+        shown=watch.untouched,
+        fitted=watch.fitted,
+        together=None if behaviour else watch.together,
+        own=watch.own,
+        progress=progress,
+        finished=finished,
+        done=done,
+        memo=memo,
+        self_repair=self_repair,
+    )
 
 
 def _texts(sets: Sequence[PromptSet]) -> list[str]:

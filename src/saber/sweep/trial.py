@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from saber import __version__
-from saber.ablation import EditPlan, applied
+from saber.ablation import EditPlan, applied, originals_kept
 from saber.config import RunConfig, resolved
 from saber.errors import SaberError, UsageError
 from saber.evaluation.baseline import baseline
@@ -296,15 +296,16 @@ class Bench:
     ) -> Refinement:
         memory = config.edit.memory or self._memory
         config = replace(config, edit=replace(config.edit, memory=memory))
-        return refined(
-            self.subject,
-            self.watch,
-            config,
-            progress=self._progress,
-            memo=memo,
-            behaviour=behaviour,
-            self_repair=False,
-        )
+        with originals_kept(self.subject.lm.model):
+            return refined(
+                self.subject,
+                self.watch,
+                config,
+                progress=self._progress,
+                memo=memo,
+                behaviour=behaviour,
+                self_repair=False,
+            )
 
     def _measured(self, plan: EditPlan) -> dict[str, Any]:
         """Measure the model as it stands on validation prompts."""
