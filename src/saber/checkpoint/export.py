@@ -251,7 +251,8 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
         notes = _same_model(run, lm, spec.force)
         files, reason = _files(run, name, out, lm)  # they may be there only now
     elif files and not files.same:
-        files, reason = None, f"the files of {name} were changed since they were read."
+        reason = _placeless(f"the files of {name} were changed since they were read.", Path(name))
+        files = None
     where = origin(run.record, run.plan)
     if files is not None:
         where["base_checkpoint"] = files.mark
@@ -281,7 +282,15 @@ def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Fi
     try:
         return files_of(run.folder, name, revision, out, dtype), ""
     except SaberError as error:
-        return None, error.problem
+        return None, _placeless(error.problem, run.folder, out, Path(name))
+
+
+def _placeless(text: str, *paths: Path | None) -> str:
+    """Return text for a card, which may be published: of paths on this machine the last part alone."""
+    for path in paths:
+        if path is not None and path.is_absolute():
+            text = text.replace(str(path), path.name)
+    return text
 
 
 def _template(run: Run, spec: ExportSpec, lm: LanguageModel | None) -> dict[str, str]:
