@@ -67,6 +67,7 @@ def refine(
     behaviour: Callable[[], Shown],
     shown: Shown | None = None,
     fitted: Ask = lambda _rows: Fitted({}),
+    watched: Callable[[], Mapping[int, Opening]] = dict,
     together: Both | None = None,
     own: Mapping[str, Completion] = MappingProxyType({}),
     progress: Progress[Any] = silent,
@@ -79,7 +80,8 @@ def refine(
 
     `behaviour` answers validation targets with the model as it stands and tells what they show;
     `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets.
+    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets. Where
+    no fit target comes late it is one of those that `watched` finds among validation targets.
     `together` does what both do, where that is less work than one after the other. `own`
     holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
@@ -171,7 +173,10 @@ def refine(
                 opening: Opening = ()
                 target, neutral = original
                 if passes:
-                    left = {i: o for i, o in pending.items() if o not in vain}
+                    late = pending
+                    if selective and not pending:
+                        late = memo(("watched", at), watched)
+                    left = {i: o for i, o in late.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
                     target, neutral = sides(opening, at)
             where = (at, read, probing, opening, spectral, seed, len(passes))

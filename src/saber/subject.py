@@ -195,6 +195,11 @@ class Watch:
         """Answer validation prompts as the model stands."""
         return self.together(())[0]
 
+    def watched(self) -> dict[int, Opening]:
+        """Tell which validation targets come to show the behaviour late, as the model stands."""
+        texts = self.selecting.target_validation.texts
+        return self._turning(texts, self._asked_for(texts))
+
     def fitted(self, rows: Sequence[int]) -> Fitted:
         """Answer some fit targets, given by number, as the model stands."""
         texts = [self.selecting.target.texts[row] for row in rows]
@@ -267,6 +272,7 @@ def refined(
         behaviour=behaviour or watch.shown,
         shown=watch.untouched,
         fitted=watch.fitted,
+        watched=watch.watched,
         together=None if behaviour else watch.together,
         own=watch.own,
         progress=progress,
