@@ -1000,6 +1000,7 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     assert sorted(fit.late) == [9]  # the second of the four that are asked
     assert (fit.showing, fit.incoherent) == (3, 0)
     assert watch.together([7, 9, 30, 31]) == (shown, fit)
+    assert watch.watched() == dict.fromkeys(range(1, 32, 4), fit.late[9])
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
@@ -1120,6 +1121,25 @@ def test_where_no_token_tells_directions_are_taken_by_score(model_folder, tmp_pa
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     assert record["directions_ablated"]
     assert {c["causal"] for c in record["passes"][0]["candidates"]} == {None}
+
+
+@pytest.mark.slow
+def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validation_targets(
+    model_folder, tmp_path, monkeypatch
+):
+    rates = [0.5, 0.25]
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(rates[0] if len(rates) < 2 else rates.pop(0)))
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
+    monkeypatch.setattr(Watch, "watched", lambda _self: {3: (9, 8), 4: (9, 8)})
+    starts = {}
+    for name, late in (("validation", {}), ("fit", {5: (7,)})):
+        rates[:] = [0.5, 0.25]
+        monkeypatch.setattr(Watch, "fitted", lambda _self, _rows, late=late: Fitted(late))
+        config = small("default", refine={"passes": 2, "stop": "never", "max_q": 1}, edit={"lambda": 30.0})
+        record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
+        starts[name] = [this["opening"] for this in record["passes"]]
+    decode = make_tokenizer().decode
+    assert starts == {"validation": ["", decode([9, 8])], "fit": ["", decode([7])]}
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ class SelectiveEditor:
     ) -> Step:
         """Return the plan with an edit for what was chosen, as strong as validation prompts ask for.
 
-        `pending` are the fit targets that show the behaviour late, `sides` the activations of targets and
+        `pending` are the fit targets to be asked where they are behind an `opening`, `sides` the activations of targets and
         neutral prompts behind the `opening`, `amiss` the share of answers that is so before the pass.
         """
 
@@ -263,7 +263,8 @@ class SelectiveEditor:
         ]
         # Nothing was asked where a memo knew the outcome.
         told = dict(zip((t for t in trials if t.shown), asked, strict=False))
-        return Step(plan, trials, done, None if opening else told.get(taken), not telling)
+        whole = not opening or len(pending) == targets
+        return Step(plan, trials, done, told.get(taken) if whole else None, not telling)
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
         """Return what the answers feel of each direction; None where nothing is set by it."""

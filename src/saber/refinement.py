@@ -225,8 +225,10 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
+            # Where validation targets told of the start, fit ones may come to turn as well.
+            asked = list(pending or everyone)
             plan, trials, chosen, told, by_answers = editor(
-                earlier, chosen, opening, list(pending), (target, neutral), amiss
+                earlier, chosen, opening, asked, (target, neutral), amiss
             )
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
@@ -257,8 +259,8 @@ def refine(
         if selective:
             # Once validation targets are clean, those that came late may do: they are asked first.
             clean = bool(opening) and reached.rate <= spec.stop_rate
-            pending = turns(plan, list(pending)) if clean else {}
-            if not clean or len(pending) > few:
+            pending = turns(plan, list(pending)) if clean and before else {}
+            if not clean or not before or len(pending) > few:
                 pending = turns(plan, everyone, told)
         this = Pass(
             index=number,
