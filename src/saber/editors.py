@@ -159,8 +159,8 @@ class SelectiveEditor:
     ) -> Step:
         """Return the plan with an edit for what was chosen, as strong as validation prompts ask for.
 
-        `pending` are the fit targets to be asked where they are behind an `opening`, `sides` the activations of targets and
-        neutral prompts behind the `opening`, `amiss` the share of answers that is so before the pass.
+        `pending` are the fit targets to be asked where there is an `opening`, `sides` the activations of
+        targets and neutral prompts behind it, `amiss` the share of answers that is so before the pass.
         """
 
         asked: list[Fitted] = []

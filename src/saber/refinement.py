@@ -160,6 +160,8 @@ def refine(
         settled = last.opening and last.rate_after <= spec.stop_rate and (last.late or 0) <= few
         pending = turns(plan, everyone) if selective and not settled else pending
     reason, vain = "all passes made", set[Opening]()
+    seen: dict[str, Mapping[int, Opening]] = {}
+    late: Mapping[int, Opening] = {}
     while len(passes) + len(vain) < spec.passes:
         if spec.stop == "behaviour" and rate <= spec.stop_rate and len(pending) <= few:
             reason = "the behaviour is gone on validation targets"
@@ -175,7 +177,9 @@ def refine(
                 if passes:
                     late = pending
                     if selective and not pending:
-                        late = memo(("watched", at), watched)
+                        if at not in seen:
+                            seen[at] = memo(("watched", at), watched)
+                        late = seen[at]
                     left = {i: o for i, o in late.items() if o not in vain}
                     opening = likeliest(lm, data.target.texts, left)
                     target, neutral = sides(opening, at)
@@ -286,7 +290,7 @@ def refine(
             )
             plan, pending = earlier, before
             vain.add(opening)
-            if set(before.values()) <= vain:
+            if set(late.values()) <= vain:
                 break
             continue
         passes.append(this)
