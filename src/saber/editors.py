@@ -263,8 +263,7 @@ class SelectiveEditor:
         ]
         # Nothing was asked where a memo knew the outcome.
         told = dict(zip((t for t in trials if t.shown), asked, strict=False))
-        whole = not opening or len(pending) == targets
-        return Step(plan, trials, done, told.get(taken) if whole else None, not telling)
+        return Step(plan, trials, done, None if opening else told.get(taken), not telling)
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
         """Return what the answers feel of each direction; None where nothing is set by it."""

@@ -161,7 +161,22 @@ def refine(
         pending = turns(plan, everyone) if selective and not settled else pending
     reason, vain = "all passes made", set[Opening]()
     seen: dict[str, Mapping[int, Opening]] = {}
-    late: Mapping[int, Opening] = {}
+
+    def turning(at: str) -> Mapping[int, Opening]:
+        """Return behind which starts validation targets turn."""
+        if at not in seen:
+            seen[at] = memo(("watched", at), watched)
+        return seen[at]
+
+    def untried(late: Mapping[int, Opening]) -> dict[int, Opening]:
+        """Leave out starts behind which a pass did not help or, of validation targets, was made."""
+        done = set() if late is pending else {this.opening for this in passes}
+        return {
+            i: o
+            for i, o in late.items()
+            if o not in vain and str(lm.tokenizer.decode(list(o))) not in done
+        }
+
     while len(passes) + len(vain) < spec.passes:
         if spec.stop == "behaviour" and rate <= spec.stop_rate and len(pending) <= few:
             reason = "the behaviour is gone on validation targets"
@@ -175,13 +190,12 @@ def refine(
                 opening: Opening = ()
                 target, neutral = original
                 if passes:
-                    late = pending
-                    if selective and not pending:
-                        if at not in seen:
-                            seen[at] = memo(("watched", at), watched)
-                        late = seen[at]
-                    left = {i: o for i, o in late.items() if o not in vain}
-                    opening = likeliest(lm, data.target.texts, left)
+                    late = pending or (turning(at) if selective else {})
+                    opening = likeliest(lm, data.target.texts, untried(late))
+                    at_once = rate - len(late) / len(data.target_validation)
+                    if late and not (pending or opening) and round(at_once, 9) <= spec.stop_rate:
+                        reason = "what is left turns late, behind starts that were tried"
+                        break
                     target, neutral = sides(opening, at)
             where = (at, read, probing, opening, spectral, seed, len(passes))
             with clock("spectral"):
@@ -229,10 +243,8 @@ def refine(
         number = len(passes) + 1
         with clock("ablate"):
             earlier = plan
-            # Where validation targets told of the start, fit ones may come to turn as well.
-            asked = list(pending or everyone)
             plan, trials, chosen, told, by_answers = editor(
-                earlier, chosen, opening, asked, (target, neutral), amiss
+                earlier, chosen, opening, list(pending), (target, neutral), amiss
             )
             fate = {id(c.direction): c for c in chosen}
             candidates = [fate.get(id(c.direction), c) for c in candidates]
@@ -290,7 +302,7 @@ def refine(
             )
             plan, pending = earlier, before
             vain.add(opening)
-            if set(late.values()) <= vain:
+            if not untried(late):
                 break
             continue
         passes.append(this)
