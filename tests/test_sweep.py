@@ -614,7 +614,8 @@ def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, 
     for kind in ("target", "neutral", "borderline"):
         arguments += [f"--{kind}", str(texts / f"{kind}.txt")]
     # By this judge every answer shows the behaviour, whatever is edited.
-    arguments += ["--judge", "regex", "--judge-pattern", "(?s).", "--top-k", "1", "--json"]
+    arguments += ["--judge", "regex", "--judge-pattern", "(?s).", "--behaviour", "words"]
+    arguments += ["--top-k", "1", "--json"]
     arguments += ["--limit", "2", "--max-new-tokens", "4", "--out", str(tmp_path / "s")]
     assert main([*arguments, "--minutes", "1e-9", "--aim", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["left"] == 1

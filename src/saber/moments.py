@@ -117,13 +117,14 @@ class Moment:
         """
         self._pinned.append(rows.cpu().double() * weight**0.5)
 
-    def _fold(self) -> None:
-        """Turn the rows kept so far into their sum of products."""
+    def _fold(self, *, last: bool = False) -> None:
+        """Turn the rows kept so far into their sum of products; in float64 those that are all there is."""
         if not self._count:
             return
         if self._sum is None:
             self._sum = torch.zeros(self.width, self.width, dtype=torch.float64)
         kept = torch.cat(self._rows)
+        kept = kept.cpu().double() if last else kept
         for start, end in self._bands():
             self._sum[start:end, start:] += (kept[:, start:end].T @ kept[:, start:]).cpu()
             self.products += 2.0 * len(kept) * (end - start) * (self.width - start)
@@ -137,7 +138,7 @@ class Moment:
     def done(self) -> None:
         """Say that all rows have come: rows are no longer kept on the model's device."""
         if self._sum is not None or self._count > FEW * self.width:
-            self._fold()
+            self._fold(last=self._sum is None)
         if self._sum is not None:
             for start, end in self._bands():
                 self._sum[end:, start:end] = self._sum[start:end, end:].T

@@ -254,6 +254,7 @@ def refine(
                 after = mean_log_odds(look(data.target_validation, at=mark), readout)
                 reached = next((t.shown for t in trials if t.chosen), None)
                 reached = (reached or memo(("shown", mark), behaviour)).on_validation()
+                reached = replace(reached, late=0.0)  # `pending` tells of fit targets
             back = None
             if self_repair and len(plan.factors) < len(writers):
                 pairs = paired(data.target_validation.pairs, data.neutral_validation.pairs)

@@ -76,7 +76,7 @@ class Shown:
 
     def on_validation(self) -> Shown:
         """Return the same without fit targets."""
-        return replace(self, late=0.0, pooled=None, pooled_incoherent=None)
+        return replace(self, pooled=None, pooled_incoherent=None)
 
     @property
     def left(self) -> float:
