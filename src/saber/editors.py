@@ -203,7 +203,7 @@ class SelectiveEditor:
                 progress=self.progress,
             )
 
-        key = ("solved", *where[:3], self.edit.ridge, self.edit.embeddings, where[-1])
+        key = ("solved", *where[:3], self.edit.ridge, where[-1])
         solved = self.memo(key, solving)
         dear = {k: [1.0] * len(cs) for k, cs in by_layer.items()}
         if felt is not None:

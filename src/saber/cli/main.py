@@ -47,15 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except RuntimeError as error:
-        from saber.lm.device import is_out_of_memory
+        from saber.lm.device import MORE_ROOM, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
         return _fail(
             SaberError(
                 "the device has no memory left for this.",
-                "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu, and see "
-                "that nothing else runs there.",
+                f"{MORE_ROOM} See that nothing else runs there.",
             ),
             arguments,
         )

@@ -141,6 +141,10 @@ def memory_for_caches(device: torch.device, weights: int) -> int | None:
     return int(min(0.4 * (total - weights), 0.8 * free))
 
 
+MORE_ROOM = "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu."
+"""What helps where a device has too little memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that a device has no memory left."""
     named = type(error).__name__ == "OutOfMemoryError"

@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 from saber.errors import ModelError
 from saber.lm import demo
 from saber.lm.device import (
+    MORE_ROOM,
     DtypeName,
     choose_device,
     choose_dtype,
@@ -354,7 +355,7 @@ def _unreadable(what: str, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "Check the name, the files, and the connection to the hub."
     if is_out_of_memory(error):
-        remedy = "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu."
+        remedy = MORE_ROOM
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
     return ModelError(f"cannot read {what}: {first}", remedy)
