@@ -1130,7 +1130,7 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
     rates = [0.5, 0.25]
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(rates[0] if len(rates) < 2 else rates.pop(0)))
     monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
-    monkeypatch.setattr(Watch, "watched", lambda _self: {3: (9, 8), 4: (9, 8)})
+    monkeypatch.setattr(Watch, "watched", lambda _self, rows=None: {} if rows else {3: (9, 8), 4: (9, 8)})
     starts = {}
     for name, late in (("validation", {}), ("fit", {5: (7,)})):
         rates[:] = [0.5, 0.25]
@@ -1140,6 +1140,39 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
         starts[name] = [this["opening"] for this in record["passes"]]
     decode = make_tokenizer().decode
     assert starts == {"validation": ["", decode([9, 8])], "fit": ["", decode([7])]}
+
+
+@pytest.mark.slow
+def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_asked_for(
+    model_folder, tmp_path, monkeypatch
+):
+    asked = []
+    late = {3: (9, 8), 4: (9, 8), 6: (5,)}
+
+    def watched(_self, rows=None):
+        asked.append(rows)
+        # The first start helps at no strength, the second at once.
+        return late if rows is None else {i: late[i] for i in rows if len(asked) < 5}
+
+    def together(self, rows):
+        return Shown(0.125 if asked else 0.25), self.fitted(rows)
+
+    monkeypatch.setattr(refinement, "likeliest", lambda _lm, _texts, found: next(iter(found.values()), ()))
+    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5))
+    monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({}))
+    monkeypatch.setattr(Watch, "together", together)
+    monkeypatch.setattr(Watch, "watched", watched)
+    config = small("default", refine={"passes": 3, "stop": "never", "max_q": 1}, edit={"lambda": 0})
+    out = tmp_path / "run"
+    record = run(str(model_folder), out, config, force=True, export=()).record
+    first, second = record["passes"]
+    decode = make_tokenizer().decode
+    assert (second["opening"], second["in_vain"]) == (decode([5]), [decode([9, 8])])
+    assert first["in_vain"] == []
+    assert pipeline._load_pass(out / "passes" / "2").in_vain == ((9, 8),)
+    # Answered whole, then those behind the start alone at each strength; the last looked at all again.
+    assert asked[:4] == [None, (3, 4, 6), (3, 4, 6), (3, 4, 6)]
+    assert record["stop_reason"] == "all passes made"
 
 
 @pytest.mark.slow

@@ -46,19 +46,21 @@ class Fake(Ruler):
         return found if isinstance(found, Shown) else Shown(found)
 
     def run(self, **options):
-        class Plan(EditPlan):
-            pass
-
-        def make(lambda_, boost):
-            plan = Plan()
-            object.__setattr__(plan, "lambda_", lambda_ if boost == 1 else (lambda_, boost))
-            return plan
-
-        plan, trials = search(make_lm(), make, self, self.behaviour, **options)
+        plan, trials = search(make_lm(), named, self, self.behaviour, **options)
         chosen = [t.lambda_ for t in trials if t.chosen]
         boosts = [t.boost for t in trials if t.chosen]
         assert [plan.lambda_] in (chosen, [*zip(chosen, boosts, strict=True)])
         return plan.lambda_, trials
+
+
+class Plan(EditPlan):
+    """A plan that says what it is."""
+
+
+def named(lambda_, boost):
+    plan = Plan()
+    object.__setattr__(plan, "lambda_", lambda_ if boost == 1 else (lambda_, boost))
+    return plan
 
 
 def openings(threshold):
@@ -236,6 +238,35 @@ def test_a_strength_that_overflows_ends_the_search_with_the_best_so_far(at, monk
     assert last.failed == "NaN or infinity in the output of layer 3."
     assert (last.opening, last.log_odds, last.shown) == (None, None, None)
     assert not any(t.failed for t in trials[:-1])
+
+
+def test_an_edit_that_sets_nothing_right_is_asked_no_further(monkeypatch):
+    fake = Fake(openings(1000), dict.fromkeys(LAMBDAS, 0.05), monkeypatch)
+    tried = []
+
+    def mends():
+        tried.append(fake.current.lambda_)
+        return fake.current.lambda_ <= 30
+
+    chosen, trials = fake.run(lambdas=LAMBDAS[1:5], direct=True, mends=mends)
+    assert (chosen, tried, fake.generated) == (30.0, [300.0, 100.0, 30.0], [30.0])
+    assert [t.opening for t in trials] == [None, None, 0.001]
+
+
+def test_where_no_edit_sets_anything_right_there_is_none(monkeypatch):
+    fake = Fake(openings(1000), dict.fromkeys(LAMBDAS, 0.05), monkeypatch)
+    tried = []
+    made = search(
+        make_lm(),
+        lambda lambda_, _boost: tried.append(lambda_) or EditPlan(),
+        fake,
+        fake.behaviour,
+        direct=True,
+        mends=lambda: False,
+    )
+    assert (made, tried, fake.generated) == (None, list(LAMBDAS), [])
+    spoilt = Overflowing(300.0, {}, monkeypatch)
+    assert search(make_lm(), named, spoilt, spoilt.behaviour, mends=lambda: True) is None
 
 
 def test_an_overflow_before_any_edit_is_confirmed_is_raised(monkeypatch):

@@ -34,6 +34,39 @@ Ask = Callable[[Sequence[int]], Fitted]
 """Answers some fit targets, given by number, with the model as it stands."""
 Both = Callable[[Sequence[int]], tuple[Shown, Fitted]]
 """Answers validation targets as well, and tells of both."""
+Watched = Callable[..., Mapping[int, Opening]]
+"""Answers validation targets, all or some given by number; tells behind which starts they turn late."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How judged answers are asked of the model as it stands."""
+
+    shown: Callable[[], Shown]
+    """Tells what those to validation targets show."""
+    fitted: Ask
+    """Tells what those to fit targets show."""
+    watched: Watched
+    """Tells which validation targets turn late."""
+    together: Both | None = None
+    """Does what the first two do, where that is less work than one after the other."""
+
+    def both(self, rows: Sequence[int]) -> tuple[Shown, Fitted]:
+        """Return what validation targets show, and some fit targets given by number."""
+        return self.together(rows) if self.together else (self.shown(), self.fitted(rows))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where in an answer a pass looks."""
+
+    opening: Opening = ()
+    """Behind which start; empty for the answer's own."""
+    late: Sequence[int] = ()
+    """Fit targets that come to show the behaviour late, by number."""
+    mends: Callable[[], bool] | None = None
+    """Tells whether the model as it stands has set anything right here, by a few answers; None where that is
+    not asked apart."""
 
 
 class Step(NamedTuple):
@@ -51,7 +84,8 @@ class Step(NamedTuple):
     """Whether each strength was told by answers, as first tokens tell nothing of the behaviour."""
 
 
-Editor = Callable[[EditPlan, Sequence[Candidate], Opening, Sequence[int], Sides, float], Step]
+Editor = Callable[[EditPlan, Sequence[Candidate], Turn, Sides, float], Step | None]
+"""Makes a plan of a pass; None where no strength does anything."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +101,12 @@ class OrthogonalEditor:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        opening: Opening,
-        pending: Sequence[int],
+        turn: Turn,
         sides: Sides,
         amiss: float,
     ) -> Step:
         """Return the plan with what was chosen taken out too."""
-        del opening, pending, sides, amiss
+        del turn, sides, amiss
         number = 1 + max((r.step for r in self.removals), default=0)
         self.removals.extend(removals(chosen, number))
         plan = orthogonal(self.lm, self.writers, self.removals, self.edit.scope)
@@ -152,22 +185,20 @@ class SelectiveEditor:
         self,
         plan: EditPlan,
         chosen: Sequence[Candidate],
-        opening: Opening,
-        pending: Sequence[int],
+        turn: Turn,
         sides: Sides,
         amiss: float,
-    ) -> Step:
+    ) -> Step | None:
         """Return the plan with an edit for what was chosen, as strong as validation prompts ask for.
 
-        `pending` are the fit targets to be asked where there is an `opening`, `sides` the activations of
-        targets and neutral prompts behind it, `amiss` the share of answers that is so before the pass.
+        `sides` are the activations of targets and neutral prompts where the pass looks, `amiss` is the
+        share of answers that is so before it.
         """
-
-        asked: list[Fitted] = []
+        opening, asked = turn.opening, list[Fitted]()
         targets, validation = len(self.data.target), len(self.data.target_validation)
 
         def shown() -> Shown:
-            found, fit = self.together(pending if opening else range(targets))
+            found, fit = self.together(turn.late if opening else range(targets))
             asked.append(fit)
             if opening:
                 return replace(found, late=len(fit.late) / targets)
@@ -225,11 +256,11 @@ class SelectiveEditor:
         lambdas_tried: Sequence[float] = LATE_LAMBDAS if opening else LAMBDAS
         if self.edit.lambda_:
             lambdas_tried = (self.edit.lambda_,)
-        plan, trials = self.memo(
+        found = self.memo(
             (
                 "searched",
                 *(*where, digest(alphas(), lambdas(1.0))),
-                *(self.spec.stop_rate, tuple(pending)),
+                *(self.spec.stop_rate, tuple(turn.late)),
             ),
             lambda: search(
                 self.lm,
@@ -243,9 +274,13 @@ class SelectiveEditor:
                 before=None if opening else amiss,
                 # What comes late is not for this position, and who sets lambda sets the strength.
                 boosts=() if opening or self.edit.lambda_ else BOOSTS,
+                mends=turn.mends,
                 progress=self.progress,
             ),
         )
+        if found is None:
+            return None
+        plan, trials = found
         taken = next(t for t in trials if t.chosen)
         used, strengths = lambdas(taken.lambda_), alphas(taken.boost)
         balance = solved.balance(used, strengths)

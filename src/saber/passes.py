@@ -140,6 +140,8 @@ class Pass:
     validation targets are clean); None where not looked for."""
     by_answers: bool = False
     """Whether answers were asked for at each strength, as first tokens tell nothing of the behaviour."""
+    in_vain: tuple[tuple[int, ...], ...] = ()
+    """Starts of answers behind which a pass did not help since the one before, as tokens."""
 
     @property
     def ablated(self) -> tuple[Candidate, ...]:

@@ -691,6 +691,7 @@ def _load_pass(folder: Path) -> Pass:
         plan=EditPlan.load(folder / PLAN),
         trials=tuple(trials),
         by_answers=meta.get("by_answers", False),
+        in_vain=tuple(map(tuple, meta.get("in_vain", ()))),
     )
 
 
@@ -821,6 +822,7 @@ def _describe_pass(lm: LanguageModel, this: Pass) -> dict[str, Any]:
         "opening": this.opening,
         "late_after": this.late,
         "by_answers": this.by_answers,
+        "in_vain": [str(lm.tokenizer.decode(list(start))) for start in this.in_vain],
         "search": [_describe_trial(t) for t in this.trials],
         "directions": rows,
         "candidates": [_describe_candidate(c) for c in this.candidates],

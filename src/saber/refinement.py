@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +13,10 @@ import torch
 
 from saber.ablation import EditPlan, EditSpec, applied
 from saber.candidates import causal_scores, choose, dormant, mean_log_odds
-from saber.editors import Ask, Both, Editor, OrthogonalEditor, SelectiveEditor, Sides
+from saber.editors import Answers, Editor, OrthogonalEditor, SelectiveEditor, Sides, Step, Turn
 from saber.entanglement import EntanglementSpec, entangle
 from saber.evaluation.readout import derive_readout
-from saber.hydra import compensation
+from saber.hydra import Compensation, compensation
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion
 from saber.lm.inputs import routes
@@ -25,10 +24,10 @@ from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
 from saber.openings import Fitted, Opening, likeliest
-from saber.passes import Hydra, Pass, RefineData, Refinement, RefineSpec
+from saber.passes import Candidate, Hydra, Pass, RefineData, Refinement, RefineSpec
 from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
 from saber.prompts import PromptSet, paired
-from saber.spectral import SpectralSpec, extract
+from saber.spectral import SpectralSpec, extract, rank
 from saber.strength import Shown
 
 
@@ -64,11 +63,8 @@ def refine(
     edit: EditSpec,
     spec: RefineSpec,
     seed: int,
-    behaviour: Callable[[], Shown],
+    answers: Answers,
     shown: Shown | None = None,
-    fitted: Ask = lambda _rows: Fitted({}),
-    watched: Callable[[], Mapping[int, Opening]] = dict,
-    together: Both | None = None,
     own: Mapping[str, Completion] = MappingProxyType({}),
     progress: Progress[Any] = silent,
     finished: Callable[[Pass], None] | None = None,
@@ -78,12 +74,11 @@ def refine(
 ) -> Refinement:
     """Run the passes; the model's weights are the untouched ones before and after.
 
-    `behaviour` answers validation targets with the model as it stands and tells what they show;
-    `shown` is that of the untouched model, where it is known already. A selective pass after the first
-    looks behind a start that `fitted` finds: of the three commonest, the likeliest over all targets. Where
-    no fit target comes late it is one of those that `watched` finds among validation targets.
-    `together` does what both do, where that is less work than one after the other. `own`
-    holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
+    `answers` are asked of the model as it stands; `shown` is what those to validation targets show of the
+    untouched model, where it is known already. A selective pass after the first looks behind a start of
+    fit targets that come late: of the three commonest, the likeliest over all targets. Where none does it
+    is a start of validation targets, and a strength that sets none of these right is asked no further.
+    `own` holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
 
@@ -91,226 +86,13 @@ def refine(
     keys hold the plan in force by content, so settings share their passes until they part. Without
     `self_repair` the hydra's compensation, on which nothing depends, is not measured.
     """
-    clock = _Clock()
-
-    tapped = _tapped(lm, writers, edit)
-    # Kinds of edits may read other prompts.
-    read = tuple(p.fingerprint() for p in (data.target, data.neutral, data.capability))
-
-    def look(
-        prompts: PromptSet, opening: Opening = (), writers: tuple[Writer, ...] = (), at: str = ""
-    ) -> Activations:
-        wanted = Look(prompts, probing, tuple(opening), writers)
-        return memo(wanted.key(at), lambda: wanted.read(lm, progress))
-
-    def sides(opening: Opening = (), at: str = "") -> Sides:
-        return look(data.target, opening, tapped, at), look(data.neutral, opening, tapped, at)
-
-    with clock("probe"):
-        original = sides()
-        assert original[0].first_token is not None
-        assert original[1].first_token is not None
-        readout = derive_readout(original[0].first_token, original[1].first_token)
-        untouched = look(data.neutral_validation)
-        start = mean_log_odds(look(data.target_validation), readout)
-        start_rate = (behaviour() if shown is None else shown).rate
-        if not readout.tokens:
-            spec = replace(spec, shortlist=0)  # nothing would tell causes apart
-        # What must be kept is what the untouched model does: this is probed once.
-        capability = memo(
-            ("capability", "", read, probing),
-            lambda: probe_capabilities(lm, data.capability, probing, progress=progress),
-        )
-    passes = list(done)
-    plan = passes[-1].plan if passes else EditPlan()
-    editor: Editor
-    if edit.kind == "selective":
-        with clock("moments"):
-            editor = SelectiveEditor(
-                lm,
-                writers,
-                data,
-                edit,
-                spec,
-                probing,
-                readout,
-                together or (lambda rows: (behaviour(), fitted(rows))),
-                progress,
-                own,
-                memo,
-            )
-    else:
-        editor = OrthogonalEditor(lm, writers, edit, [r for p in passes for r in p.removals])
-    current = passes[-1].log_odds_after if passes else start
-    rate = passes[-1].rate_after if passes else start_rate
-    amiss, selective = start_rate, edit.kind == "selective"
-    pending: Mapping[int, Opening] = {}
-
-    everyone, few = range(len(data.target)), spec.stop_rate * len(data.target)
-
-    def turns(
-        plan: EditPlan, rows: Sequence[int], told: Fitted | None = None
-    ) -> Mapping[int, Opening]:
-        with clock("refine"), applied(lm.model, plan):
-            return memo(("late", plan.digest(), tuple(rows)), lambda: (told or fitted(rows)).late)
-
-    if passes:
-        amiss = passes[-1].rate_after + passes[-1].incoherent_after + passes[-1].lost_after
-        last = passes[-1]
-        settled = last.opening and last.rate_after <= spec.stop_rate and (last.late or 0) <= few
-        pending = turns(plan, everyone) if selective and not settled else pending
-    reason, vain = "all passes made", set[Opening]()
-    seen: dict[str, Mapping[int, Opening]] = {}
-
-    def turning(at: str) -> Mapping[int, Opening]:
-        """Return behind which starts validation targets turn."""
-        if at not in seen:
-            seen[at] = memo(("watched", at), watched)
-        return seen[at]
-
-    def untried(late: Mapping[int, Opening]) -> dict[int, Opening]:
-        """Leave out starts behind which a pass did not help or, of validation targets, was made."""
-        done = set() if late is pending else {this.opening for this in passes}
-        return {
-            i: o
-            for i, o in late.items()
-            if o not in vain and str(lm.tokenizer.decode(list(o))) not in done
-        }
-
-    while len(passes) + len(vain) < spec.passes:
-        if spec.stop == "behaviour" and rate <= spec.stop_rate and len(pending) <= few:
-            reason = "the behaviour is gone on validation targets"
-            break
-        # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
-        rng = np.random.default_rng([seed, len(passes)])
-        torch_rng = torch.Generator().manual_seed(seed * 1009 + len(passes))
-        at = plan.digest() if plan.factors else ""
-        with applied(lm.model, plan):
-            with clock("probe"):
-                opening: Opening = ()
-                target, neutral = original
-                if passes:
-                    late = pending or (turning(at) if selective else {})
-                    opening = likeliest(lm, data.target.texts, untried(late))
-                    at_once = rate - len(late) / len(data.target_validation)
-                    if late and not (pending or opening) and round(at_once, 9) <= spec.stop_rate:
-                        reason = "what is left turns late, behind starts that were tried"
-                        break
-                    target, neutral = sides(opening, at)
-            where = (at, read, probing, opening, spectral, seed, len(passes))
-            with clock("spectral"):
-                found = memo(
-                    ("directions", *where),
-                    partial(
-                        extract, target, neutral, spectral, capability=capability, generator=rng
-                    ),
-                )
-            with clock("entanglement"):
-                measured = memo(
-                    ("entanglement", *where, entanglement),
-                    partial(
-                        entangle,
-                        found,
-                        target,
-                        neutral,
-                        capability,
-                        entanglement,
-                        generator=torch_rng,
-                    ),
-                )
-            with clock("refine"):
-                causal = memo(
-                    ("causal", *where, entanglement, spec.shortlist),
-                    partial(
-                        causal_scores,
-                        lm,
-                        found,
-                        measured,
-                        data,
-                        probing,
-                        readout,
-                        untouched,
-                        current,
-                        spec,
-                        progress,
-                    ),
-                )
-        candidates = choose(found, measured, causal, edit, spec, scale=spec.decay ** len(passes))
-        chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
-        if not chosen:
-            reason = "no candidate passes the filters"
-            break
-        number = len(passes) + 1
-        with clock("ablate"):
-            earlier = plan
-            plan, trials, chosen, told, by_answers = editor(
-                earlier, chosen, opening, list(pending), (target, neutral), amiss
-            )
-            fate = {id(c.direction): c for c in chosen}
-            candidates = [fate.get(id(c.direction), c) for c in candidates]
-        with clock("refine"):
-            with applied(lm.model, plan):
-                mark = plan.digest()
-                after = mean_log_odds(look(data.target_validation, at=mark), readout)
-                reached = next((t.shown for t in trials if t.chosen), None)
-                reached = (reached or memo(("shown", mark), behaviour)).on_validation()
-                reached = replace(reached, late=0.0)  # `pending` tells of fit targets
-            back = None
-            if self_repair and len(plan.factors) < len(writers):
-                pairs = paired(data.target_validation.pairs, data.neutral_validation.pairs)
-                back = compensation(
-                    lm,
-                    writers,
-                    earlier,
-                    plan,
-                    chosen[0].direction.pattern,
-                    data.target_validation.texts,
-                    data.neutral_validation.texts,
-                    generator=rng,
-                    pairs=pairs,
-                )
-        best = found[0]
-        woken = None if opening else dormant(chosen, original)
-        hydra = Hydra(best.auroc, best.d_prime, best.layer, woken, back)
-        before = pending
-        if selective:
-            # Once validation targets are clean, those that came late may do: they are asked first.
-            clean = bool(opening) and reached.rate <= spec.stop_rate
-            pending = turns(plan, list(pending)) if clean and before else {}
-            if not clean or not before or len(pending) > few:
-                pending = turns(plan, everyone, told)
-        this = Pass(
-            index=number,
-            candidates=tuple(candidates),
-            log_odds_before=current,
-            log_odds_after=after,
-            rate_before=rate,
-            rate_after=reached.rate,
-            hydra=hydra,
-            plan=plan,
-            incoherent_after=reached.incoherent,
-            lost_after=reached.lost,
-            trials=trials,
-            opening=str(lm.tokenizer.decode(list(opening))),
-            late=len(pending) if selective else None,
-            by_answers=by_answers,
-        )
-        worse = (reached.amiss - amiss) * len(data.target_validation)
-        if passes and selective and worse + len(pending) - len(before) >= 0:
-            reason = (
-                f"a further pass did not help (amiss {amiss:.0%} -> {reached.amiss:.0%} on validation "
-                f"prompts, late {len(before)} -> {len(pending)} of {len(data.target)} fit targets)"
-            )
-            plan, pending = earlier, before
-            vain.add(opening)
-            if not untried(late):
-                break
-            continue
-        passes.append(this)
-        current, rate, amiss = after, reached.rate, reached.amiss
-        if finished is not None:
-            finished(passes[-1])
-    return Refinement(tuple(passes), plan, reason, clock.seconds)
+    eye = _Eye(lm, _tapped(lm, writers, edit), data, probing, memo, progress)
+    loop = _Loop(
+        lm, writers, data, eye, spectral, entanglement, edit, spec, seed, answers, self_repair
+    )
+    loop.start(shown, own, done)
+    reason = loop.run(finished or (lambda _pass: None))
+    return Refinement(tuple(loop.passes), loop.now.plan, reason, loop.clock.seconds)
 
 
 class _Clock:
@@ -331,3 +113,349 @@ class _Clock:
         assert self._running is not None
         stage, start = self._running
         self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Eye:
+    """Probes the model as it stands, unless the memo knows how it stood."""
+
+    lm: LanguageModel
+    tapped: tuple[Writer, ...]
+    data: RefineData
+    probing: ProbeSpec
+    memo: Memo
+    progress: Progress[Any]
+
+    def look(
+        self,
+        prompts: PromptSet,
+        opening: Opening = (),
+        writers: tuple[Writer, ...] = (),
+        at: str = "",
+    ) -> Activations:
+        """Probe prompts behind a forced start; `at` is the digest of the plan in force."""
+        wanted = Look(prompts, self.probing, tuple(opening), writers)
+        return self.memo(wanted.key(at), lambda: wanted.read(self.lm, self.progress))
+
+    def sides(self, opening: Opening = (), at: str = "") -> Sides:
+        """Probe fit targets and neutral prompts."""
+        target, neutral = self.data.target, self.data.neutral
+        return self.look(target, opening, self.tapped, at), self.look(
+            neutral, opening, self.tapped, at
+        )
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How the model stands between passes."""
+
+    plan: EditPlan
+    """The edit so far."""
+    log_odds: float
+    """Mean refusal log-odds on validation targets, nats."""
+    rate: float
+    """Share of validation targets that shows the behaviour."""
+    amiss: float
+    """Share of all answers to validation prompts that is as it should not be."""
+    late: Mapping[int, Opening]
+    """Fit targets that come to show it late, and behind which start."""
+
+    @property
+    def at(self) -> str:
+        """What a memo knows it by."""
+        return self.plan.digest() if self.plan.factors else ""
+
+
+@dataclass
+class _Loop:
+    """The passes, as they are made."""
+
+    lm: LanguageModel
+    writers: Sequence[Writer]
+    data: RefineData
+    eye: _Eye
+    spectral: SpectralSpec
+    entanglement: EntanglementSpec
+    edit: EditSpec
+    spec: RefineSpec
+    seed: int
+    answers: Answers
+    self_repair: bool
+    clock: _Clock = field(default_factory=_Clock)
+    passes: list[Pass] = field(default_factory=list)
+    vain: list[Opening] = field(default_factory=list)
+    """Starts behind which a pass did not help."""
+    watched: dict[str, Mapping[int, Opening]] = field(default_factory=dict)
+    """Validation targets that come to show it late, by the standing."""
+
+    @property
+    def selective(self) -> bool:
+        """Whether edits are selective."""
+        return self.edit.kind == "selective"
+
+    @property
+    def few(self) -> float:
+        """How many fit targets may come late at the end."""
+        return self.spec.stop_rate * len(self.data.target)
+
+    def start(
+        self, shown: Shown | None, own: Mapping[str, Completion], done: Sequence[Pass]
+    ) -> None:
+        """Probe the untouched model, and take up the passes that are done."""
+        eye, data = self.eye, self.data
+        with self.clock("probe"):
+            self.original = eye.sides()
+            target, neutral = (side.first_token for side in self.original)
+            assert target is not None
+            assert neutral is not None
+            self.readout = derive_readout(target, neutral)
+            if not self.readout.tokens:
+                self.spec = replace(self.spec, shortlist=0)  # nothing would tell causes apart
+            self.untouched = eye.look(data.neutral_validation)
+            log_odds = mean_log_odds(eye.look(data.target_validation), self.readout)
+            rate = (self.answers.shown() if shown is None else shown).rate
+            # What must be kept is what the untouched model does: this is probed once.
+            # Kinds of edits may read other prompts.
+            self.read = tuple(p.fingerprint() for p in (data.target, data.neutral, data.capability))
+            self.capability = eye.memo(
+                ("capability", "", self.read, eye.probing),
+                lambda: probe_capabilities(
+                    self.lm, data.capability, eye.probing, progress=eye.progress
+                ),
+            )
+        self.editor = self._editor(own, done)
+        self.now = _Standing(EditPlan(), log_odds, rate, rate, {})
+        if done:
+            self._take_up(done)
+
+    def _editor(self, own: Mapping[str, Completion], done: Sequence[Pass]) -> Editor:
+        lm, eye, asked = self.lm, self.eye, self.answers
+        if not self.selective:
+            return OrthogonalEditor(
+                lm, self.writers, self.edit, [r for p in done for r in p.removals]
+            )
+        settings = (self.edit, self.spec, eye.probing, self.readout)
+        with self.clock("moments"):
+            return SelectiveEditor(
+                lm, self.writers, self.data, *settings, asked.both, eye.progress, own, eye.memo
+            )
+
+    def _take_up(self, done: Sequence[Pass]) -> None:
+        last = done[-1]
+        self.passes, self.vain = list(done), [start for p in done for start in p.in_vain]
+        amiss = last.rate_after + last.incoherent_after + last.lost_after
+        self.now = _Standing(last.plan, last.log_odds_after, last.rate_after, amiss, {})
+        settled = (
+            last.opening and last.rate_after <= self.spec.stop_rate and (last.late or 0) <= self.few
+        )
+        if self.selective and not settled:
+            self.now = replace(self.now, late=self._late(last.plan, range(len(self.data.target))))
+
+    def run(self, finished: Callable[[Pass], None]) -> str:
+        """Make passes until there is a reason to stop; return it."""
+        while len(self.passes) + len(self.vain) < self.spec.passes:
+            before = self.now
+            gone = before.rate <= self.spec.stop_rate and len(before.late) <= self.few
+            if self.spec.stop == "behaviour" and gone:
+                return "the behaviour is gone on validation targets"
+            # Seeded by the pass, so that a resumed run draws as an undisturbed one does.
+            rng = np.random.default_rng([self.seed, len(self.passes)])
+            with applied(self.lm.model, before.plan):
+                with self.clock("probe"):
+                    turn = self._turn()
+                    if turn is None:
+                        return "what is left turns late, behind starts that were tried"
+                    sides = (
+                        self.eye.sides(turn.opening, before.at) if self.passes else self.original
+                    )
+                candidates = self._candidates(turn, sides, rng)
+            chosen = [c for c in candidates if c.status in ("ablated", "weakened")]
+            if not chosen:
+                return "no candidate passes the filters"
+            with self.clock("ablate"):
+                step = self.editor(before.plan, chosen, turn, sides, before.amiss)
+            if step is None:
+                reason = "a further pass did not help (no strength set an answer right)"
+            else:
+                this, after = self._measured(step, chosen, candidates, turn, rng)
+                reason = self._no_help(before, after) if self.passes and self.selective else ""
+                if not reason:
+                    self.passes.append(this)
+                    self.now = after
+                    finished(this)
+                    continue
+            self.vain.append(turn.opening)
+            if not self._untried():
+                return reason
+        return "all passes made"
+
+    def _turn(self) -> Turn | None:
+        """Return where a pass is to look; None where what is left turns late, behind starts tried before."""
+        if not self.passes:
+            return Turn()
+        late, opening = self._turning(), likeliest(self.lm, self.data.target.texts, self._untried())
+        at_once = self.now.rate - len(late) / len(self.data.target_validation)
+        of_fit = bool(self.now.late)
+        if late and not (of_fit or opening) and round(at_once, 9) <= self.spec.stop_rate:
+            return None
+        if of_fit or not opening:
+            return Turn(opening, tuple(self.now.late))
+        rows = tuple(late)
+        return Turn(opening, mends=lambda: len(self.answers.watched(rows)) < len(rows))
+
+    def _turning(self) -> Mapping[int, Opening]:
+        """Return behind which starts fit targets turn late, or where none does validation targets."""
+        if self.now.late or not self.selective:
+            return self.now.late
+        at = self.now.at
+        if at not in self.watched:
+            self.watched[at] = self.eye.memo(("watched", at), self.answers.watched)
+        return self.watched[at]
+
+    def _untried(self) -> dict[int, Opening]:
+        """Leave out starts behind which a pass did not help or, of validation targets, was made."""
+        done = set() if self.now.late else {this.opening for this in self.passes}
+        return {
+            i: o
+            for i, o in self._turning().items()
+            if o not in self.vain and str(self.lm.tokenizer.decode(list(o))) not in done
+        }
+
+    def _candidates(self, turn: Turn, sides: Sides, rng: np.random.Generator) -> list[Candidate]:
+        """Find directions, measure what capabilities share with them and what they cause, and choose."""
+        target, neutral = sides
+        number, eye, memo = len(self.passes), self.eye, self.eye.memo
+        torch_rng = torch.Generator().manual_seed(self.seed * 1009 + number)
+        where = (
+            self.now.at,
+            self.read,
+            eye.probing,
+            turn.opening,
+            self.spectral,
+            self.seed,
+            number,
+        )
+        with self.clock("spectral"):
+            found = memo(
+                ("directions", *where),
+                lambda: extract(
+                    target, neutral, self.spectral, capability=self.capability, generator=rng
+                ),
+            )
+        with self.clock("entanglement"):
+            measured = memo(
+                ("entanglement", *where, self.entanglement),
+                lambda: entangle(
+                    found, target, neutral, self.capability, self.entanglement, generator=torch_rng
+                ),
+            )
+        with self.clock("refine"):
+            causal = memo(
+                ("causal", *where, self.entanglement, self.spec.shortlist),
+                lambda: causal_scores(
+                    self.lm,
+                    found,
+                    measured,
+                    self.data,
+                    eye.probing,
+                    self.readout,
+                    self.untouched,
+                    self.now.log_odds,
+                    self.spec,
+                    eye.progress,
+                ),
+            )
+        scale = self.spec.decay**number
+        return choose(found, measured, causal, self.edit, self.spec, scale=scale)
+
+    def _measured(
+        self,
+        step: Step,
+        chosen: Sequence[Candidate],
+        candidates: Sequence[Candidate],
+        turn: Turn,
+        rng: np.random.Generator,
+    ) -> tuple[Pass, _Standing]:
+        """Return a pass with what the model shows once it is edited, and how it stands then."""
+        before, plan, data, memo = self.now, step.plan, self.data, self.eye.memo
+        with self.clock("refine"), applied(self.lm.model, plan):
+            mark = plan.digest()
+            log_odds = mean_log_odds(self.eye.look(data.target_validation, at=mark), self.readout)
+            reached = next((t.shown for t in step.trials if t.chosen), None)
+            reached = (reached or memo(("shown", mark), self.answers.shown)).on_validation()
+            reached = replace(reached, late=0.0)  # the standing tells of fit targets
+            back = self._compensation(plan, step.chosen[0], rng)
+        best = min((c.direction for c in candidates), key=rank)
+        late = self._left_late(step, turn, reached) if self.selective else {}
+        fate = {id(c.direction): c for c in step.chosen}
+        this = Pass(
+            index=len(self.passes) + 1,
+            candidates=tuple(fate.get(id(c.direction), c) for c in candidates),
+            log_odds_before=before.log_odds,
+            log_odds_after=log_odds,
+            rate_before=before.rate,
+            rate_after=reached.rate,
+            hydra=Hydra(
+                best.auroc,
+                best.d_prime,
+                best.layer,
+                None if turn.opening else dormant(chosen, self.original),
+                back,
+            ),
+            plan=plan,
+            incoherent_after=reached.incoherent,
+            lost_after=reached.lost,
+            trials=step.trials,
+            opening=str(self.lm.tokenizer.decode(list(turn.opening))),
+            late=len(late) if self.selective else None,
+            by_answers=step.by_answers,
+            in_vain=tuple(self.vain[sum(len(p.in_vain) for p in self.passes) :]),
+        )
+        return this, _Standing(plan, log_odds, reached.rate, reached.amiss, late)
+
+    def _compensation(
+        self, plan: EditPlan, first: Candidate, rng: np.random.Generator
+    ) -> Compensation | None:
+        if not self.self_repair or len(plan.factors) >= len(self.writers):
+            return None
+        target, neutral = self.data.target_validation, self.data.neutral_validation
+        return compensation(
+            self.lm,
+            self.writers,
+            self.now.plan,
+            plan,
+            first.direction.pattern,
+            target.texts,
+            neutral.texts,
+            generator=rng,
+            pairs=paired(target.pairs, neutral.pairs),
+        )
+
+    def _left_late(self, step: Step, turn: Turn, reached: Shown) -> Mapping[int, Opening]:
+        """Return the fit targets that come late with a new plan."""
+        before = self.now.late
+        # Once validation targets are clean, those that came late may do: they are asked first.
+        if turn.opening and reached.rate <= self.spec.stop_rate and before:
+            late = self._late(step.plan, tuple(before))
+            if len(late) <= self.few:
+                return late
+        return self._late(step.plan, range(len(self.data.target)), step.fitted)
+
+    def _late(
+        self, plan: EditPlan, rows: Sequence[int], told: Fitted | None = None
+    ) -> Mapping[int, Opening]:
+        """Return which of some fit targets come late with a plan."""
+        ask = self.answers.fitted
+        with self.clock("refine"), applied(self.lm.model, plan):
+            key = ("late", plan.digest(), tuple(rows))
+            return self.eye.memo(key, lambda: (told or ask(rows)).late)
+
+    def _no_help(self, before: _Standing, after: _Standing) -> str:
+        """Return in words that a pass made nothing better; empty where it did."""
+        worse = (after.amiss - before.amiss) * len(self.data.target_validation)
+        if worse + len(after.late) - len(before.late) < 0:
+            return ""
+        return (
+            f"a further pass did not help (amiss {before.amiss:.0%} -> {after.amiss:.0%} on validation "
+            f"prompts, late {len(before.late)} -> {len(after.late)} of {len(self.data.target)} fit targets)"
+        )

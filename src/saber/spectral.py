@@ -160,7 +160,12 @@ def extract(
             )
     q_values = benjamini_hochberg(np.array([d.p_value for d in found]))
     found = [replace(d, q_value=float(q)) for d, q in zip(found, q_values, strict=True)]
-    return sorted(found, key=lambda d: (-d.d_prime, d.layer, d.position, d.component))
+    return sorted(found, key=rank)
+
+
+def rank(direction: Direction) -> tuple[float, int, int, int]:
+    """Return a key by which candidates are in order, best separated first."""
+    return -direction.d_prime, direction.layer, direction.position, direction.component
 
 
 def _at(

@@ -97,7 +97,7 @@ class Trial:
     lambda_: float
     """Weight of preserved inputs, before what each layer makes of it."""
     opening: float | None = None
-    """Mean probability that an answer to a target opens with the behaviour; None where it failed."""
+    """Mean probability that an answer to a target opens with the behaviour; None where not measured."""
     log_odds: float | None = None
     """Mean log-odds of the same, nats."""
     kl_first: float | None = None
@@ -192,8 +192,9 @@ def search(
     direct: bool = False,
     before: float | None = None,
     boosts: Sequence[float] = (),
+    mends: Callable[[], bool] | None = None,
     progress: Progress[Any] = silent,
-) -> tuple[EditPlan, tuple[Trial, ...]]:
+) -> tuple[EditPlan, tuple[Trial, ...]] | None:
     """Return the weakest edit `make(lambda, boost)` that does, and what was tried.
 
     From the weakest on, the first lambda at which answers to targets open with the behaviour as
@@ -205,6 +206,9 @@ def search(
     amiss is taken, the weaker of equals. Where more than `aim` shows at once with it, its lambda is kept and
     more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
     answer to a validation target right: what other writers make up for is gone then too.
+
+    Where `mends` tells of a few answers whether an edit sets anything right, none that does not is
+    confirmed; None is returned where no edit does.
 
     A strength at which the model overflows is noted and ends the search; raises `NonFinite` where none was
     confirmed before it.
@@ -225,15 +229,17 @@ def search(
 
     def tried(lambda_: float, boost: float = 1.0, *, sure: bool = False) -> Shown | None:
         """Try an edit; ask for answers where `sure`, or where openings are rare enough."""
+        trial = Trial(lambda_, boost=boost)
         try:
             with applied(lm.model, make(lambda_, boost)):
-                trial = replace(ruler.openings(lambda_), boost=boost)
-                assert trial.opening is not None
-                if sure or trial.opening <= ruler.usual + MARGIN:
-                    trial = replace(ruler.cost(trial), shown=behaviour())
-                    confirmed.append(len(trials))
+                if mends is None or mends():
+                    trial = replace(ruler.openings(lambda_), boost=boost)
+                    assert trial.opening is not None
+                    if sure or trial.opening <= ruler.usual + MARGIN:
+                        trial = replace(ruler.cost(trial), shown=behaviour())
+                        confirmed.append(len(trials))
         except NonFinite as error:
-            if not confirmed:
+            if not confirmed and mends is None:
                 raise
             trial = Trial(lambda_, boost=boost, failed=error.problem)
         trials.append(trial)
@@ -248,6 +254,8 @@ def search(
         )
         if stalls and not weak():
             break
+    if not confirmed:
+        return None
     best = min(confirmed, key=amiss)
     for boost in progress(boosts, "taking more off", len(boosts)):
         left = trials[best].shown

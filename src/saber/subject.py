@@ -11,6 +11,7 @@ from typing import Any
 from saber import codec
 from saber.ablation import EditSpec
 from saber.config import RunConfig
+from saber.editors import Answers
 from saber.errors import WeakBehaviour
 from saber.evaluation.divergence import exact
 from saber.evaluation.judge import Judge, Label
@@ -195,10 +196,12 @@ class Watch:
         """Answer validation prompts as the model stands."""
         return self.together(())[0]
 
-    def watched(self) -> dict[int, Opening]:
-        """Tell which validation targets come to show the behaviour late, as the model stands."""
-        texts = self.selecting.target_validation.texts
-        return self._turning(texts, self._asked_for(texts))
+    def watched(self, rows: Sequence[int] | None = None) -> dict[int, Opening]:
+        """Tell which validation targets, of those given by number, come to show the behaviour late."""
+        whole = self.selecting.target_validation.texts
+        rows = range(len(whole)) if rows is None else rows
+        texts = [whole[row] for row in rows]
+        return {rows[i]: o for i, o in self._turning(texts, self._asked_for(texts)).items()}
 
     def fitted(self, rows: Sequence[int]) -> Fitted:
         """Answer some fit targets, given by number, as the model stands."""
@@ -259,6 +262,9 @@ def refined(
     self_repair: bool = True,
 ) -> Refinement:
     """Run the passes of a configuration; see `refine`. The model stays as it was."""
+    answers = Answers(behaviour or watch.shown, watch.fitted, watch.watched)
+    if behaviour is None:
+        answers = replace(answers, together=watch.together)
     return refine(
         subject.lm,
         subject.edited(config),
@@ -269,11 +275,8 @@ def refined(
         edit=in_mode(config),
         spec=config.refine,
         seed=config.seed,
-        behaviour=behaviour or watch.shown,
+        answers=answers,
         shown=watch.untouched,
-        fitted=watch.fitted,
-        watched=watch.watched,
-        together=None if behaviour else watch.together,
         own=watch.own,
         progress=progress,
         finished=finished,
