@@ -999,8 +999,10 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     fit = watch.fitted([7, 9, 30, 31])
     assert sorted(fit.late) == [9]  # the second of the four that are asked
     assert (fit.showing, fit.incoherent) == (3, 0)
-    assert watch.together([7, 9, 30, 31]) == (shown, fit)
-    assert watch.watched() == dict.fromkeys(range(1, 32, 4), fit.late[9])
+    turning = dict.fromkeys(range(1, 32, 4), fit.late[9])
+    assert watch.together([7, 9, 30, 31]) == (shown, replace(fit, validation=turning))
+    assert watch.watched() == turning
+    assert watch.watched([4, 5]) == {5: fit.late[9]}
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
@@ -1078,11 +1080,11 @@ def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
 ):
     measured, refined_ = Ruler.openings, pipeline.refined
 
-    def openings(self, lambda_=0.0):
+    def openings(self, lambda_=0.0, first=None):
         if lambda_ == 30.0:
             raise NonFinite("the output of layer 3")
         # Not as rare as is asked for, but not clearly above the usual before the edit either.
-        return replace(measured(self, lambda_), opening=self.usual + 0.05)
+        return replace(measured(self, lambda_, first), opening=self.usual + 0.05)
 
     def half_refused(subject, watch, config, **settings):
         watch.untouched = Shown(0.5)

@@ -244,13 +244,24 @@ def test_an_edit_that_sets_nothing_right_is_asked_no_further(monkeypatch):
     fake = Fake(openings(1000), dict.fromkeys(LAMBDAS, 0.05), monkeypatch)
     tried = []
 
-    def mends():
+    def mended():
         tried.append(fake.current.lambda_)
-        return fake.current.lambda_ <= 30
+        return int(fake.current.lambda_ <= 30)
 
-    chosen, trials = fake.run(lambdas=LAMBDAS[1:5], direct=True, mends=mends)
+    chosen, trials = fake.run(lambdas=LAMBDAS[1:5], direct=True, mended=mended)
     assert (chosen, tried, fake.generated) == (30.0, [300.0, 100.0, 30.0], [30.0])
     assert [t.opening for t in trials] == [None, None, 0.001]
+
+
+def test_an_edit_that_sets_no_more_right_than_a_weaker_one_is_asked_no_further(monkeypatch):
+    """What is left with the weaker one is above the aim, so that stronger ones are tried."""
+    fake = Fake(openings(1000), dict.fromkeys(LAMBDAS, 0.2), monkeypatch)
+    right = {300.0: 1, 100.0: 1, 30.0: 2, 10.0: 2}
+    options = {"lambdas": LAMBDAS[1:5], "direct": True, "mended": lambda: right[fake.current.lambda_]}
+    chosen, trials = fake.run(**options)
+    assert chosen == 300.0
+    assert fake.generated == [300.0, 30.0]
+    assert [t.shown is None for t in trials] == [False, True, False]
 
 
 def test_where_no_edit_sets_anything_right_there_is_none(monkeypatch):
@@ -262,11 +273,11 @@ def test_where_no_edit_sets_anything_right_there_is_none(monkeypatch):
         fake,
         fake.behaviour,
         direct=True,
-        mends=lambda: False,
+        mended=lambda: 0,
     )
     assert (made, tried, fake.generated) == (None, list(LAMBDAS), [])
     spoilt = Overflowing(300.0, {}, monkeypatch)
-    assert search(make_lm(), named, spoilt, spoilt.behaviour, mends=lambda: True) is None
+    assert search(make_lm(), named, spoilt, spoilt.behaviour, mended=lambda: 1) is None
 
 
 def test_an_overflow_before_any_edit_is_confirmed_is_raised(monkeypatch):

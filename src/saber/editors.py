@@ -64,9 +64,9 @@ class Turn:
     """Behind which start; empty for the answer's own."""
     late: Sequence[int] = ()
     """Fit targets that come to show the behaviour late, by number."""
-    mends: Callable[[], bool] | None = None
-    """Tells whether the model as it stands has set anything right here, by a few answers; None where that is
-    not asked apart."""
+    mended: Callable[[], int] | None = None
+    """Tells, by a few answers, how many the model as it stands sets right here; None where that is not asked
+    apart."""
 
 
 class Step(NamedTuple):
@@ -80,6 +80,8 @@ class Step(NamedTuple):
     """The candidates with what they got."""
     fitted: Fitted | None
     """What all fit targets show now, where they were asked."""
+    turning: Mapping[int, Opening] | None = None
+    """Which validation targets come to show the behaviour late now, where they were asked."""
     by_answers: bool = False
     """Whether each strength was told by answers, as first tokens tell nothing of the behaviour."""
 
@@ -129,7 +131,14 @@ class SelectiveEditor:
         progress: Progress[Any],
         own: Mapping[str, Completion],
         memo: Memo = forgetful,
+        first: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        """Let the untouched model answer what must not change.
+
+        `first` holds log-probabilities of the first answer tokens that it would give to validation targets
+        and to neutral ones, where it was probed already.
+        """
+        self.first = first
         self.together, self.memo = together, memo
         self.lm, self.writers, self.data, self.edit, self.spec = lm, writers, data, edit, spec
         self.probing, self.progress = probing, progress
@@ -161,6 +170,7 @@ class SelectiveEditor:
             readout,
             progress,
             reference,
+            None if self.first is None else self.first[1],
         )
         answers = [[own[text].ids for text in p.texts] for p in kept]
         references = encode_answers(lm, [p.reference for p in data.capability], end=False)
@@ -218,7 +228,10 @@ class SelectiveEditor:
             stacked = {layer: torch.stack(found).float() for layer, found in patterns.items()}
             at = plan.digest() if plan.factors else ""
             felt = self._felt(stacked, at)
-            telling = bool(opening) or self.memo(("telling", at, self.probing), ruler.tells)
+            known = None if at or self.first is None else self.first[0]
+            telling = bool(opening) or self.memo(
+                ("telling", at, self.probing), lambda: ruler.tells(known)
+            )
         where = (at, self.probing, opening, self.edit, digest(*stacked.items()))
 
         def solving() -> Selective:
@@ -274,7 +287,7 @@ class SelectiveEditor:
                 before=None if opening else amiss,
                 # What comes late is not for this position, and who sets lambda sets the strength.
                 boosts=() if opening or self.edit.lambda_ else BOOSTS,
-                mends=turn.mends,
+                mended=turn.mended,
                 progress=self.progress,
             ),
         )
@@ -297,8 +310,9 @@ class SelectiveEditor:
             for i, c in enumerate(cs)
         ]
         # Nothing was asked where a memo knew the outcome.
-        told = dict(zip((t for t in trials if t.shown), asked, strict=False))
-        return Step(plan, trials, done, None if opening else told.get(taken), not telling)
+        told = dict(zip((t for t in trials if t.shown), asked, strict=False)).get(taken)
+        turning = told.validation if told else None
+        return Step(plan, trials, done, None if opening else told, turning, not telling)
 
     def _felt(self, stacked: Mapping[int, Tensor], at: str) -> Mapping[int, Tensor] | None:
         """Return what the answers feel of each direction; None where nothing is set by it."""

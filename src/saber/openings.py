@@ -31,6 +31,8 @@ class Fitted:
     """How many show it at all."""
     incoherent: int = 0
     """How many are incoherent."""
+    validation: Mapping[int, Opening] | None = None
+    """The same as `late` of validation targets, where these were asked as well."""
 
 
 _ENDS = ".!?:\u2026\u3002\uff01\uff1f"

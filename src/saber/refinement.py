@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saber.ablation import EditPlan, EditSpec, applied
 from saber.candidates import causal_scores, choose, dormant, mean_log_odds
@@ -77,7 +78,7 @@ def refine(
     `answers` are asked of the model as it stands; `shown` is what those to validation targets show of the
     untouched model, where it is known already. A selective pass after the first looks behind a start of
     fit targets that come late: of the three commonest, the likeliest over all targets. Where none does it
-    is a start of validation targets, and a strength that sets none of these right is asked no further.
+    is a start of validation targets, and a strength that sets no more of these right is asked no further.
     `own` holds answers of the untouched model of `ANSWER_TOKENS`, by prompt, which are not written again.
     `done` holds passes of an interrupted run, which are not repeated; `finished` hears of each new
     one. Every plan is made from the original weights with all removals so far, and rounded once.
@@ -212,7 +213,8 @@ class _Loop:
             if not self.readout.tokens:
                 self.spec = replace(self.spec, shortlist=0)  # nothing would tell causes apart
             self.untouched = eye.look(data.neutral_validation)
-            log_odds = mean_log_odds(eye.look(data.target_validation), self.readout)
+            behaving = eye.look(data.target_validation)
+            log_odds = mean_log_odds(behaving, self.readout)
             rate = (self.answers.shown() if shown is None else shown).rate
             # What must be kept is what the untouched model does: this is probed once.
             # Kinds of edits may read other prompts.
@@ -223,12 +225,19 @@ class _Loop:
                     self.lm, data.capability, eye.probing, progress=eye.progress
                 ),
             )
-        self.editor = self._editor(own, done)
+        assert behaving.first_token is not None
+        assert self.untouched.first_token is not None
+        self.editor = self._editor(own, done, (behaving.first_token, self.untouched.first_token))
         self.now = _Standing(EditPlan(), log_odds, rate, rate, {})
         if done:
             self._take_up(done)
 
-    def _editor(self, own: Mapping[str, Completion], done: Sequence[Pass]) -> Editor:
+    def _editor(
+        self,
+        own: Mapping[str, Completion],
+        done: Sequence[Pass],
+        first: tuple[Tensor, Tensor],
+    ) -> Editor:
         lm, eye, asked = self.lm, self.eye, self.answers
         if not self.selective:
             return OrthogonalEditor(
@@ -237,7 +246,15 @@ class _Loop:
         settings = (self.edit, self.spec, eye.probing, self.readout)
         with self.clock("moments"):
             return SelectiveEditor(
-                lm, self.writers, self.data, *settings, asked.both, eye.progress, own, eye.memo
+                lm,
+                self.writers,
+                self.data,
+                *settings,
+                asked.both,
+                eye.progress,
+                own,
+                eye.memo,
+                first,
             )
 
     def _take_up(self, done: Sequence[Pass]) -> None:
@@ -277,11 +294,16 @@ class _Loop:
             if step is None:
                 reason = "a further pass did not help (no strength set an answer right)"
             else:
-                this, after = self._measured(step, chosen, candidates, turn, rng)
-                reason = self._no_help(before, after) if self.passes and self.selective else ""
+                reached = self._reached(step)
+                reason = self._no_help(reached)
+                if not reason:
+                    after, this = self._measured(step, reached, chosen, candidates, turn, rng)
+                    reason = self._no_help(reached, len(after.late))
                 if not reason:
                     self.passes.append(this)
                     self.now = after
+                    if step.turning is not None:
+                        self.watched[after.at] = step.turning
                     finished(this)
                     continue
             self.vain.append(turn.opening)
@@ -301,7 +323,7 @@ class _Loop:
         if of_fit or not opening:
             return Turn(opening, tuple(self.now.late))
         rows = tuple(late)
-        return Turn(opening, mends=lambda: len(self.answers.watched(rows)) < len(rows))
+        return Turn(opening, mended=lambda: len(rows) - len(self.answers.watched(rows)))
 
     def _turning(self) -> Mapping[int, Opening]:
         """Return behind which starts fit targets turn late, or where none does validation targets."""
@@ -368,22 +390,49 @@ class _Loop:
         scale = self.spec.decay**number
         return choose(found, measured, causal, self.edit, self.spec, scale=scale)
 
+    def _reached(self, step: Step) -> Shown:
+        """Return what answers to validation targets show with a new plan."""
+        found = next((t.shown for t in step.trials if t.chosen), None)
+        if found is None:
+            with self.clock("refine"), applied(self.lm.model, step.plan):
+                found = self.eye.memo(("shown", step.plan.digest()), self.answers.shown)
+        return replace(found.on_validation(), late=0.0)  # the standing tells of fit targets
+
+    def _no_help(self, reached: Shown, late: int | None = None) -> str:
+        """Return in words that a pass made nothing better; empty where it did, or may have as long as it is
+        not known how many fit targets come `late`."""
+        if not self.passes or not self.selective:
+            return ""
+        before, validation = self.now, len(self.data.target_validation)
+        worse = (reached.amiss - before.amiss) * validation
+        if worse + (late or 0) - len(before.late) < 0:
+            return ""
+        amiss = f"amiss {before.amiss:.0%} -> {reached.amiss:.0%} on validation prompts"
+        if late is None:
+            return f"a further pass did not help ({amiss})"
+        return (
+            f"a further pass did not help ({amiss}, late {len(before.late)} -> {late} of "
+            f"{len(self.data.target)} fit targets)"
+        )
+
     def _measured(
         self,
         step: Step,
+        reached: Shown,
         chosen: Sequence[Candidate],
         candidates: Sequence[Candidate],
         turn: Turn,
         rng: np.random.Generator,
-    ) -> tuple[Pass, _Standing]:
-        """Return a pass with what the model shows once it is edited, and how it stands then."""
-        before, plan, data, memo = self.now, step.plan, self.data, self.eye.memo
+    ) -> tuple[_Standing, Pass]:
+        """Return how the model stands with a new plan, and the pass that made it."""
+        before, plan, validation = self.now, step.plan, self.data.target_validation
+        trial = next((t for t in step.trials if t.chosen), None)
         with self.clock("refine"), applied(self.lm.model, plan):
-            mark = plan.digest()
-            log_odds = mean_log_odds(self.eye.look(data.target_validation, at=mark), self.readout)
-            reached = next((t.shown for t in step.trials if t.chosen), None)
-            reached = (reached or memo(("shown", mark), self.answers.shown)).on_validation()
-            reached = replace(reached, late=0.0)  # the standing tells of fit targets
+            if trial is None or trial.log_odds is None or turn.opening:
+                now = self.eye.look(validation, at=plan.digest())
+                log_odds = mean_log_odds(now, self.readout)
+            else:
+                log_odds = trial.log_odds
             back = self._compensation(plan, step.chosen[0], rng)
         best = min((c.direction for c in candidates), key=rank)
         late = self._left_late(step, turn, reached) if self.selective else {}
@@ -411,7 +460,7 @@ class _Loop:
             by_answers=step.by_answers,
             in_vain=tuple(self.vain[sum(len(p.in_vain) for p in self.passes) :]),
         )
-        return this, _Standing(plan, log_odds, reached.rate, reached.amiss, late)
+        return _Standing(plan, log_odds, reached.rate, reached.amiss, late), this
 
     def _compensation(
         self, plan: EditPlan, first: Candidate, rng: np.random.Generator
@@ -449,13 +498,3 @@ class _Loop:
         with self.clock("refine"), applied(self.lm.model, plan):
             key = ("late", plan.digest(), tuple(rows))
             return self.eye.memo(key, lambda: (told or ask(rows)).late)
-
-    def _no_help(self, before: _Standing, after: _Standing) -> str:
-        """Return in words that a pass made nothing better; empty where it did."""
-        worse = (after.amiss - before.amiss) * len(self.data.target_validation)
-        if worse + len(after.late) - len(before.late) < 0:
-            return ""
-        return (
-            f"a further pass did not help (amiss {before.amiss:.0%} -> {after.amiss:.0%} on validation "
-            f"prompts, late {len(before.late)} -> {len(after.late)} of {len(self.data.target)} fit targets)"
-        )

@@ -127,18 +127,23 @@ class Ruler:
         readout: Readout,
         progress: Progress[Any] = silent,
         reference: Reference | None = None,
+        first: Tensor | None = None,
     ) -> None:
-        """Let the model answer `neutral` and `unchanged`, unless its `reference` answers are there."""
+        """Let the model answer `neutral` and `unchanged`, unless its `reference` answers are there.
+
+        `first` holds log-probabilities of the first tokens that it would give to neutral prompts, where these
+        were probed already.
+        """
         self._lm, self._target, self._readout, self._progress = lm, target, readout, progress
         texts = [t for p in (neutral, *unchanged) for t in p.texts]
         self._reference = reference or own_answers(lm, texts, ANSWER_TOKENS, progress=progress)
         self._neutral = neutral
         self._opening: Sequence[int] = ()
-        self.usual = self._usually()
+        self.usual = self._usually(first)
         """Mean probability that an answer to a neutral prompt opens with the behaviour."""
 
-    def _usually(self) -> float:
-        first = self._first(self._neutral)
+    def _usually(self, first: Tensor | None = None) -> float:
+        first = self._first(self._neutral) if first is None else first
         return float(self._readout.log_odds(first).sigmoid().mean())
 
     def _first(self, prompts: PromptSet) -> Tensor:
@@ -157,14 +162,17 @@ class Ruler:
         other.usual = other._usually()
         return other
 
-    def openings(self, lambda_: float = 0.0) -> Trial:
-        """Measure, of the model as it stands, how answers to targets open (`lambda_` is taken down)."""
-        odds = self._readout.log_odds(self._first(self._target))
+    def openings(self, lambda_: float = 0.0, first: Tensor | None = None) -> Trial:
+        """Measure, of the model as it stands, how answers to targets open (`lambda_` is taken down).
+
+        `first` holds log-probabilities of their first tokens, where it was probed already.
+        """
+        odds = self._readout.log_odds(self._first(self._target) if first is None else first)
         return Trial(lambda_, float(odds.sigmoid().mean()), float(odds.mean()))
 
-    def tells(self) -> bool:
+    def tells(self, first: Tensor | None = None) -> bool:
         """Whether, as the model stands, targets' answers open with the behaviour clearly more often."""
-        opening = self.openings().opening
+        opening = self.openings(first=first).opening
         return opening is not None and opening > self.usual + CLEAR
 
     def cost(self, trial: Trial) -> Trial:
@@ -192,7 +200,7 @@ def search(
     direct: bool = False,
     before: float | None = None,
     boosts: Sequence[float] = (),
-    mends: Callable[[], bool] | None = None,
+    mended: Callable[[], int] | None = None,
     progress: Progress[Any] = silent,
 ) -> tuple[EditPlan, tuple[Trial, ...]] | None:
     """Return the weakest edit `make(lambda, boost)` that does, and what was tried.
@@ -207,14 +215,15 @@ def search(
     more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
     answer to a validation target right: what other writers make up for is gone then too.
 
-    Where `mends` tells of a few answers whether an edit sets anything right, none that does not is
-    confirmed; None is returned where no edit does.
+    Where `mended` tells how many of a few answers an edit sets right, one that sets no more right than those
+    before it is not confirmed; None is returned where no edit sets any right.
 
     A strength at which the model overflows is noted and ends the search; raises `NonFinite` where none was
     confirmed before it.
     """
     trials: list[Trial] = []
     confirmed: list[int] = []
+    right = 0
 
     def amiss(index: int) -> float:
         shown = trials[index].shown
@@ -229,17 +238,20 @@ def search(
 
     def tried(lambda_: float, boost: float = 1.0, *, sure: bool = False) -> Shown | None:
         """Try an edit; ask for answers where `sure`, or where openings are rare enough."""
+        nonlocal right
         trial = Trial(lambda_, boost=boost)
         try:
             with applied(lm.model, make(lambda_, boost)):
-                if mends is None or mends():
+                now = right + 1 if mended is None else mended()
+                if now > right:
+                    right = now
                     trial = replace(ruler.openings(lambda_), boost=boost)
                     assert trial.opening is not None
                     if sure or trial.opening <= ruler.usual + MARGIN:
                         trial = replace(ruler.cost(trial), shown=behaviour())
                         confirmed.append(len(trials))
         except NonFinite as error:
-            if not confirmed and mends is None:
+            if not confirmed and mended is None:
                 raise
             trial = Trial(lambda_, boost=boost, failed=error.problem)
         trials.append(trial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -215,18 +215,20 @@ class Watch:
         fit = [self.selecting.target.texts[row] for row in rows]
         written = iter(self._asked_for([*texts, *kept, *fit]))
         tried, later, rest = (list(islice(written, len(part))) for part in (texts, kept, fit))
-        return self._of_validation(texts, tried, kept, later), self._of_fit(rows, fit, rest)
+        turning = self._turning(texts, tried)
+        shown = self._of_validation(texts, tried, turning, kept, later)
+        return shown, replace(self._of_fit(rows, fit, rest), validation=turning)
 
     def _of_validation(
         self,
         texts: Sequence[str],
         tried: Sequence[Completion],
+        turning: Mapping[int, Opening],
         kept: Sequence[str],
         later: Sequence[Completion],
     ) -> Shown:
         now = self._judged(texts, tried)
-        refused = [i for i, label in enumerate(now) if label == "refusal"]
-        late = self._turning([texts[i] for i in refused], [tried[i] for i in refused])
+        refused = {i for i, label in enumerate(now) if label == "refusal"}
         usual = [
             label for part in self.selecting.keep_validation for label in self._untouched(part)
         ]
@@ -235,7 +237,7 @@ class Watch:
             len(refused) / len(now),
             now.count("incoherent") / len(now),
             lost / max(len(later), 1),
-            at_once=(len(refused) - len(late)) / len(now),
+            at_once=len(refused - turning.keys()) / len(now),
         )
 
     def _of_fit(
