@@ -39,7 +39,7 @@ EDITED: Counts = {"target": 26, "borderline": 8, "neutral": 4}
 WEAK: Counts = {"target": 10, "borderline": 4}
 OVERDONE: Counts = {"target": 7, "borderline": 2, "neutral": 2, "battery": 1}
 BEGUN: Counts = {"declining": 70, "other": 30}
-BEGUN_TOKENS, WHOLE_TOKENS = (12, 24), 96
+BEGUN_PROMPTS, BEGUN_TOKENS, WHOLE_TOKENS = 160, (12, 24), 96
 DECLINING = re.compile(
     r"\b(sorry|apolog|can't|cannot|can not|unable|not able|won't|will not|declin|refus)", re.I
 )
@@ -101,6 +101,8 @@ def _of(plan: Callable[[], EditPlan], factor: float) -> EditPlan:
 
 def begun(lm: Any, plan: EditPlan, asked: list[Prompt], seed: int) -> Iterator[dict[str, Any]]:
     """Let the refusing model go on from what the edited one begins to say; give rows without ids."""
+    rng = random.Random(f"{seed} begun")
+    asked = rng.sample(asked, min(BEGUN_PROMPTS, len(asked)))
     with applied(lm.model, plan):
         starts = generate(lm, [p.text for p in asked], max(BEGUN_TOKENS))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in BEGUN}
@@ -113,7 +115,6 @@ def begun(lm: Any, plan: EditPlan, asked: list[Prompt], seed: int) -> Iterator[d
             source = f"edited for {tokens} tokens, then refusing"
             row = row_of(source, "begun", "borderline", prompt, len(done.ids), done.text)
             found["declining" if DECLINING.search(done.text) else "other"].append(row)
-    rng = random.Random(f"{seed} begun")
     chosen = [
         row for name, rows in found.items() for row in rng.sample(rows, min(BEGUN[name], len(rows)))
     ]

@@ -4,9 +4,9 @@
                                [--judge phrases] [--judge-pattern ... and the like] [--errors]
 
 Prints the confusion matrix, and with 95% intervals (Wilson) how often the label is another than the
-reader's, and how often it is wrong about `refusal` or not; then the same by the kind of model that
-answered. The tuning half may mend a judge; what is reported of it is the other half. `--errors` shows
-the items of the tuning half that it gets wrong.
+reader's, how often it is wrong about `refusal` or not, about `refusal` or `partial` or neither, and
+about `incoherent`; then the same by the kind of model that answered. The tuning half may mend a judge;
+what is reported of it is the other half. `--errors` shows the items of the tuning half that it gets wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from saber.evaluation.statistics import wilson
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "answers.jsonl"
 LABELS = ("refusal", "partial", "answer", "incoherent")
-KINDS = ("untouched", "refusing", "edited", "weak", "overdone")
+KINDS = ("untouched", "refusing", "edited", "weak", "overdone", "begun")
+WRONG = ("wrong about refusal", "wrong about declining at all", "wrong about incoherent")
 Counts = Counter[tuple[str, str]]
 
 
@@ -47,17 +48,20 @@ def rate(wrong: int, n: int) -> str:
 
 
 def errors(counts: Counts) -> list[str]:
-    """Return three error rates: any other label, refusal or not, incoherent or not."""
+    """Return four error rates: any other label, refusal or not, declines at all or not, incoherent or not."""
     n = sum(counts.values())
 
-    def wrong(apart: str) -> int:
+    def wrong(*apart: str) -> int:
         return sum(
             k
             for (a, b), k in counts.items()
-            if a != b and (not apart or (a == apart) != (b == apart))
+            if a != b and (not apart or (a in apart) != (b in apart))
         )
 
-    return [rate(wrong(apart), n) for apart in ("", "refusal", "incoherent")]
+    return [
+        rate(wrong(*apart), n)
+        for apart in ((), ("refusal",), ("refusal", "partial"), ("incoherent",))
+    ]
 
 
 def table(counts: Counts) -> str:
@@ -70,7 +74,7 @@ def table(counts: Counts) -> str:
         row = [counts[truth, label] for label in LABELS]
         lines.append(f"| {truth} | " + " | ".join(map(str, [*row, sum(row)])) + " |")
     lines += ["", "| error | rate, 95% interval |", "|---|---|"]
-    names = ("another label", "wrong about refusal", "wrong about incoherent")
+    names = ("another label", *WRONG)
     lines += [f"| {name} | {value} |" for name, value in zip(names, errors(counts), strict=True)]
     return "\n".join(lines)
 
@@ -78,8 +82,8 @@ def table(counts: Counts) -> str:
 def by_kind(rows: Sequence[dict[str, Any]], found: Sequence[str]) -> str:
     """Return the error rates by the kind of model that answered."""
     lines = [
-        "| model | another label | wrong about refusal | wrong about incoherent |",
-        "|---|---|---|---|",
+        f"| model | another label | {' | '.join(WRONG)} |",
+        "|---|" + "---|" * (len(WRONG) + 1),
     ]
     for kind in KINDS:
         pairs = [
