@@ -570,6 +570,62 @@ def test_a_plan_of_an_older_version(sharded, tmp_path):
     assert EditPlan.load(tmp_path / "run" / "plan").factors
 
 
+def harmed(file, change):
+    """Change the text of a file, or its object where it holds one."""
+    value = json.loads(file.read_text())
+    file.write_text(change(value) or json.dumps(value))
+
+
+DAMAGE = {
+    "an empty meta.json": (artifacts.META, lambda _: "\n"),
+    "a meta.json that is cut off": (artifacts.META, lambda meta: json.dumps(meta)[:60]),
+    "a meta.json of nothing": (artifacts.META, lambda meta: meta.clear()),
+    "no axes": (artifacts.META, lambda meta: meta.pop("axes") and None),
+    "axes in words": (artifacts.META, lambda meta: meta.update(axes="x")),
+    "a configuration in words": (artifacts.META, lambda meta: meta.update(config="x")),
+    "no factors": (plan_on_disk.FILE, lambda disk: disk.pop("factors") and None),
+    "factors in a list": (plan_on_disk.FILE, lambda disk: disk.update(factors=["x"])),
+    "pieces in words": (
+        plan_on_disk.FILE,
+        lambda disk: [parts.update(weight=[["x"]]) for parts in disk["factors"].values()] and None,
+    ),
+}
+"""What can be wrong with a saved plan: in which file, and what changes it so."""
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_plan_is_one_clear_line(sharded, tmp_path, what):
+    run, (name, change) = shutil.copytree(sharded.run, tmp_path / "run"), DAMAGE[what]
+    harmed(run / "plan" / name, change)
+    sharded.apply(tmp_path / "whole")
+    for ask in (
+        lambda: apply_to_files(run, str(sharded.model), tmp_path / "out", HERE),
+        lambda: verify(tmp_path / "whole", run),
+    ):
+        with pytest.raises(DataError) as caught:
+            ask()
+        assert str(run / "plan" / name) in caught.value.problem
+        assert "damaged or incomplete: copy it anew" in caught.value.remedy
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "whole"]
+
+
+def test_damaged_factors_are_one_clear_line(sharded, tmp_path):
+    run = Path(shutil.copytree(sharded.run, tmp_path / "run"))
+    file = run / "plan" / artifacts.TENSORS
+    whole, held = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}
+    name = next(key for key in held if key.endswith(".right"))
+    for harm in (
+        lambda: file.write_bytes(whole[: len(whole) // 2]),
+        lambda: file.write_bytes(b""),
+        lambda: save_file({k: v for k, v in held.items() if k != name}, file),
+        lambda: save_file({**held, name: held[name][:1].contiguous()}, file),
+    ):
+        harm()
+        with pytest.raises(DataError, match=r"tensors\.safetensors.*copy it anew"):
+            apply_to_files(run, str(sharded.model), tmp_path / "out", HERE)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_factor_that_the_files_weave_together(sharded, tmp_path):
     shutil.copytree(sharded.run, tmp_path / "run")
     path = tmp_path / "run" / "plan" / plan_on_disk.FILE

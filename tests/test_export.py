@@ -15,7 +15,7 @@ from conftest import make_model, make_tokenizer
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import failing
 from test_export_lora import IDS, random_plan, read
 
@@ -120,6 +120,59 @@ def test_a_damaged_plan_is_named(capsys, made, tmp_path):
         said = failing(capsys, *ask, *out)[1]
         assert "tensors.safetensors cannot be read" in said
         assert "damaged" in said
+    assert not (tmp_path / "o").exists()
+
+
+HARMS = {
+    "empty": lambda _meta: b"",
+    "cut off": lambda meta: json.dumps(meta).encode()[:40],
+    "no text": lambda _meta: b"\xff\x00",
+    "no object": lambda _meta: b"[]",
+    "nothing in it": lambda _meta: {},
+    "no kind": lambda meta: {k: v for k, v in meta.items() if k != "kind"},
+    "no axes": lambda meta: {k: v for k, v in meta.items() if k != "axes"},
+    "axes in a list": lambda meta: {**meta, "axes": list(meta["axes"])},
+    "axes in words": lambda meta: {**meta, "axes": dict.fromkeys(meta["axes"], "0")},
+    "an axis too many": lambda meta: {**meta, "axes": dict.fromkeys(meta["axes"], 2)},
+    "a factor too few": lambda meta: {**meta, "axes": dict(list(meta["axes"].items())[1:])},
+    "a factor too many": lambda meta: {**meta, "axes": {**meta["axes"], "x": 0}},
+    "names in a list": lambda meta: {**meta, "names": ["x"]},
+    "half a name": lambda meta: {**meta, "names": {next(iter(meta["axes"])): ["x"]}},
+    "a configuration in words": lambda meta: {**meta, "config": "x"},
+}
+"""What can be wrong with a plan's `meta.json`: what it holds then."""
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_plans_meta_is_named(capsys, made, tmp_path, harm):
+    run, _ = made
+    file = run / "plan" / "meta.json"
+    value = HARMS[harm](artifacts.read_json(file))
+    file.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "lora")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        code, said = failing(capsys, *ask, *out)
+        assert code == 2
+        assert str(file) in said
+        assert "It is damaged or incomplete: copy it anew, or make it again." in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_plan_whose_factors_do_not_fit_together_is_named(capsys, made, tmp_path):
+    run, _ = made
+    file = run / "plan" / "tensors.safetensors"
+    whole = {key: value.clone() for key, value in load_file(file).items()}
+    name = next(key for key in whole if key.endswith(".left"))
+    for changed in (
+        {k: v for k, v in whole.items() if k != name},
+        {**whole, name: whole[name][:, :1].contiguous()},
+        {**whole, name: whole[name][:, 0].contiguous()},
+    ):
+        save_file(changed, file)
+        ask = ("export", run, "--format", "lora", "--out", tmp_path / "o")
+        said = failing(capsys, *ask)[1]
+        assert "tensors.safetensors" in said
+        assert "It is damaged or incomplete: copy it anew, or make it again." in said
     assert not (tmp_path / "o").exists()
 
 

@@ -19,9 +19,9 @@ from saber.lm.device import has_float64
 from saber.lm.model import LanguageModel
 from saber.lm.writers import Writer
 from saber.products import exact_product
+from saber.saved_plan import KIND, require_factors, require_meta
 
 Scope = Literal["own", "nearest", "upstream", "all"]
-KIND = "edit-plan"
 BLOCK = 1 << 24
 """Entries of a weight that are changed at once."""
 READ = 1 << 26
@@ -156,8 +156,10 @@ class EditPlan:
 
     @classmethod
     def load(cls, folder: Path) -> EditPlan:
-        """Load a saved plan; raises `DataError` when the folder holds none."""
+        """Load a saved plan; raises `DataError` when the folder holds none, or one that is damaged."""
         tensors, meta = artifacts.load(folder, KIND)
+        require_meta(folder, meta)
+        require_factors(folder, meta["axes"], {key: v.shape for key, v in tensors.items()})
         names = meta.get("names", {})
         return cls(
             {

@@ -18,6 +18,8 @@ from saber.errors import DataError, OutputError
 
 SCHEMA = 1
 TENSORS, META = "tensors.safetensors", "meta.json"
+DAMAGED = "It is damaged or incomplete: copy it anew, or make it again."
+"""How to mend a file that is not what it should be."""
 
 
 @contextmanager
@@ -101,9 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
+        raise DataError(f"{path} is not valid JSON ({error}).", DAMAGED) from error
     if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object.")
+        raise DataError(f"{path} does not hold a JSON object.", DAMAGED)
     return value
 
 
@@ -124,21 +126,26 @@ def save(folder: Path, kind: str, tensors: Mapping[str, Tensor], meta: Mapping[s
     write_json(folder / META, {"kind": kind, "schema": SCHEMA, **meta})
 
 
-def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load a stage result of this kind: its tensors and its meta data; raises `DataError`."""
+def read_meta(folder: Path, kind: str) -> dict[str, Any]:
+    """Read the meta data of a stage result of this kind; raises `DataError`."""
     meta = read_json(folder / META)
-    if meta.get("kind") != kind or meta.get("schema") != SCHEMA:
+    if not {"kind", "schema"} <= meta.keys():
+        raise DataError(f"{folder / META} does not say what it belongs to.", DAMAGED)
+    if meta["kind"] != kind or meta["schema"] != SCHEMA:
         raise DataError(
-            f"{folder} holds {meta.get('kind')!r} of schema {meta.get('schema')!r}, "
+            f"{folder} holds {meta['kind']!r} of schema {meta['schema']!r}, "
             f"not {kind!r} of schema {SCHEMA}."
         )
+    return meta
+
+
+def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load a stage result of this kind: its tensors and its meta data; raises `DataError`."""
+    meta = read_meta(folder, kind)
     try:
         return load_file(folder / TENSORS), meta
     except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{folder / TENSORS} cannot be read ({error}).",
-            "It is damaged or incomplete: copy it anew, or make it again.",
-        ) from error
+        raise DataError(f"{folder / TENSORS} cannot be read ({error}).", DAMAGED) from error
 
 
 @contextmanager

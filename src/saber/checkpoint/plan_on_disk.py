@@ -18,14 +18,14 @@ from saber.checkpoint import fp8
 from saber.checkpoint.origin import factors_hash
 from saber.checkpoint.shards import Source, fingerprint, read_source
 from saber.errors import DataError, ModelError, SaberError
+from saber.saved_plan import KIND, require_factors, require_meta
 
 if TYPE_CHECKING:
     from saber.ablation import EditPlan
     from saber.lm.disk import Piece
     from saber.lm.model import LanguageModel
 
-FILE, SCHEMA, KIND = "disk.json", 1, "edit-plan"
-PARTS = ("weight", "bias")
+FILE, SCHEMA = "disk.json", 1
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ class DiskPlan:
     @classmethod
     def read(cls, folder: Path) -> DiskPlan:
         """Read a saved plan; raises `DataError` when the folder holds none that can be applied to files."""
-        meta = artifacts.read_json(folder / artifacts.META)
-        if meta.get("kind") != KIND:
-            raise DataError(f"{folder} holds {meta.get('kind')!r}, not an edit plan.")
+        meta = artifacts.read_meta(folder, KIND)
+        require_meta(folder, meta)
         if not (folder / FILE).is_file():
             raise DataError(
                 f"the plan in {folder} was saved by an older version and does not say where its "
@@ -138,12 +137,17 @@ class DiskPlan:
                 "Make the run again, or use its merged model.",
             )
         disk = artifacts.read_json(folder / FILE)
-        if (
-            disk.get("schema") != SCHEMA
-            or disk.get("factors", {}).keys() != meta.get("axes", {}).keys()
-        ):
-            raise DataError(f"{folder / FILE} does not belong to the plan beside it.")
-        return cls(folder, meta, disk.get("checkpoint"), disk["factors"])
+        try:
+            factors = {name: _places(parts) for name, parts in disk["factors"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                f"{folder / FILE} does not say where the factors lie.", artifacts.DAMAGED
+            ) from error
+        if disk.get("schema") != SCHEMA or factors.keys() != meta["axes"].keys():
+            raise DataError(
+                f"{folder / FILE} does not belong to the plan beside it.", artifacts.DAMAGED
+            )
+        return cls(folder, meta, disk.get("checkpoint"), factors)
 
     def edits(self, source: Source) -> dict[str, TensorEdit]:
         """Return what changes each tensor of a checkpoint, by its name there.
@@ -194,13 +198,13 @@ class DiskPlan:
     def open(self) -> Factors:
         """Return the factors, to be read one at a time; raises `DataError` where they cannot be."""
         factors = Factors(self.folder / artifacts.TENSORS)
-        factors.names()
+        require_factors(self.folder, self.meta["axes"], factors.shapes())
         return factors
 
     def hash(self) -> str:
         """Return a SHA-256 over the names, layouts and float32 values of the factors."""
         names, factors = self.meta.get("names", {}), self.open()
-        known = factors.names()
+        known = factors.shapes()
 
         def parts(name: str) -> Iterator[Tensor]:
             for part in ("left", "right", "bias"):
@@ -213,6 +217,19 @@ class DiskPlan:
         )
 
 
+def _places(parts: Mapping[str, Any]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Return a factor's pieces by part and alias as they were saved; raises where they are damaged."""
+    return {
+        part: [[_piece(piece) for piece in alias] for alias in aliases]
+        for part, aliases in parts.items()
+    }
+
+
+def _piece(piece: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {key: [int(n) for n in piece[key]] for key in ("shape", "start", "axes")}
+    return {"name": str(piece["name"]), **numbers}
+
+
 @dataclass(frozen=True)
 class Factors:
     """A plan's factors in their file.
@@ -223,10 +240,11 @@ class Factors:
     path: Path
     """The file."""
 
-    def names(self) -> set[str]:
-        """Return the names of all parts of factors."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all parts of factors by their names."""
         with self._opened() as file:
-            return set(file.keys())
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def read(self, name: str, window: tuple[slice, ...]) -> Tensor:
         """Return some of a part of a factor."""
@@ -240,7 +258,7 @@ class Factors:
             with safe_open(self.path, "pt") as file:
                 yield file
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {self.path}: {error}.") from error
+            raise DataError(f"{self.path} cannot be read ({error}).", artifacts.DAMAGED) from error
 
     def left(self, edit: TensorEdit) -> Tensor:
         """Return the output side of a tensor's change, (d_model, k)."""
