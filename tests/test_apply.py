@@ -327,6 +327,81 @@ def test_the_base_card_is_kept_behind_what_was_done(sharded, tmp_path):
     assert card.index("plan_hash") < card.index("# The base")
 
 
+def with_results(made, tmp_path, **changes):
+    """A copy of a run folder with the `run.json` that goes with its plan, and what that holds."""
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    meta = artifacts.read_json(run / "plan" / artifacts.META)
+    model = {"name": str(made.model), "source": "folder", "storage_dtype": "bfloat16"}
+    model["fingerprint"] = meta["fingerprint"]
+    costs = {
+        "refusal": {"rate": 0.9, "low": 0.8, "high": 0.95, "n": 10},
+        "incoherent": {"rate": 0.036, "low": 0.01, "high": 0.09, "n": 112},
+        "kl": {"sequence": 0.0123},
+    }
+    record = {"schema": 1, "model": model, "config": meta["config"], "judge": {"name": "phrases"}}
+    record |= {"baseline": costs, "edited": costs, **changes}
+    artifacts.write_json(run / "run.json", record)
+    return run, record
+
+
+def test_the_card_tells_the_costs_as_that_of_an_export_does(sharded, tmp_path):
+    from saber.checkpoint.export import export
+    from saber.checkpoint.runs import Run
+    from saber.report.card import limits, results
+
+    run, record = with_results(sharded, tmp_path)
+    shown = export(Run.load(run), "merged", tmp_path / "export").card.read_text()
+    for name, given in (("of a run", run), ("of its plan", run / "plan")):
+        apply_to_files(given, str(sharded.model), tmp_path / name, HERE)
+        card = (tmp_path / name / "README.md").read_text()
+        for text in (card, shown):
+            assert results(record, heading="", plots=False) in text
+            assert limits(record) in text
+            assert "with the plan in memory and not on these files. Judge: phrases." in text
+        assert "| incoherent answers, target prompts | 3.6%" in card
+        assert "0.0123" in card
+        assert "Nothing was measured" not in card
+        assert str(tmp_path) not in card.replace(str(sharded.model), "")
+
+
+def test_the_card_of_other_files_says_that_the_results_are_not_theirs(sharded, tmp_path):
+    run, _ = with_results(sharded, tmp_path)
+    saved(tmp_path / "other", make_model("llama", layers=2, seed=5).to(torch.bfloat16))
+    apply_to_files(run, str(tmp_path / "other"), tmp_path / "out", replace(HERE, force=True))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| incoherent answers, target prompts | 3.6%" in card
+    assert "These files are of another model than the run measured (--force)." in card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        None,
+        {"baseline": None},
+        {"config": {"seed": 8}},
+        {"model": {"name": "x", "fingerprint": "sha256:11"}},
+    ],
+    ids=["no run.json", "no results", "other settings", "another model"],
+)
+def test_the_card_says_that_nothing_was_measured(sharded, tmp_path, changes):
+    run, _ = with_results(sharded, tmp_path, **(changes or {}))
+    if changes is None:
+        (run / "run.json").unlink()
+    apply_to_files(run, str(sharded.model), tmp_path / "out", HERE)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Nothing was measured" in card
+    assert "plan_hash" in card
+    assert "incoherent" not in card
+
+
+def test_a_damaged_run_json_is_not_taken_for_none(sharded, tmp_path):
+    run, _ = with_results(sharded, tmp_path)
+    (run / "run.json").write_text("{")
+    with pytest.raises(DataError, match=r"run\.json is not valid JSON.*copy it anew"):
+        apply_to_files(run, str(sharded.model), tmp_path / "out", HERE)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
 def test_the_edited_folder_loads(sharded, tmp_path):
     import transformers
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
+from saber.checkpoint.card import costs
 from saber.checkpoint.carry import Cargo, cargo
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.provenance import FileMark, Record
@@ -125,21 +126,23 @@ def apply_to_files(
             source_folder = pickled.convert(folder, stage.folder / "converted", spec.allow_pickle)
         source = read_source(source_folder)
         edits = plan.edits(source)
-        origin = provenance.origin(plan, plan.hash(), source, provenance.run_record(run))
+        record = provenance.run_record(plan)
+        origin = provenance.origin(plan, plan.hash(), source, record)
         forced = _check_base(plan, origin, spec.force)
+        told = costs(record, forced)
         work = Work(
             plan,
             source,
             folder,
             edits,
             origin,
-            lambda old, lost: provenance.card(old, origin, lost),
+            lambda old, lost: provenance.card(old, origin, lost, told),
         )
         finished = stage.finished(work.identity)
         if finished is not None:
             return Applied(out, finished, len(edits), len(source.shards), forced, 0.0)
-        record, resumed = write_files(work, stage, spec, watch)
-    return Applied(out, record, len(edits), resumed, forced, perf_counter() - begun)
+        made, resumed = write_files(work, stage, spec, watch)
+    return Applied(out, made, len(edits), resumed, forced, perf_counter() - begun)
 
 
 def write_files(

@@ -23,6 +23,11 @@ DROWNED = 0.9
 
 HERE = "THIS FOLDER"
 """Stands in a card where a push puts the repository."""
+UNMEASURED = (
+    "**Nothing was measured.** No `run.json` with results lay beside the plan: what this edit does, and what "
+    "it costs, is not known."
+)
+FORCED = "These files are of another model than the run measured (--force)."
 
 
 def export_card(
@@ -61,12 +66,25 @@ def export_card(
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n"
 
 
-def _measured(record: Mapping[str, Any]) -> tuple[str, str]:
+def costs(record: Mapping[str, Any], forced: bool = False) -> str:
+    """Return results and limits of the run that made a plan, or that there are none.
+
+    `forced` says that the files at hand are another model's than the run's.
+    """
+    from saber.report import card
+
+    if not (record.get("baseline") and record.get("edited")):
+        return UNMEASURED
+    return "\n\n".join((*_measured(record, FORCED if forced else ""), card.limits(record)))
+
+
+def _measured(record: Mapping[str, Any], note: str = "") -> tuple[str, str]:
     from saber.report import card
 
     judge = card.judged_by(record)
     lead = "On held-out prompts, with the plan in memory and not on these files."
     lead += f" Judge: {card.cell(judge)}." if judge else ""
+    lead += f"\n\n{note}" if note else ""
     return f"## Measured by the run\n\n{lead}", card.results(record, heading="", plots=False)
 
 

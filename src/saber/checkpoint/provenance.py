@@ -11,8 +11,9 @@ from typing import Any
 from saber import artifacts
 from saber.checkpoint.origin import stated
 from saber.checkpoint.plan_on_disk import DiskPlan
+from saber.checkpoint.runs import RUN, read_record
 from saber.checkpoint.shards import Source, fingerprint, read_shard
-from saber.errors import DataError, SaberError
+from saber.errors import DataError
 from saber.notices import FILES
 
 FILE, SCHEMA, KIND = "saber_provenance.json", 1, "provenance"
@@ -117,19 +118,26 @@ def carried(path: Path) -> dict[str, str]:
     return found
 
 
-def run_record(run: Path) -> dict[str, Any]:
-    """Return a run's record, empty where there is none (a plan on its own)."""
-    try:
-        return artifacts.read_json(run / "run.json")
-    except SaberError:
-        return {}
+def run_record(plan: DiskPlan) -> dict[str, Any]:
+    """Return the record of the run that made a plan, empty where none lies beside it (a plan on its own).
+
+    Raises `DataError` for one that is damaged.
+    """
+    for folder in (plan.folder.absolute().parent, plan.folder):
+        if (folder / RUN).is_file():
+            record = read_record(folder)
+            made = {"fingerprint": record["model"]["fingerprint"], "config": record["config"]}
+            return record if made.items() <= plan.meta.items() else {}
+    return {}
 
 
 _FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def card(base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float]) -> str:
-    """Return a model card: the base's, if any, behind a section on what was done to it."""
+def card(
+    base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float], costs: str
+) -> str:
+    """Return a model card: the base's, if any, behind a section on what was done to it and its costs."""
     front = _FRONT.match(base_card)
     head = front.group() if front else "---\ntags:\n- saber\n---\n"
     rows = "\n".join(
@@ -144,9 +152,8 @@ def card(base_card: str, origin: Mapping[str, str], rounding: Mapping[str, float
         )
     section = (
         f"\n# {origin.get('base', 'A model')}, edited\n\n"
-        f"SABER {origin['version']} changed some weights of this model with a low-rank edit. {FILES} What "
-        "the edit does was measured in the run that made it, not here.\n\n"
-        f"| | |\n|---|---|\n{rows}\n{worst}\n"
+        f"SABER {origin['version']} changed some weights of this model with a low-rank edit. {FILES}\n\n"
+        f"{costs}\n{worst}\n## Provenance\n\n| | |\n|---|---|\n{rows}\n\n"
         f"`saber verify` holds this folder against `{FILE}`, the run and the base.\n"
     )
     return head + section + behind(base_card)
