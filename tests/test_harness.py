@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_lm
+from test_cli import failing
 
 from saber.cli.main import main
 from saber.errors import DataError, MissingExtra, UsageError
@@ -118,6 +119,46 @@ def test_a_missing_extra_names_the_install_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(MissingExtra, match=r"pip install 'saber-llm\[lm-eval\]'"):
         load_tasks(["hellaswag"])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--judge", "regex", "--judge-pattern", "x"], "--judge"),
+        (["--judge-pattern", "x"], "--judge-pattern"),
+        (["--target", "t.txt", "--neutral", "n.txt"], "--target"),
+        (["--keep", "k.txt"], "--keep"),
+        (["--lengths", "8,16"], "--lengths"),
+        (["--max-new-tokens", "64"], "--max-new-tokens"),
+        (["--behaviour", "lists"], "--behaviour"),
+        (["--mode", "over-refusal"], "--mode"),
+        (["--seed", "1"], "--seed"),
+        (["--response-prefix", "x"], "--response-prefix"),
+        (["--allow-unproven"], "--allow-unproven"),
+        (["--set", "evaluation.battery_new_tokens=8"], "evaluation.battery_new_tokens"),
+        (["--set", "judging.retries=1", "--limit", "2"], "judging.retries"),
+    ],
+)
+def test_options_that_no_task_reads_are_refused(capsys, options, what):
+    code, said = failing(capsys, "eval", "no-such-model", "--lm-eval", "a", *options)
+    assert code == 2
+    assert f"{what} does nothing with --lm-eval." in said
+    assert "Leave it out" in said
+
+
+def test_options_that_tasks_read_are_taken(capsys, tmp_path, monkeypatch):
+    """What commands share in a file is no option of this one."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[evaluation]\njudge = "regex"\n[judging]\npattern = "x"\n[edit]\nalpha = 0.5\n'
+    )
+    read = ["--limit", "2", "--system", "x", "--device", "cpu", "--dtype", "float32"]
+    read += ["--layers-path", "x", "--trust-remote-code", "--config", file, "--base", "no-such"]
+    read += ["--set", "load.device_map=auto", "--chat-template", "x", "--json"]
+    said = failing(capsys, "eval", "no-such-model", "--lm-eval", "a", *read)[1]
+    assert "needs the package 'lm-eval'" in said
 
 
 def test_a_missing_file_and_an_empty_list_are_refused():

@@ -568,6 +568,17 @@ _JUDGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "judging.parallel": ("evaluation.judge", ("endpoint",)),
 }
 """Setting -> another setting, and the values of that one with which it does anything."""
+_TASKS = (
+    "data.limit",
+    "load.device",
+    "load.dtype",
+    "load.device_map",
+    "load.chat_template",
+    "load.system",
+    "load.layers_path",
+    "load.trust_remote_code",
+)
+"""Settings that tasks of lm-eval are run by."""
 
 
 def require_used(
@@ -590,6 +601,19 @@ def require_used(
             )
 
 
+def require_read_by_tasks(arguments: argparse.Namespace) -> None:
+    """Raise `UsageError` for an option that does nothing with --lm-eval: tasks bring prompts and scores.
+
+    What a file of --config sets is none: commands share it.
+    """
+    for path in _given(arguments):
+        if path not in _TASKS:
+            raise UsageError(
+                f"{_option(path)} does nothing with --lm-eval.",
+                "Leave it out: tasks bring prompts and scores of their own.",
+            )
+
+
 def _option(path: str) -> str:
     """Return the option that gives a setting, or the setting's name where there is none."""
     flag = next((f for f, known in FLAGS.items() if known == path), None)
@@ -608,17 +632,23 @@ def read_config(arguments: argparse.Namespace) -> Any:
         raise UsageError(f"setting preset needs one name, not {name!r}.", f"Known: {known}.")
     config = override(preset(name), {**file, "preset": name})
     flags: dict[str, Any] = {}
+    for path, value in _given(arguments).items():
+        _put(flags, path, value)
+    config = override(config, flags)
+    require_behaviour(config, file, flags)
+    return config
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line sets, by setting: --set first, then options of their own."""
+    found: dict[str, Any] = {}
     for option in getattr(arguments, "set", []):
         path, equals, value = option.partition("=")
         if not equals:
             raise UsageError(f"--set {option!r} is not of the form NAME=VALUE.")
-        _put(flags, path, value)
-    for flag, path in FLAGS.items():
-        if getattr(arguments, flag, None) is not None:
-            _put(flags, path, getattr(arguments, flag))
-    config = override(config, flags)
-    require_behaviour(config, file, flags)
-    return config
+        found[path] = value
+    options = {path: getattr(arguments, flag, None) for flag, path in FLAGS.items()}
+    return {**found, **{path: value for path, value in options.items() if value is not None}}
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -657,9 +687,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     from saber.cli.commands import eval_command, tasks_command
 
     config = read_config(arguments)
-    require_used(config, edits=False)
     if arguments.lm_eval is not None:
+        require_read_by_tasks(arguments)
         return tasks_command(arguments, config)
+    require_used(config, edits=False)
     return eval_command(arguments, config)
 
 
