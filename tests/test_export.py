@@ -1,6 +1,7 @@
 """`saber export`: every format from a run folder, its card and provenance, and what it refuses."""
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -22,13 +23,14 @@ from test_export_lora import IDS, random_plan, read
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
-from saber.checkpoint.export import ExportSpec, export
+from saber.checkpoint.export import ExportSpec, export, export_all
 from saber.checkpoint.licence import licence
 from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, way_back
 from saber.checkpoint.sketch import take
 from saber.cli.main import main
 from saber.errors import ModelError
+from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
 from saber.report.card import limits, results
@@ -241,6 +243,73 @@ def test_lora_from_the_command_line(capsys, made, tmp_path):
     found = read(model, tmp_path / "a")
     assert isinstance(found, PeftModel)
     torch.testing.assert_close(found(IDS).logits, apart(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_is_noted_in_the_run_as_those_of_its_end_are(capsys, made, tmp_path, monkeypatch):
+    run, model = made
+    other, lm = Path(shutil.copytree(run, tmp_path / "other")), load(str(model))
+    (wanted,) = export_all(Run.load(other), ["lora"], other, lm=lm, spec=LoadSpec())
+    monkeypatch.chdir(tmp_path)
+    ask = ("--format", "lora", "--partial", "--out")
+    before = (run / "run.json").read_text(encoding="utf-8")
+    assert call(capsys, "run", *ask, "run/adapter")[0] == 0
+    record = artifacts.read_json(run / "run.json")
+    assert record.pop("exports") == [wanted]
+    artifacts.write_json(tmp_path / "rest.json", record)
+    assert (tmp_path / "rest.json").read_text(encoding="utf-8") == before
+    call(capsys, "run", *ask, "beside")
+    away = tmp_path.parent / f"{tmp_path.name}-away"
+    for name in ("x", "y/x"):
+        call(capsys, run, *ask, away / name)
+    shutil.rmtree(away)
+    shutil.rmtree(run / "adapter")
+    call(capsys, "run", *ask, "run/adapter")
+    found = artifacts.read_json(run / "run.json")["exports"]
+    # What was written once more stands there once; elsewhere on the machine is no business of the run's.
+    assert [row["path"] for row in found] == ["../beside", ".../x", ".../x", "adapter"]
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("rows", ['[ {"format": "gguf"} ]', "[]", "null", None])
+def test_noting_an_export_keeps_every_other_byte(capsys, made, tmp_path, rows):
+    run, _ = made
+    record = artifacts.read_json(run / "run.json")
+    head = json.dumps(record, indent=1)[:-2] + ',\n "a": 1.50, "deep": {"exports": [0]}, "b": NaN'
+    head, tail = head + (',\n\t"exports" : ' if rows else ""), ' , "z":"\u00fc\\u00fc ]}"'
+    (run / "run.json").write_text(f"{head}{rows or ''}{tail}\n}}\n", "utf-8")
+    assert call(capsys, run, "--format", "lora", "--out", run / "adapter")[0] == 0
+    text = (run / "run.json").read_text("utf-8")
+    assert text.startswith(head if rows else head + tail)
+    assert text.endswith(f"{tail}\n}}\n" if rows else "\n}\n")
+    before = json.loads(rows) or [] if rows else []
+    found = json.loads(text)["exports"]
+    assert found[:-1] == before
+    assert found[-1]["path"] == "adapter"
+    assert text.count('"adapter"') == 1
+
+
+def test_an_export_that_fails_is_not_noted_and_one_that_cannot_be_is_told(
+    capsys, made, tmp_path, monkeypatch
+):
+    run, _ = made
+    before = (run / "run.json").read_bytes()
+    ask = ("export", run, "--format", "lora", "--out", tmp_path / "o")
+    failing(capsys, *ask, "--base", tmp_path / "nowhere")
+    assert (run / "run.json").read_bytes() == before
+    usual = os.replace
+
+    def unless_ours(source, target):
+        if Path(target).name == "run.json":
+            raise OSError(30, "Read-only file system")
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", unless_ours)
+    code, row = call(capsys, *ask[1:])
+    assert code == 0
+    assert any("not noted in run.json" in n and "Read-only" in n for n in row["notes"])
+    assert (run / "run.json").read_bytes() == before
+    assert not list(run.glob(".*"))
+    assert (tmp_path / "o" / "README.md").is_file()
 
 
 def test_merged_from_the_command_line(capsys, made, tmp_path):

@@ -26,7 +26,7 @@ from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, wr
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
 from saber.checkpoint.provenance import behind
-from saber.checkpoint.runs import Run
+from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
 from saber.errors import ModelError, OutputError, SaberError, UnknownName, UsageError
 from saber.lm import demo
@@ -79,6 +79,15 @@ class Exported:
     """What a user has to know of it."""
     tensors: tuple[Rounding, ...] = ()
     """GGUF: what storing did to the edit, tensor by tensor."""
+
+    def row(self, folder: Path) -> dict[str, Any]:
+        """Return what the `run.json` of a run folder says of it."""
+        return {
+            "format": self.format,
+            "path": place_of(self.path, folder),
+            "bytes": self.bytes,
+            "notes": list(self.notes),
+        }
 
 
 def check_formats(names: Sequence[str], model: str = "") -> None:
@@ -190,12 +199,7 @@ def export_all(
                 f"the run in {folder} is finished, but not its export as {kind}: {_told(error)}",
                 f"Go on with: {' && '.join(_command(k, folder, spec) for k in order[index:])}",
             ) from error
-        yield {
-            "format": kind,
-            "path": PLACES[kind],
-            "bytes": done.bytes,
-            "notes": list(done.notes),
-        }
+        yield done.row(folder)
 
 
 def _told(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from saber.errors import DataError, ModelError
 LOCAL = ("folder", "gguf")
 """Sources of a model that lies on this machine under a name of the user's."""
 RUN, PLAN, SKETCH = "run.json", "plan", "sketch"
+EXPORTS, ELSEWHERE = "exports", "..."
+_SCAN, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"\s*")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -59,6 +63,59 @@ def base_of(folder: Path, model: Mapping[str, Any]) -> str:
     if not given.exists():
         raise ModelError(f"the run's model {name} is not here.", "Say where it is: --base PATH.")
     return name
+
+
+def note_export(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add an export to the list in a run's `run.json`, in place of an older one at the same place.
+
+    Every other byte of the file stays. Raises `DataError` where it cannot be read, `OutputError` where it
+    cannot be written.
+    """
+    listed = read_record(folder).get(EXPORTS) or []
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise DataError(f"{folder / RUN} holds no usable list of {EXPORTS}.", artifacts.DAMAGED)
+    again = "" if row["path"].startswith(f"{ELSEWHERE}/") else row["path"]
+    kept = [one for one in listed if one.get("path") != again]
+    rows = json.dumps([*kept, row], indent=2, ensure_ascii=False).replace("\n", "\n  ")
+    text = (folder / RUN).read_text(encoding="utf-8")
+    where = _span(text, EXPORTS)
+    if where is None:
+        text = f'{text.rstrip()[:-1].rstrip()},\n  "{EXPORTS}": {rows}\n}}\n'
+    else:
+        text = text[: where[0]] + rows + text[where[1] :]
+    artifacts.write_text(folder / RUN, text)
+
+
+def _span(text: str, key: str) -> tuple[int, int] | None:
+    """Return where the value of a key begins and ends in the text of a JSON object; None without it."""
+
+    def behind(at: int) -> int:
+        found = _SPACE.match(text, at)
+        assert found is not None
+        return found.end()
+
+    at = behind(0)
+    while text[at] != "}":
+        at = behind(at + 1)  # behind the brace or a comma
+        name, at = _SCAN(text, at)
+        begin = behind(behind(at) + 1)
+        _, end = _SCAN(text, begin)
+        if name == key:
+            return begin, end
+        at = behind(end)
+    return None
+
+
+def place_of(out: Path, folder: Path) -> str:
+    """Return where an export lies as `run.json` says it: from the run folder on.
+
+    Of one outside the folder in which both are worked on it is the last part alone, behind `.../`: a
+    published `run.json` should name no folders of this machine.
+    """
+    run, there, here = folder.resolve(), out.resolve(), Path.cwd()
+    if run in there.parents or (here in run.parents and here in there.parents):
+        return Path(os.path.relpath(there, run)).as_posix()
+    return f"{ELSEWHERE}/{there.name}"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from saber.checkpoint.export import Exported, ExportSpec, check_formats, export
-from saber.checkpoint.runs import Run, base_of
+from saber.checkpoint.runs import RUN, Run, base_of, note_export
 from saber.cli import push
 from saber.cli.progress import listening
 from saber.config import RunConfig
-from saber.errors import UsageError
+from saber.errors import SaberError, UsageError
 
 
 def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
@@ -35,10 +35,21 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     )
     with listening(Console(stderr=True, quiet=arguments.json)) as listener:
         listener.on_stage(f"exporting as {arguments.format}")
-        made = export(run, arguments.format, Path(arguments.out), spec, progress=listener.progress)
+        made = export(run, arguments.format, arguments.out, spec, progress=listener.progress)
+    made = _noted(made, arguments.run)
     if not arguments.json:
         _tell(made)
     return push.finish(arguments, target, made.path, as_json(made))
+
+
+def _noted(made: Exported, folder: Path) -> Exported:
+    """Add an export to the run's list; where that cannot be written the export is there all the same."""
+    try:
+        note_export(folder, made.row(folder))
+    except SaberError as error:
+        note = f"It is not noted in {RUN} of the run: {error.problem}"
+        return dataclasses.replace(made, notes=(*made.notes, note))
+    return made
 
 
 def _base(arguments: argparse.Namespace, run: Run) -> str:
