@@ -519,6 +519,16 @@ def test_what_another_plan_left_is_not_taken_over(sharded, tmp_path, monkeypatch
     assert made.resumed == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="needs sessions")
+def test_ctrl_c_in_a_terminal_is_for_the_main_process_alone():
+    """Workers would each say that they were interrupted; they are ended instead."""
+    hand = workers._There()
+    try:
+        assert os.getsid(hand.process.pid) == hand.process.pid
+    finally:
+        hand.close()
+
+
 def test_two_at_once_on_one_folder_are_refused(sharded, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     (tmp_path / ".out.part").mkdir()

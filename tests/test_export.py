@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -619,6 +620,85 @@ def test_nothing_is_left_when_the_disk_is_full(made, tmp_path, monkeypatch):
         export(run, "lora", tmp_path / "o")
     assert not (tmp_path / "o").exists()
     assert not list(tmp_path.glob(".*.part"))
+
+
+def stop(*_args, **_kwargs):
+    """Press Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+STOPS = {
+    "lora, its weights written": ("lora", "out", "peft.LoraConfig.save_pretrained"),
+    "merged, from memory": ("merged", "out", "saber.checkpoint.merged.stamp"),
+    "merged, its weights written": ("merged", "out", "saber.checkpoint.export.export_card"),
+    "gguf": ("gguf", "out", "saber.checkpoint.gguf_rewrite._copy"),
+    "gguf, a file without its card": ("gguf", "o.gguf", "saber.checkpoint.export.export_card"),
+    "gguf-lora": ("gguf-lora", "o.gguf", "gguf.GGUFWriter.write_tensors_to_file"),
+}
+"""Where an export is stopped: its format, its place, and what is called then."""
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_ctrl_c_leaves_nothing_and_says_how_to_export_again(
+    capsys, made, made_gguf, tmp_path, monkeypatch, what
+):
+    kind, name, moment = STOPS[what]
+    run, _ = made_gguf if "gguf" in kind else made
+    ask = ["export", run, "--format", kind, "--partial", "--out", tmp_path / "a b" / name]
+    (tmp_path / "a b").mkdir()
+    record = (run / "run.json").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(moment, stop)
+        code, said = failing(capsys, *ask)
+    assert code == 130
+    assert said.startswith("saber: interrupted. Nothing half-written was left, and the run in ")
+    assert f"{run} is finished and safe there." in said
+    assert not list((tmp_path / "a b").iterdir())
+    assert (run / "run.json").read_bytes() == record
+    command = shlex.split(said.partition("Export it again with: ")[2])
+    assert command == ["saber", *map(str, ask)]
+    assert main(command[1:]) == 0
+    assert (tmp_path / "a b" / name).exists()
+
+
+def test_ctrl_c_at_the_end_of_a_run_says_what_is_left_to_export(
+    capsys, made, tmp_path, monkeypatch
+):
+    run, model = made
+
+    def ends(*_args, **_kwargs):
+        kinds, lm = ["merged", "lora"], load(str(model))
+        list(export_all(Run.load(run), kinds, run, lm=lm, spec=LoadSpec()))
+
+    monkeypatch.setattr("saber.pipeline.run", ends)
+    with monkeypatch.context() as patched:
+        patched.setattr("saber.checkpoint.lora.save_file", stop)
+        code, said = failing(capsys, "run", "demo", "--out", tmp_path / "o")
+    assert code == 130
+    assert "Nothing half-written was left" in said
+    assert "is finished and safe there." in said
+    for command in said.partition("Export it again with: ")[2].split(" && "):
+        assert main(shlex.split(command)[1:]) == 0
+    assert (run / "adapter").is_dir()
+    assert (run / "model").is_dir()
+
+
+def test_what_a_second_ctrl_c_leaves_is_named(capsys, made, tmp_path, monkeypatch):
+    run, _ = made
+    monkeypatch.setattr("saber.checkpoint.lora.save_file", stop)
+    monkeypatch.setattr("saber.artifacts.shutil.rmtree", lambda *_a, **_k: None)
+    said = failing(capsys, "export", run, "--format", "lora", "--out", tmp_path / "o")[1]
+    assert f"{tmp_path / '.o.part'} is left of it" in said
+    assert "Nothing half-written" not in said
+
+
+def test_ctrl_c_elsewhere_is_no_matter_of_an_export(capsys, made, tmp_path, monkeypatch):
+    """Not even where --out looks like a run that can be gone on with."""
+    run, _ = made
+    (tmp_path / "state.json").touch()
+    monkeypatch.setattr("saber.cli.main.read_config", stop)
+    said = failing(capsys, "export", run, "--format", "lora", "--out", tmp_path)[1]
+    assert said == "saber: interrupted."
 
 
 def test_formats_are_checked_before_a_run_begins(capsys, model_folder, tmp_path):

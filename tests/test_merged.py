@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,8 +17,8 @@ from test_export import MEASURED
 
 from saber import artifacts
 from saber.checkpoint import export as export_module
-from saber.checkpoint import plan_on_disk, save_merged
-from saber.checkpoint.export import export
+from saber.checkpoint import plan_on_disk, save_merged, workers
+from saber.checkpoint.export import export, export_all
 from saber.checkpoint.parcel import parcel
 from saber.checkpoint.provenance import FILE
 from saber.checkpoint.runs import Run
@@ -225,6 +227,40 @@ def test_a_disk_that_fills_up_leaves_nothing(base, tmp_path, monkeypatch):
             export(run, "merged", tmp_path / "run" / "model", lm=lm)
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run").glob(".*.part"))
+    export(run, "merged", tmp_path / "run" / "model", lm=lm)
+
+
+@pytest.mark.parametrize("moment", ["submit", "wait"])
+def test_ctrl_c_while_files_are_written_leaves_nothing(base, tmp_path, monkeypatch, moment):
+    """No thread goes on to write, whether it came while the jobs were begun or later."""
+    run, lm = ran(base, tmp_path / "run")
+    begun, told = threading.Event(), threading.Event()
+    submit = workers.ThreadPoolExecutor.submit
+
+    def slow(_job, check):
+        begun.set()
+        try:
+            for _ in range(500):
+                check()
+                time.sleep(0.01)
+        except workers.Stopped:
+            told.set()
+            raise
+
+    def stop(*args):
+        if moment == "submit":
+            submit(*args)
+        begun.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "do", slow)
+        place = workers if moment == "wait" else workers.ThreadPoolExecutor
+        patched.setattr(place, moment, stop)
+        with pytest.raises(KeyboardInterrupt, match="Nothing half-written was left"):
+            list(export_all(run, ["merged"], tmp_path / "run", lm=lm, spec=FLOAT32))
+    assert told.is_set()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["plan", "run.json"]
     export(run, "merged", tmp_path / "run" / "model", lm=lm)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class SaberError(Exception):
@@ -116,6 +117,17 @@ class PushInterrupted(SaberError):
     """A push was interrupted by the user."""
 
     exit_code = 130
+
+
+class ExportInterrupted(KeyboardInterrupt):
+    """An export was interrupted by the user; an interrupt as any other, which says what there is now."""
+
+    def __init__(self, run: Path, left: Path | None, command: str) -> None:
+        kept = f"{left} is left of it, to be removed" if left else "Nothing half-written was left"
+        super().__init__(
+            f"interrupted. {kept}, and the run in {run} is finished and safe there. "
+            f"Export it again with: {command}"
+        )
 
 
 class MissingExtra(UsageError):

@@ -28,7 +28,14 @@ from saber.checkpoint.origin import origin
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
-from saber.errors import ModelError, OutputError, SaberError, UnknownName, UsageError
+from saber.errors import (
+    ExportInterrupted,
+    ModelError,
+    OutputError,
+    SaberError,
+    UnknownName,
+    UsageError,
+)
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
 from saber.lm.load import LoadSpec, as_stored, load, read_template, skeleton
@@ -149,8 +156,13 @@ def export(
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
-        written = _gguf(run, kind, out, spec, progress)
-        artifacts.write_text(card, written.card)
+        try:
+            written = _gguf(run, kind, out, spec, progress)
+            artifacts.write_text(card, written.card)
+        except BaseException:  # a file and its card are there together, or neither is
+            for path in (out, card):
+                path.unlink(missing_ok=True)
+            raise
     elif kind == "merged":
         written = _merged(run, out, spec, lm)
     else:
@@ -189,17 +201,26 @@ def export_all(
     order = sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged")
     for index, kind in enumerate(order):
         out = folder / PLACES[kind]
-        shutil.rmtree(out, ignore_errors=True)
+        later = " && ".join(_command(k, folder, spec) for k in order[index:])
         try:
+            shutil.rmtree(out, ignore_errors=True)
             done = export(
                 run, kind, out, ExportSpec(partial=True, load=spec), lm=lm, progress=progress
             )
         except Exception as error:  # the run is finished, and this says how to go on
             raise OutputError(
                 f"the run in {folder} is finished, but not its export as {kind}: {_told(error)}",
-                f"Go on with: {' && '.join(_command(k, folder, spec) for k in order[index:])}",
+                f"Go on with: {later}",
             ) from error
+        except KeyboardInterrupt:
+            raise ExportInterrupted(folder, left_of(out), later) from None
         yield done.row(folder)
+
+
+def left_of(out: Path) -> Path | None:
+    """Return what an export that was stopped twice has left of `out`; None after any other."""
+    part = out.with_name(f".{out.name}.part")
+    return part if part.exists() else None
 
 
 def _told(error: Exception) -> str:
@@ -272,9 +293,8 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
         notes += (f"Weights, tokenizer and configuration as transformers saves them: {reason}",)
     lm = as_stored(lm, spec.load)
     _weights_of(lm.model, run.plan)
-    save_merged(lm, run.plan, out, where)
     text = export_card("merged", out, run.record, where, notes)
-    artifacts.write_text(out / CARD, text)
+    save_merged(lm, run.plan, out, where, {CARD: text})
     return _Written(text, notes)
 
 

@@ -8,6 +8,7 @@ them, the token embedding `lora_a (tokens, k)`. llama.cpp scales by alpha / k of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,10 @@ def write_gguf_lora(
     import gguf
 
     alpha = max(change.right.shape[0] for change in changes)
-    with artifacts.staged_file(out) as part:
-        writer = gguf.GGUFWriter(part, file.architecture)
+    with (
+        artifacts.staged_file(out) as part,
+        closing(gguf.GGUFWriter(part, file.architecture)) as writer,
+    ):
         writer.add_string("general.type", "adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(alpha))
@@ -55,5 +58,4 @@ def write_gguf_lora(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
     return int(alpha)

@@ -110,14 +110,18 @@ def write_merged(
 
 
 def save_merged(
-    lm: LanguageModel, plan: EditPlan, folder: Path, metadata: Mapping[str, str] | None = None
+    lm: LanguageModel,
+    plan: EditPlan,
+    folder: Path,
+    metadata: Mapping[str, str] | None = None,
+    added: Mapping[str, str] | None = None,
 ) -> None:
     """Apply the plan for good, and save model, tokenizer and generation config to `folder`.
 
     The edit is made in float32 and rounded once, to the compute dtype, before the cast to the
-    checkpoint's own. `metadata` goes into the `__metadata__` of the weights. The folder appears whole
-    or not at all. The model in memory stays edited. Raises `OutputError` when the disk is or would be
-    full.
+    checkpoint's own. `metadata` goes into the `__metadata__` of the weights; `added` are further text
+    files by name, such as a card. The folder appears whole or not at all. The model in memory stays
+    edited. Raises `OutputError` when the disk is or would be full.
     """
     _require_room(lm, folder)
     apply(lm.model, plan)
@@ -128,6 +132,8 @@ def save_merged(
             lm.tokenizer.save_pretrained(part)
             for file in sorted(part.glob("*.safetensors")) if metadata else []:
                 stamp(file, metadata or {})
+            for name, text in (added or {}).items():
+                artifacts.write_text(part / name, text)
     except (SafetensorError, RuntimeError) as error:
         raise OutputError(f"cannot save the model to {folder}: {error}.") from error
 

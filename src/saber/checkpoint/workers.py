@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -147,6 +147,7 @@ class _There:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends them
         )
 
     def do(self, job: Job) -> Done:
@@ -213,8 +214,9 @@ def do_all(
     threads = torch.get_num_threads()
     # Blocks are small: more threads for one would wait for each other while others hash and write.
     torch.set_num_threads(1)
-    pending = {pool.submit(one, job) for job in jobs}
+    pending: set[Future[None]] = set()
     try:
+        pending.update(pool.submit(one, job) for job in jobs)
         while pending:
             done, pending = wait(pending, POLL, FIRST_COMPLETED)
             tick()
@@ -222,8 +224,7 @@ def do_all(
                 future.result()
     finally:
         torch.set_num_threads(threads)
-        for future in pending:
-            future.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
         for hand in hands:
             hand.stop()
         pool.shutdown()

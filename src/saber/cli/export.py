@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from saber.checkpoint.export import Exported, ExportSpec, check_formats, export
+from saber.checkpoint.export import Exported, ExportSpec, check_formats, export, left_of
 from saber.checkpoint.runs import RUN, Run, base_of, note_export
 from saber.cli import push
 from saber.cli.progress import listening
 from saber.config import RunConfig
-from saber.errors import SaberError, UsageError
+from saber.errors import ExportInterrupted, SaberError, UsageError
 
 
 def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
@@ -33,9 +33,13 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         force=arguments.force,
         load=config.load,
     )
-    with listening(Console(stderr=True, quiet=arguments.json)) as listener:
-        listener.on_stage(f"exporting as {arguments.format}")
-        made = export(run, arguments.format, arguments.out, spec, progress=listener.progress)
+    try:
+        with listening(Console(stderr=True, quiet=arguments.json)) as listener:
+            listener.on_stage(f"exporting as {arguments.format}")
+            made = export(run, arguments.format, arguments.out, spec, progress=listener.progress)
+    except KeyboardInterrupt:
+        left = left_of(arguments.out)
+        raise ExportInterrupted(arguments.run, left, arguments.line) from None
     made = _noted(made, arguments.run)
     if not arguments.json:
         _tell(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from saber import __version__
 from saber.cli import diff, push
-from saber.errors import ModelError, SaberError, UsageError
+from saber.errors import ExportInterrupted, ModelError, SaberError, UsageError
 
 INTERRUPTED = 130
 
@@ -27,22 +28,14 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 wrong use, 3 target missed, 130)."""
     arguments = build_parser().parse_args(argv)
+    arguments.line = shlex.join(["saber", *(sys.argv[1:] if argv is None else argv)])
     try:
         _enter_runs(arguments)
         return int(arguments.handler(arguments))
     except SaberError as error:
         return _fail(error, arguments)
-    except KeyboardInterrupt:
-        if arguments.command == "apply":
-            print("saber: interrupted. The same command goes on from here.", file=sys.stderr)
-            return INTERRUPTED
-        hint = (
-            f" Go on with: saber {arguments.command} {arguments.model} --out {arguments.out} --resume "
-            "(and the same options)"
-            if _resumable(arguments)
-            else ""
-        )
-        print(f"saber: interrupted.{hint}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"saber: {_interrupted(interrupt, arguments)}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 1
@@ -86,8 +79,22 @@ def _model_in(name: str) -> str:
     return str(folder / "model")
 
 
+def _interrupted(interrupt: KeyboardInterrupt, arguments: argparse.Namespace) -> str:
+    """Return what to say of an interrupt: that it was one, and how to go on."""
+    if isinstance(interrupt, ExportInterrupted):
+        return str(interrupt)
+    if arguments.command == "apply":
+        return "interrupted. The same command goes on from here."
+    if not _resumable(arguments):
+        return "interrupted."
+    return (
+        f"interrupted. Go on with: saber {arguments.command} {arguments.model} --out {arguments.out} "
+        "--resume (and the same options)"
+    )
+
+
 def _resumable(arguments: argparse.Namespace) -> bool:
-    out = getattr(arguments, "out", None)
+    out = arguments.out if arguments.command in ("run", "sweep") else None
     marks = ("state.json", "study.json")
     return out is not None and any((Path(out) / mark).exists() for mark in marks)
 
