@@ -294,16 +294,19 @@ class _Loop:
             if step is None:
                 reason = "a further pass did not help (no strength set an answer right)"
             else:
-                reached = self._reached(step)
+                reached, late = self._reached(step), dict[int, Opening]()
                 reason = self._no_help(reached)
+                if self.selective and not reason:
+                    late = self._left_late(step, turn, reached)
+                    reason = self._no_help(reached, len(late))
                 if not reason:
-                    after, this = self._measured(step, reached, chosen, candidates, turn, rng)
-                    reason = self._no_help(reached, len(after.late))
-                if not reason:
+                    this = self._measured(step, reached, late, chosen, candidates, turn, rng)
                     self.passes.append(this)
-                    self.now = after
+                    self.now = _Standing(
+                        step.plan, this.log_odds_after, reached.rate, reached.amiss, late
+                    )
                     if step.turning is not None:
-                        self.watched[after.at] = step.turning
+                        self.watched[self.now.at] = step.turning
                     finished(this)
                     continue
             self.vain.append(turn.opening)
@@ -419,12 +422,13 @@ class _Loop:
         self,
         step: Step,
         reached: Shown,
+        late: Mapping[int, Opening],
         chosen: Sequence[Candidate],
         candidates: Sequence[Candidate],
         turn: Turn,
         rng: np.random.Generator,
-    ) -> tuple[_Standing, Pass]:
-        """Return how the model stands with a new plan, and the pass that made it."""
+    ) -> Pass:
+        """Return a pass with what is to be told of it."""
         before, plan, validation = self.now, step.plan, self.data.target_validation
         trial = next((t for t in step.trials if t.chosen), None)
         with self.clock("refine"), applied(self.lm.model, plan):
@@ -435,9 +439,8 @@ class _Loop:
                 log_odds = trial.log_odds
             back = self._compensation(plan, step.chosen[0], rng)
         best = min((c.direction for c in candidates), key=rank)
-        late = self._left_late(step, turn, reached) if self.selective else {}
         fate = {id(c.direction): c for c in step.chosen}
-        this = Pass(
+        return Pass(
             index=len(self.passes) + 1,
             candidates=tuple(fate.get(id(c.direction), c) for c in candidates),
             log_odds_before=before.log_odds,
@@ -460,7 +463,6 @@ class _Loop:
             by_answers=step.by_answers,
             in_vain=tuple(self.vain[sum(len(p.in_vain) for p in self.passes) :]),
         )
-        return _Standing(plan, log_odds, reached.rate, reached.amiss, late), this
 
     def _compensation(
         self, plan: EditPlan, first: Candidate, rng: np.random.Generator
@@ -480,7 +482,7 @@ class _Loop:
             pairs=paired(target.pairs, neutral.pairs),
         )
 
-    def _left_late(self, step: Step, turn: Turn, reached: Shown) -> Mapping[int, Opening]:
+    def _left_late(self, step: Step, turn: Turn, reached: Shown) -> dict[int, Opening]:
         """Return the fit targets that come late with a new plan."""
         before = self.now.late
         # Once validation targets are clean, those that came late may do: they are asked first.
@@ -492,9 +494,9 @@ class _Loop:
 
     def _late(
         self, plan: EditPlan, rows: Sequence[int], told: Fitted | None = None
-    ) -> Mapping[int, Opening]:
+    ) -> dict[int, Opening]:
         """Return which of some fit targets come late with a plan."""
         ask = self.answers.fitted
         with self.clock("refine"), applied(self.lm.model, plan):
             key = ("late", plan.digest(), tuple(rows))
-            return self.eye.memo(key, lambda: (told or ask(rows)).late)
+            return dict(self.eye.memo(key, lambda: (told or ask(rows)).late))
