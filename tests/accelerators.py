@@ -117,12 +117,8 @@ def spread(family: str) -> dict[str, str]:
     return {**places, **dict.fromkeys((*first, "lm_head"), "acc:0"), last: "acc:1"}
 
 
-def edited(family: str, preset: str, where: str, placement: dict[str, str] | None = None) -> dict:
-    """Run the whole pipeline on a device, or with a placement; return what came out, in numbers."""
-    from architectures import prompt_files
-    from test_pipeline import small
-
-    from saber import pipeline
+def _placed(placement: dict[str, str] | None):
+    """Let models that are to be spread over devices lie as told."""
     from saber.lm import load
 
     read = load._read
@@ -132,7 +128,37 @@ def edited(family: str, preset: str, where: str, placement: dict[str, str] | Non
             kwargs["device_map"] = placement
         return read(*args, **kwargs)
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(load, "_read", placed):
+    return patch.object(load, "_read", placed)
+
+
+def proved(family: str, where: str, placement: dict[str, str] | None = None) -> list[str]:
+    """Prove the writers of a model in bfloat16 whose layers write next to nothing; return their names."""
+    from saber.inspection import require_ablated
+    from saber.lm.load import LoadSpec, load
+    from saber.lm.writers import find_writers
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(family, Path(folder))
+        spec = LoadSpec(device=where, dtype="bfloat16", device_map="auto" if placement else "")
+        with _placed(placement):
+            lm = load(str(path), spec)
+    writers = find_writers(lm)
+    for writer in writers:
+        lm.model.get_parameter(writer.weight).mul_(1e-4)
+    found = find_writers(lm)
+    require_ablated(lm, found)
+    assert {p.device.index for p in lm.layers.parameters()} == ({0, 1} if placement else {None})
+    return [w.weight for w in found]
+
+
+def edited(family: str, preset: str, where: str, placement: dict[str, str] | None = None) -> dict:
+    """Run the whole pipeline on a device, or with a placement; return what came out, in numbers."""
+    from architectures import prompt_files
+    from test_pipeline import small
+
+    from saber import pipeline
+
+    with tempfile.TemporaryDirectory() as folder, _placed(placement):
         path = Path(folder)
         model = saved(family, path)
         config = small(

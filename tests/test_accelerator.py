@@ -59,6 +59,13 @@ def test_a_model_on_two_devices_is_edited_as_on_the_cpu(elsewhere, family, prese
     assert_alike(there, here)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_writers_of_next_to_nothing_are_found_in_16_bits_on_two_devices(elsewhere, family):
+    there = elsewhere.apply(accelerators.proved, (family, "acc", accelerators.spread(family)))
+    assert there == elsewhere.apply(accelerators.proved, (family, "cpu"))
+    assert len(there) == 8
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_every_kind_of_model_is_edited_on_a_device_as_on_the_cpu(elsewhere, family):
     there = elsewhere.apply(accelerators.edited, (family, "default", "acc"))

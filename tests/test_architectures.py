@@ -1,6 +1,7 @@
 """Every kind of residual writer that occurs among architectures is found, proved and edited."""
 
 import json
+import math
 import re
 import sys
 import tokenize
@@ -24,6 +25,7 @@ from saber.lm.inputs import plan_reading, read_inputs
 from saber.lm.layers import find_layers, stream
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import held, layer_calls, zeros
 from saber.lm.writers import ablated_law, find_writers, zeroed_law
 
 # Varied on purpose: dense, fused and shared experts, latent and linear attention, state spaces, short
@@ -112,6 +114,39 @@ def test_a_float32_stream_beside_half_precision_weights():
     lm.model.to(torch.bfloat16)
     writers = find_writers(lm)
     assert [w.weight for w in writers] == [f"backbone.layers.{i}.mixer.out_proj.weight" for i in range(4)]
+
+
+def weaken(lm, writers, share=1e-4):
+    """Let writers add this share of the stream: all of even layers, and the first one of odd ones."""
+    for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
+        own = [w for w in writers if w.layer == index]
+        for writer in own if index % 2 == 0 else own[:1]:
+            for name in filter(None, (writer.weight, writer.bias)):
+                parameter, added = lm.model.get_parameter(name), math.inf
+                while not 0.5 < added / share < 2:  # behind a norm, until its epsilon bounds it
+                    with held(zeros([parameter])):
+                        without = call.run(layer)
+                    added = float((call.run(layer) - without).norm() / call.rows.norm())
+                    parameter.mul_(share / added)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writers_of_next_to_nothing_are_found_in_bfloat16(family):
+    """Added to the stream in bfloat16 they would be lost in its rounding."""
+    lm = language_model(family, **FAMILIES[family])
+    expected = find_writers(lm)
+    weaken(lm, expected)
+    lm.model.to(torch.bfloat16)
+    before = {k: (v.data_ptr(), v.clone()) for k, v in lm.model.state_dict().items()}
+    writers = find_writers(lm)
+    told = [(w.weight, w.axis, w.bias, w.convention, w.centred) for w in expected]
+    assert [(w.weight, w.axis, w.bias, w.convention, w.centred) for w in writers] == told
+    assert zeroed_law(lm, writers) < 1e-4
+    require_ablated(lm, writers)
+    for name, value in lm.model.state_dict().items():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
 
 
 def test_experts_of_a_multimodal_model_show_their_rows():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import make_lm, make_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
@@ -13,7 +14,7 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect, require_ablated, shares_left
 from saber.linalg import unit
 from saber.lm.layers import find_layers
-from saber.lm.substitution import layer_calls
+from saber.lm.substitution import Bench, layer_calls
 from saber.lm.writers import (
     Writer,
     ablated_law,
@@ -225,6 +226,58 @@ def test_a_full_edit_is_told_from_rounding_where_layers_write_little(llama):
     for name, value in llama.model.state_dict().items():
         assert value.data_ptr() == before[name][0]
         assert torch.equal(value, before[name][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weak", [("o_proj",), ("down_proj",), ("o_proj", "down_proj")])
+def test_writers_far_below_the_rounding_of_the_stream_are_found(llama, weak, dtype):
+    """With the stream of a layer in 16 bits they would change not a bit of its output."""
+    for name, parameter in llama.model.named_parameters():
+        if name.split(".")[-2] in weak:
+            parameter.mul_(1e-4)
+    llama.model.to(dtype)
+    missing = [Bench(layer, call).leftover([]) for layer, call in pairs(llama)]
+    assert (max(missing) < 1e-3) == (len(weak) == 2)
+    writers = find_writers(llama)
+    assert [w.name.split(".")[-1] for w in writers] == ["o_proj", "down_proj"] * 4
+    require_ablated(llama, writers)
+    without = [w for w in writers if w.layer != 1 or w.name.split(".")[-1] not in weak]
+    assert zeroed_law(llama, writers) < 1e-7 < 5e-6 < zeroed_law(llama, without)
+    if len(weak) == 2:
+        with pytest.raises(UnprovenWriter, match=r"ablated law fails at layer 1"):
+            require_ablated(llama, without)
+
+
+def pairs(lm):
+    return zip(lm.layers, layer_calls(lm), strict=True)
+
+
+def test_no_layer_is_left_in_float32_where_the_proof_fails(llama):
+    llama.model.to(torch.bfloat16)
+    llama.layers[2] = Mixing(llama.layers[2])
+    before = {k: v.data_ptr() for k, v in llama.model.state_dict().items()}
+    with pytest.raises(UnprovenWriter, match="layer 2") as kept:
+        find_writers(llama)
+    assert {k: v.data_ptr() for k, v in llama.model.state_dict().items()} == before
+    assert {p.dtype for p in llama.model.parameters()} == {torch.bfloat16}
+    assert kept.value.residual > 0.1
+
+
+def test_one_layer_at_a_time_is_held_in_float32(llama):
+    llama.model.to(torch.bfloat16)
+    wide = set()
+
+    def count(*_):
+        held = [any(p.dtype == torch.float32 for p in each.parameters()) for each in llama.layers]
+        wide.add(sum(held))
+
+    for layer in llama.layers:
+        # As accelerate's hooks, which bring what a layer is given to where its weights are.
+        hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+        add_hook_to_module(layer, hook, append=True)
+        layer.register_forward_hook(count)
+    assert len(find_writers(llama)) == 8
+    assert wide == {0, 1}
 
 
 def test_a_layer_is_tried_on_a_stream_on_its_own_device(llama):

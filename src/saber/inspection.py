@@ -14,7 +14,8 @@ from saber.errors import UnprovenWriter
 from saber.linalg import unit
 from saber.lm.forward import TOKENS_PER_BATCH
 from saber.lm.model import LanguageModel
-from saber.lm.substitution import Call, layer_calls, widened
+from saber.lm.search import LAW_LIMIT
+from saber.lm.substitution import Call, benched, layer_calls
 from saber.lm.writers import (
     Writer,
     ablated_law,
@@ -59,7 +60,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
         "writers": [_row(w) for w in writers],
         "coverage": _coverage(lm, writers),
         "laws": {"zeroed": zeroed, "ablated": ablated},
-        "proved": bool(writers) and not reason and zeroed < limit and ablated < limit,
+        "proved": bool(writers) and not reason and zeroed < LAW_LIMIT and ablated < limit,
         "reason": reason,
     }
 
@@ -74,7 +75,7 @@ def shares_left(lm: LanguageModel, writers: Sequence[Writer]) -> list[float]:
     direction = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)))
     if lm.dtype.itemsize == 2:
         calls = zip(lm.layers, layer_calls(lm), strict=True)
-        return [_share_left(lm, writers, layer, call.wide(), direction) for layer, call in calls]
+        return [_share_left(lm, writers, layer, call, direction) for layer, call in calls]
     before = ablated_law(lm, direction)
     with applied(lm.model, orthogonal(lm, writers, [Removal(direction, 1.0, 0)], "all")):
         after = ablated_law(lm, direction)
@@ -86,10 +87,10 @@ def _share_left(
 ) -> float:
     inside = {id(p) for p in layer.parameters()}
     own = [w for w in writers if id(lm.model.get_parameter(w.weight)) in inside]
-    with widened(layer):
-        before = written_along(layer, call, direction)
+    with benched(layer, call) as bench:
+        before = written_along(layer, bench.call, direction)
         with applied(lm.model, orthogonal(lm, own, [Removal(direction, 1.0, 0)], "all")):
-            return written_along(layer, call, direction) / max(before, 1e-30)
+            return written_along(layer, bench.call, direction) / max(before, 1e-30)
 
 
 def require_ablated(lm: LanguageModel, writers: Sequence[Writer]) -> None:

@@ -19,17 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from saber.lm.substitution import Bench, Fit
 
-LAW_LIMIT, LOW_PRECISION_LIMIT = 1e-4, 5e-2
-
-
-def dtype_limit(dtype: torch.dtype) -> float:
-    """Return the residual up to which a law counts as kept, by the compute dtype."""
-    return LAW_LIMIT if dtype == torch.float32 else LOW_PRECISION_LIMIT
+LAW_LIMIT = 1e-4
+"""The residual up to which a law counts as kept."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,6 @@ def search(
 ) -> tuple[list[Finding], float]:
     """Return the writers among a layer's parameters, and what is left of the output without them."""
     candidates = _candidates(bench.layer, d_model, names)
-    limit = dtype_limit(bench.dtype)
     known = memory.trials.setdefault(type(bench.layer), [])
     for trials in known[::-1]:
         found = _repeated(bench, candidates, trials)
@@ -88,7 +82,7 @@ def search(
             continue
         zeroed = [f.candidate.parameter for f in found]
         leftover = bench.leftover(zeroed)
-        if leftover <= 0.1 * limit or bench.carried(zeroed, names)[0] <= limit:
+        if leftover <= 0.1 * LAW_LIMIT or bench.carried(zeroed, names)[0] <= LAW_LIMIT:
             return found + _siblings(found, candidates), leftover
     found, trials, leftover = _searched(bench, candidates, names)
     known.append(trials)
@@ -138,15 +132,14 @@ def _searched(
     found: list[Finding] = []
     trials: list[Trial] = []
     leftover = bench.leftover([])
-    limit = dtype_limit(bench.dtype)
     for on, alone, quiet in ((bench, False, False), (bench, True, False), (bench.quiet(), True, True)):
         # What is left may be no writer's doing.
         zeroed = [f.candidate.parameter for f in found]
-        if alone and (bench.renormalises() or bench.carried(zeroed, names)[0] <= limit):
+        if alone and (bench.renormalises() or bench.carried(zeroed, names)[0] <= LAW_LIMIT):
             break
         own_path: dict[tuple[str, int], list[nn.Parameter]] = {}
         again = True
-        while again and leftover > 0.1 * limit:
+        while again and leftover > 0.1 * LAW_LIMIT:
             again = False
             for candidate in list(rest):
                 beside = _vectors_beside(candidate, rest)
@@ -168,7 +161,7 @@ def _searched(
                 rest = [c for c in rest if c.parameter is not candidate.parameter]
                 again = True
                 leftover = bench.leftover([f.candidate.parameter for f in found])
-                if leftover <= 0.1 * limit:
+                if leftover <= 0.1 * LAW_LIMIT:
                     break
     return found, trials, leftover
 

@@ -33,8 +33,9 @@ TOKENS = 7
 MEASURED = "a gain of its own for every coordinate"
 BLOCK = 1 << 24
 """Entries of a substitute that are made at once."""
-FIT_LIMIT, LOW_PRECISION_FIT = 1e-3, 5e-2
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FIT_LIMIT = 1e-3
+_HALF = (torch.bfloat16, torch.float16)
+_COMPUTED = (torch.float32, torch.float64, *_HALF)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Call:
 
 def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        return value.float() if value.dtype in _HALF else value
     if type(value) in (tuple, list):
         return type(value)(map(_widened, value))
     return {k: _widened(v) for k, v in value.items()} if type(value) is dict else value
@@ -278,9 +279,8 @@ class Bench:
             ratio = torch.cat([c.change / c.z for c in tried]).flatten(0, -2)
             _, values, right = torch.linalg.svd(ratio, full_matrices=False)
             misfit = float((values[1:].pow(2).sum() / values.pow(2).sum()).sqrt())
-            low_precision = self.dtype != torch.float32
             # Most that are no writers show it with the first z.
-            if not misfit < (LOW_PRECISION_FIT if low_precision else FIT_LIMIT):
+            if not misfit < FIT_LIMIT:
                 return None
         gain = right[0] * right[0].sum().sign() * parameter.shape[axis] ** 0.5
         value = _substitute(parameter, axis, -1).times(tried[0].factor)
@@ -366,6 +366,21 @@ class Bench:
         return bool(large < 10 * self.call.run(self.layer).norm())
 
 
+@contextmanager
+def benched(layer: nn.Module, call: Call) -> Iterator[Bench]:
+    """Give the bench of a layer: of one that computes in 16 bits, the same layer held in float32.
+
+    Beside the stream, what a layer writes that is smaller than the stream's rounding would not be there
+    at all. One layer is held so at a time.
+    """
+    bench = Bench(layer, call)
+    if bench.dtype not in _HALF:
+        yield bench
+        return
+    with widened(layer):
+        yield Bench(layer, call.wide())
+
+
 def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
     """Return how much of the rows of `out` lies outside `span`, token by token, relative to `given`."""
     carried = out @ torch.linalg.pinv(span) @ span
@@ -375,8 +390,8 @@ def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
 def _substitute(parameter: nn.Parameter, axis: int, seed: int) -> Substitute:
     """Return z and v for a parameter; z has mean zero and no small entries.
 
-    Both have few bits, so that 16-bit weights hold z v^T exactly and all its rows are one row times a
-    number: what is left of a token after cancellation is then no rounding error that a norm would enlarge.
+    Both have few bits, so that weights hold z v^T exactly and all its rows are one row times a number:
+    what is left of a token after cancellation is then no rounding error that a norm would enlarge.
     """
     generator = torch.Generator().manual_seed(abs(seed))
     d_model = parameter.shape[axis]

@@ -27,12 +27,13 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.lm.disk import disk_names
 from saber.lm.layers import stream, with_stream
 from saber.lm.model import LanguageModel
-from saber.lm.search import Finding, Memory, dtype_limit, search
+from saber.lm.search import LAW_LIMIT, Finding, Memory, search
 from saber.lm.substitution import (
     TOKENS,
     Bench,
     Call,
     Fit,
+    benched,
     by_token,
     held,
     layer_calls,
@@ -41,7 +42,9 @@ from saber.lm.substitution import (
 )
 
 Kind = Literal["attention", "mlp", "expert", "mixer", "bias", "embedding", "other"]
-UNIFORM, LOW_PRECISION_UNIFORM = 1e-3, 2e-2
+UNIFORM = 1e-3
+ROUNDED_LIMIT = 5e-2
+"""Residual of a model in 16 bits up to which the second law counts as kept."""
 
 
 @dataclass(frozen=True)
@@ -104,30 +107,35 @@ class Writer:
 def find_writers(lm: LanguageModel) -> list[Writer]:
     """Return the writers of all layers, in order of depth and then of name.
 
-    Raises `UnprovenWriter` when the zeroed law fails with the writers found, unless the model was
-    loaded with `allow_unproven`.
+    Of a model in 16 bits each layer is searched in float32, one at a time. Raises `UnprovenWriter` when
+    the zeroed law fails with the writers found, unless the model was loaded with `allow_unproven`.
     """
     names = {id(p): name for name, p in lm.model.named_parameters(remove_duplicate=True)}
     writers: list[Writer] = []
     known: set[str] = set()
     memory = Memory()
-    limit = law_limit(lm)
     for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
-        bench = Bench(layer, call)
-        found, leftover = search(bench, lm.d_model, names, memory)
-        carried = ""
-        if leftover > limit:
-            residual, carried = bench.carried([c.parameter for c, _ in found], names)
-            carried = carried if residual <= limit else ""
-        if leftover > limit and not carried and not lm.allow_unproven:
-            raise UnprovenWriter(
-                "zeroed", index, leftover, limit, lm.layers_path, bench.renormalises()
-            )
-        for writer in _records(bench, index, found, names, carried):
-            if writer.weight not in known:
-                known.add(writer.weight)
-                writers.append(writer)
+        with benched(layer, call) as bench:
+            for writer in _layer_writers(lm, bench, index, names, memory):
+                if writer.weight not in known:
+                    known.add(writer.weight)
+                    writers.append(writer)
     return [replace(w, disk=disk_names(lm.model, w.weight)) for w in writers]
+
+
+def _layer_writers(
+    lm: LanguageModel, bench: Bench, index: int, names: dict[int, str], memory: Memory
+) -> list[Writer]:
+    found, leftover = search(bench, lm.d_model, names, memory)
+    carried = ""
+    if leftover > LAW_LIMIT:
+        residual, carried = bench.carried([c.parameter for c, _ in found], names)
+        carried = carried if residual <= LAW_LIMIT else ""
+    if leftover > LAW_LIMIT and not carried and not lm.allow_unproven:
+        raise UnprovenWriter(
+            "zeroed", index, leftover, LAW_LIMIT, lm.layers_path, bench.renormalises()
+        )
+    return _records(bench, index, found, names, carried)
 
 
 def embedding_writer(lm: LanguageModel) -> Writer:
@@ -196,8 +204,8 @@ def _first_stream(lm: LanguageModel, ids: Tensor) -> Float[Tensor, "tokens strea
 
 
 def law_limit(lm: LanguageModel) -> float:
-    """Return the residual up to which a law counts as kept, by the compute dtype."""
-    return dtype_limit(lm.dtype)
+    """Return the residual that rounding may leave of a law, by the compute dtype."""
+    return LAW_LIMIT if lm.dtype == torch.float32 else ROUNDED_LIMIT
 
 
 def _records(
@@ -226,7 +234,7 @@ def _records(
     for candidate, fit in found:
         if candidate.name in biases.values():
             continue
-        gain, convention = _gain(bench, fit, candidate.parameter.dtype, names)
+        gain, convention = _gain(bench, fit, names)
         fused = candidate.parameter.ndim == 3
         records.append(
             Writer(
@@ -252,16 +260,13 @@ def _passed(bench: Bench, found: Sequence[Finding]) -> tuple[Tensor, Tensor]:
         return bench.call.run(bench.layer), bench.call.rows
 
 
-def _gain(
-    bench: Bench, fit: Fit, dtype: torch.dtype, names: dict[int, str]
-) -> tuple[Tensor | None, str]:
+def _gain(bench: Bench, fit: Fit, names: dict[int, str]) -> tuple[Tensor | None, str]:
     """Return the gain with the layer's parameters that it comes from; the measured one if none fit."""
-    limit = UNIFORM if dtype == torch.float32 else LOW_PRECISION_UNIFORM
     gain = fit.gain
-    if bool((gain / gain.mean() - 1).abs().max() < limit):
+    if bool((gain / gain.mean() - 1).abs().max() < UNIFORM):
         return None, ""
     terms = {"": torch.ones_like(gain), **bench.gains(names)}
-    best, off = (gain, ""), limit
+    best, off = (gain, ""), UNIFORM
     for a, b in combinations_with_replacement(terms, 2):
         product = terms[a] * terms[b]
         exact = product * (product @ gain).sign() / product.pow(2).mean().sqrt().clamp_min(1e-30)
@@ -300,10 +305,10 @@ def zeroed_law(lm: LanguageModel, writers: Sequence[Writer]) -> float:
     gained = {w.layer for w in writers if w.carried}
     worst = 0.0
     for index, (layer, call) in enumerate(zip(lm.layers, layer_calls(lm), strict=True)):
-        bench = Bench(layer, call)
-        residual = bench.leftover(parameters)
-        if index in gained:
-            residual = bench.carried(parameters, names)[0]
+        with benched(layer, call) as bench:
+            residual = bench.leftover(parameters)
+            if index in gained:
+                residual = bench.carried(parameters, names)[0]
         worst = max(worst, residual)
     return worst
 
