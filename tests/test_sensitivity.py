@@ -8,8 +8,8 @@ from test_selective import moe
 from saber.errors import NonFinite
 from saber.linalg import unit
 from saber.lm.chat import Encoded
-from saber.lm.inputs import plain_experts
 from saber.lm.layers import stream, with_stream
+from saber.lm.tap import plain_experts
 from saber.sensitivity import RANGE, fisher, information, weights
 
 STEP = 0.02

@@ -17,8 +17,9 @@ from saber.errors import NonFinite
 from saber.lm.chat import Encoded
 from saber.lm.device import free_memory
 from saber.lm.forward import Progress, silent
-from saber.lm.inputs import Key, plan_reading, read_inputs, read_prefix
+from saber.lm.inputs import plan_reading, read_inputs, read_prefix
 from saber.lm.model import LanguageModel
+from saber.lm.tap import Key
 from saber.lm.writers import Writer
 
 RIDGE = 1e-3

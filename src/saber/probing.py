@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded, encode, encode_answers, measure_template
 from saber.lm.forward import WHOLE, Progress, Share, forward, silent
-from saber.lm.inputs import Key, Tap
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
 from saber.lm.substitution import streams_axis
+from saber.lm.tap import Key, Tap
 from saber.lm.writers import Writer
 from saber.memo import Key as MemoKey
 from saber.prompts import Pair, PromptSet

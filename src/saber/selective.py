@@ -28,8 +28,8 @@ from saber.ablation import EditPlan, Factor, applied, read_off
 from saber.errors import ModelError
 from saber.lm.device import has_float64
 from saber.lm.forward import Progress, silent
-from saber.lm.inputs import Key
 from saber.lm.model import LanguageModel
+from saber.lm.tap import Key
 from saber.lm.writers import Writer
 from saber.moments import RIDGE, Decisions, Moment, Preserved, width
 

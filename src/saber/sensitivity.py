@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from saber.errors import NonFinite
 from saber.lm.chat import Encoded
 from saber.lm.forward import Progress, gathered_head, plan_batches, silent
-from saber.lm.inputs import plain_experts
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
+from saber.lm.tap import plain_experts
 
 TOKENS_PER_BATCH = 512
 """Half of what forward passes take, as what they compute is kept for the way back."""

@@ -1,21 +1,15 @@
-"""What goes into a weight: the rows that forward passes multiply it with, whatever module holds it.
-
-Weights are recognised by their storage in the matrix products that a model makes, so that dense
-layers, `Conv1D`, fused experts and code that calls a weight directly are all read alike.
-"""
+"""What goes into weights when the model reads texts, in batches behind what all of them begin with."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from saber.lm.chat import Encoded, common_prefix
@@ -33,26 +27,8 @@ from saber.lm.forward import (
 )
 from saber.lm.model import LanguageModel
 from saber.lm.substitution import random_tokens
+from saber.lm.tap import Key, Receive, Tap, plain_experts
 from saber.lm.writers import Writer
-
-Key = tuple[str, int]
-"""Name of a writer, and the expert of a fused one (0 for a plain weight)."""
-Receive = Callable[[Key, Float[Tensor, "rows d_in"]], None]
-"""Gets rows as they come, on the model's device and in its dtype."""
-
-_EXPERTS = "_experts_implementation"
-"""Where a configuration (of the whole model, or of a part) says how fused experts run."""
-
-_aten = torch.ops.aten
-# Which two arguments each product multiplies.
-_PRODUCTS: dict[Any, tuple[int, int]] = {
-    _aten.mm.default: (0, 1),
-    _aten.bmm.default: (0, 1),
-    _aten.mv.default: (0, 1),
-    _aten.linear.default: (0, 1),
-    _aten.addmm.default: (1, 2),
-    _aten.baddbmm.default: (1, 2),
-}
 
 
 @dataclass(frozen=True)
@@ -278,74 +254,3 @@ def _ended(lm: LanguageModel, layers: int) -> Iterator[None]:
             stack.enter_context(suppress(_Enough))
             stack.callback(lm.layers[layers - 1].register_forward_hook(enough).remove)
         yield
-
-
-class Tap(TorchDispatchMode):
-    """Sees every product below autograd, and passes on the rows that meet a writer's weight.
-
-    Fused experts show their own rows only where they run one by one, as `read_inputs` has them do.
-    """
-
-    def __init__(self, lm: LanguageModel, writers: Sequence[Writer], receive: Receive) -> None:
-        super().__init__()
-        self.receive = receive
-        self.weights: dict[int, list[tuple[Writer, Tensor]]] = defaultdict(list)
-        for writer in writers:
-            weight = lm.model.get_parameter(writer.weight)
-            if weight.ndim > 1:
-                self.weights[weight.untyped_storage().data_ptr()].append((writer, weight))
-
-    @contextmanager
-    def to(self, receive: Receive) -> Iterator[None]:
-        """Open the tap with another receiver."""
-        before, self.receive = self.receive, receive
-        try:
-            with self:
-                yield
-        finally:
-            self.receive = before
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        if func in _PRODUCTS:
-            left, right = (args[i] for i in _PRODUCTS[func])
-            for one, other, flipped in ((right, left, False), (left, right, True)):
-                self._look(one, other, flipped)
-        return func(*args, **(kwargs or {}))
-
-    def _look(self, weight: Tensor, rows: Tensor, flipped: bool) -> None:
-        for writer, parameter in self.weights.get(weight.untyped_storage().data_ptr(), ()):
-            start = weight.storage_offset() - parameter.storage_offset()
-            if not 0 <= start < parameter.numel():
-                continue
-            # W @ x has its inputs in columns.
-            given = rows.mT if flipped and rows.ndim > 1 else rows
-            width = parameter.numel() // parameter.shape[writer.axis] // (writer.experts or 1)
-            if given.shape[-1] != width:
-                continue
-            if writer.experts and weight.ndim == 3:
-                for expert in range(writer.experts):
-                    self.receive((writer.name, expert), given[expert])
-            else:
-                expert = start // parameter.stride(0) if writer.experts else 0
-                self.receive((writer.name, expert), given.reshape(-1, width))
-
-
-@contextmanager
-def plain_experts(lm: LanguageModel) -> Iterator[None]:
-    """Let each expert meet its own rows in a product of its own, where transformers offers that."""
-    configs = {id(c): c for m in lm.model.modules() if (c := getattr(m, "config", None)) is not None}
-    fused = [
-        (config, name)
-        for config in configs.values()
-        if (name := getattr(config, _EXPERTS, None)) not in (None, "eager")
-    ]
-    try:
-        for config, _ in fused:
-            setattr(config, _EXPERTS, "eager")
-        yield
-    finally:
-        for config, name in fused:
-            setattr(config, _EXPERTS, name)
