@@ -20,8 +20,8 @@ from saber.evaluation.readout import derive_readout
 from saber.hydra import Compensation, compensation
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion
-from saber.lm.inputs import routes
 from saber.lm.model import LanguageModel
+from saber.lm.routing import routes
 from saber.lm.writers import Writer
 from saber.memo import Memo, forgetful
 from saber.openings import Fitted, Opening, likeliest

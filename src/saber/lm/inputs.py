@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from saber.errors import ModelError
 from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
@@ -26,7 +26,7 @@ from saber.lm.forward import (
     silent,
 )
 from saber.lm.model import LanguageModel
-from saber.lm.substitution import random_tokens
+from saber.lm.routing import Extent, Gate, Turn, find_gates, parted
 from saber.lm.tap import Key, Receive, Tap, plain_experts
 from saber.lm.writers import Writer
 
@@ -43,8 +43,8 @@ class Reading:
     """The model's state after the prefix."""
     last: int
     """How many last tokens of each sequence are read; 0: all behind the prefix."""
-    padded: bool
-    """Whether rows of a batch may differ in length."""
+    gates: tuple[Gate, ...] | None
+    """What keeps padding from experts; None where nothing does, and rows of a batch have one length."""
 
     @property
     def offset(self) -> int:
@@ -67,15 +67,15 @@ def plan_reading(
 ) -> Reading:
     """Arrange sequences for reading and run their shared prefix; 0 tokens a batch: as many as usual.
 
-    Where a router decides which rows an expert gets, padding would be routed too and could not be
-    told from tokens: sequences of equal length run together then.
+    Where a router decides which rows an expert gets, and padding cannot be kept from it, sequences of
+    equal length run together.
     """
     sequences = [e.ids for e in encoded]
     shortest = min(map(len, sequences), default=1)
     offset = max(0, min(common_prefix(sequences), shortest - max(last, 1)))
     cache = prefix_cache(lm, sequences[0][:offset]) if sequences else None
     offset = offset if cache is not None else 0
-    padded = not routes(lm, writers)
+    gates = find_gates(lm, writers)
     tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
     pad = lm.tokenizer.pad_token_id or 0
     batches: list[tuple[Tensor, tuple[int, ...]]] = []
@@ -84,28 +84,12 @@ def plan_reading(
         # From the longest on, so that the widest batch comes first.
         width = len(tails[-1])
         room = max(1, most // width)
-        rows = [t for t in tails[-room:] if padded or len(t) == width]
+        rows = [t for t in tails[-room:] if gates is not None or len(t) == width]
         del tails[-len(rows) :]
         ids = torch.tensor([t + [pad] * (width - len(t)) for t in rows])
         batches.append((ids, tuple(map(len, rows))))
     prefix = tuple(sequences[0][:offset]) if sequences else ()
-    return Reading(tuple(batches), prefix, cache, last, padded)
-
-
-def routes(lm: LanguageModel, writers: Sequence[Writer]) -> bool:
-    """Whether some writer sees other rows than all tokens, as a routed expert does."""
-    if any(w.experts for w in writers):
-        return True
-    ids = random_tokens(lm, 5, 3)
-    odd: list[int] = []
-
-    def count(_key: Key, rows: Tensor) -> None:
-        if len(rows) != ids.numel():
-            odd.append(len(rows))
-
-    with plain_experts(lm), torch.no_grad(), Tap(lm, writers, count):
-        _run(lm, ids, (5, 5, 5), 0, None)
-    return bool(odd)
+    return Reading(tuple(batches), prefix, cache, last, gates)
 
 
 def read_inputs(
@@ -127,24 +111,29 @@ def read_inputs(
     with plain_experts(lm), torch.no_grad():
         for ids, lengths in progress(reading.batches, label, len(reading.batches)):
             ids, state = ids.to(lm.device), expanded(reading.cache, len(ids))
-            if reading.last and not reading.padded:
+            if reading.last and reading.gates is None:
                 _steps(lm, tap, ids, reading.offset, state, reading.last)
                 continue
-            width = ids.shape[1]
-            wanted = torch.tensor(
-                [
-                    line * width + column
-                    for line, length in enumerate(lengths)
-                    for column in range(max(0, length - (reading.last or length)), length)
-                ],
-                device=ids.device,
-            )
+            column = torch.arange(ids.shape[1], device=ids.device)
+            end = torch.tensor(lengths, device=ids.device)[:, None]
+            own, late = column < end, column >= end - (reading.last or ids.shape[1])
+            wanted, others = ((own & some).flatten().nonzero()[:, 0] for some in (late, ~late))
+            with parted(reading.gates or (), Extent(*ids.shape), wanted, others) as turn:
+                of_all = wanted if reading.gates is not None else None
+                with tap.to(_kept(receive, turn, of_all)):
+                    _run(lm, ids, lengths, reading.offset, state, last)
 
-            def keep(key: Key, rows: Tensor, wanted: Tensor = wanted) -> None:
-                receive(key, rows[wanted.to(rows.device)] if reading.padded else rows)
 
-            with tap.to(keep):
-                _run(lm, ids, lengths, reading.offset, state, last)
+def _kept(receive: Receive, turn: Turn, wanted: Tensor | None) -> Receive:
+    """Return what passes on the rows of tokens that are read: in gates their own, outside those wanted."""
+
+    def keep(key: Key, rows: Tensor) -> None:
+        if turn.of == "all" and wanted is not None:
+            rows = rows[wanted.to(rows.device)]
+        if turn.of != "others":
+            receive(key, rows)
+
+    return keep
 
 
 def last_layer(lm: LanguageModel, writers: Sequence[Writer]) -> int:
@@ -170,40 +159,17 @@ def read_prefix(
 
 def _steps(lm: LanguageModel, tap: Tap, ids: Tensor, offset: int, state: Any, last: int) -> None:
     """Run all but the last tokens, then those one by one with the tap open."""
-    start = ids.shape[1] - last
-    if start:
-        after = _run(lm, ids[:, :start], None, offset, state)
-        if after is None:
-            for row in ids:
-                _added(lm, tap, row[None], last)
-            return
-        state = after
-    for step in range(last):
-        with tap:
-            at = start + step
-            state = _run(lm, ids[:, at : at + 1], None, offset + at, state)
-
-
-def _added(lm: LanguageModel, tap: Tap, ids: Tensor, last: int) -> None:
-    """Read the last tokens of one text in a model whose states cannot be handed on.
-
-    A causal model meets the rows of the shorter text again, in their order, and then new ones.
-    """
-    counts: dict[Key, int] = {}
-    for length in range(ids.shape[1] - last, ids.shape[1] + 1):
-        found: dict[Key, list[Tensor]] = defaultdict(list)
-
-        def keep(key: Key, rows: Tensor, found: dict[Key, list[Tensor]] = found) -> None:
-            found[key].append(rows)
-
-        with tap.to(keep):
-            _run(lm, ids[:, :length], None, 0, None)
-        for key, parts in found.items():
-            rows = torch.cat(parts)
-            new = rows[counts.get(key, 0) :]
-            counts[key] = len(rows)
-            if length > ids.shape[1] - last and len(new):
-                tap.receive(key, new)
+    width = ids.shape[1]
+    starts = sorted({0, *range(width - last, width)})
+    for begin, end in zip(starts, [*starts[1:], width], strict=True):
+        if state is None and offset + begin:
+            raise ModelError(
+                "which rows experts get at the last tokens cannot be told: tokens depend on one another "
+                "where they are routed, and the model hands on no state.",
+                "Use --edit orthogonal.",
+            )
+        with tap if begin >= width - last else nullcontext():
+            state = _run(lm, ids[:, begin:end], None, offset + begin, state)
 
 
 def _run(
