@@ -26,10 +26,10 @@ from typing import Any
 from saber import artifacts, prompts
 from saber.ablation import EditPlan, Removal, applied, orthogonal
 from saber.config import RunConfig, preset
+from saber.gathering import gather
 from saber.lm.generate import Request, answer, generate
 from saber.lm.load import load
 from saber.lm.writers import find_writers
-from saber.pipeline import gather
 from saber.prompts import Prompt, split
 
 LENGTHS = (32, 48, 64)

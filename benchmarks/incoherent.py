@@ -22,10 +22,10 @@ from saber.config import RunConfig, preset
 from saber.evaluation.judge import Label, named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.statistics import mcnemar_exact, wilson
+from saber.gathering import gather
 from saber.lm.demo import base_gguf
 from saber.lm.generate import generate
 from saber.lm.load import load
-from saber.pipeline import gather
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from saber.config import override, preset
 from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
+from saber.gathering import gather
 from saber.lm.generate import generate
-from saber.pipeline import gather
 from saber.prompts import PromptSet
 from saber.strength import ANSWER_TOKENS
 from saber.subject import Subject, Watch, refined

@@ -79,8 +79,8 @@ def prepare(place: Workplace, model: str) -> None:
     """Write the model folder and the prompt files that are not there yet."""
     from saber import artifacts
     from saber.config import preset
+    from saber.gathering import gather
     from saber.lm.load import LoadSpec, load
-    from saber.pipeline import gather
 
     place.prompts("x").parent.mkdir(parents=True, exist_ok=True)
     chosen = gather(preset("default")).selecting

@@ -10,8 +10,8 @@ from typing import Any
 from saber.config import override, preset
 from saber.evaluation.judge import named_judge
 from saber.evaluation.measure import compare, measure, summarise
+from saber.gathering import gather
 from saber.lm.load import load
-from saber.pipeline import gather
 
 BASELINE = "baseline.json"
 

@@ -33,13 +33,13 @@ from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.readout import derive_readout
+from saber.gathering import gather
 from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel
 from saber.lm.writers import find_writers
 from saber.moments import RIDGE, Preserved, read_decisions
-from saber.pipeline import gather
 from saber.probing import probe, probe_capabilities
 from saber.selective import Selective, solve
 from saber.sensitivity import fisher, sample, weights

@@ -26,10 +26,11 @@ from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.statistics import wilson
+from saber.gathering import gather
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
-from saber.pipeline import PLAN, RUN, gather
+from saber.run_folder import PLAN, RUN
 
 LIBRARY = "You answer questions at the desk of a public library. Be polite and keep it short."
 EXCHANGE = (

@@ -11,9 +11,9 @@ from saber import __version__
 from saber.cli.main import main
 from saber.cli.tables import result_rows
 from saber.config import PRESETS, override, preset
+from saber.gathering import gather
 from saber.lm.load import load
 from saber.lm.model import fingerprint
-from saber.pipeline import gather
 
 
 def failing(capsys, *arguments):

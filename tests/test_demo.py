@@ -9,10 +9,11 @@ from saber import prompts
 from saber.config import override, preset
 from saber.evaluation.judge import named_judge
 from saber.evaluation.judging import label_all
+from saber.gathering import gather
 from saber.lm import demo
 from saber.lm.generate import generate
 from saber.lm.load import load
-from saber.pipeline import gather, run
+from saber.pipeline import run
 
 pytestmark = pytest.mark.slow
 

@@ -556,6 +556,11 @@ def test_another_model_is_refused_unless_forced(capsys, made, tmp_path):
         assert main([*map(str, ask), "--force"]) == 0
         card = (tmp_path / kind / "README.md").read_text(encoding="utf-8")
         assert "NOT the model of the run" in card or "was not held against" in card
+        # A card may be published: it names no folder of this machine.
+        assert other.name in card
+        assert str(tmp_path) not in card
+        exports = json.loads((run / "run.json").read_text(encoding="utf-8"))["exports"]
+        assert str(tmp_path) not in json.dumps(exports)
     wide = tmp_path / "wide"
     make_model("llama", layers=2, d_model=64).save_pretrained(wide)
     ask = ("export", run, "--format", "lora", "--out", tmp_path / "w", "--base", wide, "--force")
@@ -716,7 +721,8 @@ def test_formats_are_checked_before_a_run_begins(capsys, model_folder, tmp_path)
 def test_a_run_leaves_what_was_asked_for(model_folder, tmp_path):
     from test_pipeline import small
 
-    from saber.pipeline import prepare_folder, run
+    from saber.pipeline import run
+    from saber.run_folder import prepare_folder
 
     out = tmp_path / "r"
     done = run(str(model_folder), out, small(), force=True, export=("lora", "merged"))

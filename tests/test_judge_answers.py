@@ -13,7 +13,7 @@ from judge import KINDS, by_kind
 
 from saber.config import preset
 from saber.evaluation.judge import named_judge
-from saber.pipeline import gather
+from saber.gathering import gather
 
 ROWS = [
     json.loads(line)

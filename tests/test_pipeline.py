@@ -35,6 +35,7 @@ from saber.errors import (
 from saber.evaluation import judge as judges
 from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
+from saber.gathering import gather
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
 from saber.lm.load import LoadSpec, load
@@ -43,8 +44,10 @@ from saber.lm.writers import find_writers
 from saber.memo import forgetful
 from saber.openings import Fitted
 from saber.passes import Refinement
-from saber.pipeline import describe_data, gather, run
+from saber.pipeline import run
 from saber.prompts.splits import NAMES
+from saber.record import describe_data
+from saber.run_folder import load_pass, prepare_folder
 from saber.strength import Ruler, Shown
 from saber.subject import (
     NARROW_RIDGE,
@@ -332,6 +335,28 @@ def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_damaged_pass_is_not_gone_on_from(model_folder, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(_pass):
+        raise Stop
+
+    def go(**options):
+        run(str(model_folder), tmp_path / "x", small(), force=True, **options)
+
+    with pytest.raises(Stop):
+        go(listener=pipeline.Listener(on_pass=stop))
+    meta = tmp_path / "x" / "passes" / "1" / "meta.json"
+    whole = json.loads(meta.read_text())
+    del whole["candidates"][0]["direction"]["layer"]
+    for text, what in ((json.dumps(whole), "does not hold a whole pass"), ("{", "is not valid JSON")):
+        meta.write_text(text)
+        with pytest.raises(DataError, match=rf"passes.1.meta\.json {what}"):
+            go(resume=True)
+
+
+@pytest.mark.slow
 def test_resume_with_other_prompts_or_another_template_is_refused(model_folder, tmp_path):
     """The names of the files and the settings are the same; what is in the files is not."""
     files = {}
@@ -366,7 +391,7 @@ def test_each_split_of_each_set_has_a_fingerprint_of_its_own(tmp_path):
         files[kind] = str(path)
 
     def described():
-        return pipeline.describe_data(gather(override(preset("default"), {"data": files})))
+        return describe_data(gather(override(preset("default"), {"data": files})))
 
     before = described()
     parts = ("fingerprint", "validation_fingerprint", "heldout_fingerprint")
@@ -439,17 +464,17 @@ def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
     out.mkdir()
     (out / "state.json").write_text(json.dumps(state))
     with pytest.raises(OutputError, match=r"interrupted run.*--resume, or --overwrite"):
-        pipeline.prepare_folder(out, overwrite=False, resume=False)
-    pipeline.prepare_folder(out, overwrite=False, resume=True)
+        prepare_folder(out, overwrite=False, resume=False)
+    prepare_folder(out, overwrite=False, resume=True)
     (out / "run.json").write_text(json.dumps({"config": {}, "saber_version": "0"}))
     with pytest.raises(OutputError, match=r"finished run.*another, or --overwrite\.$"):
-        pipeline.prepare_folder(out, overwrite=False, resume=False)
+        prepare_folder(out, overwrite=False, resume=False)
     (out / "plots").mkdir()
     (out / "plots" / "fig1.pdf").write_text("mine")
     with pytest.raises(OutputError, match=r"plots/fig1\.pdf"):
-        pipeline.prepare_folder(out, overwrite=True, resume=False)
+        prepare_folder(out, overwrite=True, resume=False)
     (out / "plots" / "fig1.pdf").rename(out / "plots" / "fig1.png")
-    pipeline.prepare_folder(out, overwrite=True, resume=False)
+    prepare_folder(out, overwrite=True, resume=False)
     assert not list(out.iterdir())
 
 
@@ -1111,7 +1136,7 @@ def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
         "NaN or infinity in the output of layer 3.",
     ]
     assert this["by_answers"]
-    again = pipeline._load_pass(tmp_path / "run" / "passes" / "1")
+    again = load_pass(tmp_path / "run" / "passes" / "1")
     assert again.by_answers
     assert [t.failed for t in again.trials] == [t["failed"] for t in this["search"]]
 
@@ -1171,7 +1196,7 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
     decode = make_tokenizer().decode
     assert (second["opening"], second["in_vain"]) == (decode([5]), [decode([9, 8])])
     assert first["in_vain"] == []
-    assert pipeline._load_pass(out / "passes" / "2").in_vain == ((9, 8),)
+    assert load_pass(out / "passes" / "2").in_vain == ((9, 8),)
     # Answered whole, then those behind the start alone at each strength; the last looked at all again.
     assert asked[:4] == [None, (3, 4, 6), (3, 4, 6), (3, 4, 6)]
     assert record["stop_reason"] == "all passes made"

@@ -21,7 +21,8 @@ from saber.errors import DataError, OutputError, UnknownName, UsageError
 from saber.evaluation import baseline as baselines
 from saber.evaluation.judging import make_judge
 from saber.evaluation.measure import EvaluationSpec, measure, perplexity_ratio, summarise
-from saber.pipeline import gather, run
+from saber.gathering import gather
+from saber.pipeline import run
 from saber.prompts import PromptSet
 from saber.report import build_sweep, read_sweep
 from saber.report.style import styled

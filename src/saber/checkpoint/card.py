@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saber.checkpoint.gguf_rewrite import Rounding
+from saber.checkpoint.origin import called
 
 WORDS = {
     "lora": "a LoRA adapter for `peft`",
@@ -107,7 +108,7 @@ def _use(kind: str, file: Path, model: Mapping[str, Any]) -> str:
         )
     demo = model.get("source") == "demo"
     read = "import saber" if demo else "from transformers import AutoModelForCausalLM"
-    name = model.get("base") or model["name"]
+    name = called(model)
     base = 'saber.load("demo").model' if demo else f'AutoModelForCausalLM.from_pretrained("{name}")'
     return (
         f"```python\n{read}\nfrom peft import PeftModel\n\n"

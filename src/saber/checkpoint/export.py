@@ -264,7 +264,8 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
             f"{lm.name} is not the model that the run was made on (another fingerprint).",
             "Give that model with --base, or --force to build on this one all the same.",
         )
-    return (f"Built on {lm.name}, which is NOT the model of the run (another fingerprint).",)
+    note = f"Built on {lm.name}, which is NOT the model of the run (another fingerprint)."
+    return (_placeless(note, Path(lm.name)),)
 
 
 def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
@@ -338,7 +339,8 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
         # A base that the user names is held against the run; its own is taken at its word.
         notes = _same_model(run, load(name, spec.load, tokenizer=False), spec.force)
     elif spec.base:
-        notes = (f"{name} was not held against the model of the run (--force).",)
+        note = f"{name} was not held against the model of the run (--force)."
+        notes = (_placeless(note, Path(name)),)
     model = skeleton(name, spec.load)
     where = layout(model, run.plan, placeless(model))
     if where.lost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,11 +19,20 @@ def origin(record: Mapping[str, Any], plan: EditPlan) -> dict[str, str]:
     model = record.get("model") or {}
     return stated(
         record.get("config") or {},
-        base=model.get("base") or model.get("name"),
+        base=called(model),
         base_fingerprint=model.get("fingerprint"),
         plan_hash=plan_hash(plan),
         run_version=record.get("saber_version"),
     )
+
+
+def called(model: Mapping[str, Any]) -> str | None:
+    """Return what a run's model is called where it may be published: of a path the last part alone.
+
+    `model` is what `run.json` says of it; None where that is nothing.
+    """
+    name = model.get("base") or model.get("name")
+    return Path(name).name if name and Path(name).is_absolute() else name
 
 
 def stated(config: Mapping[str, Any], **known: Any) -> dict[str, str]:

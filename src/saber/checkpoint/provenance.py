@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saber import artifacts
-from saber.checkpoint.origin import stated
+from saber.checkpoint.origin import called, stated
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.runs import RUN, read_record
 from saber.checkpoint.shards import Source, fingerprint, read_shard
@@ -39,7 +39,7 @@ def origin(
     model = record.get("model") or {}
     return stated(
         plan.meta.get("config") or {},
-        base=model.get("base") or model.get("name") or source.folder.name,
+        base=called(model) or source.folder.name,
         base_fingerprint=plan.meta.get("fingerprint"),
         base_checkpoint=fingerprint(source),
         plan_hash=plan_hash,

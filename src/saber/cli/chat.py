@@ -21,8 +21,8 @@ from saber.lm.chat import encode
 from saber.lm.generate import generate
 from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
-from saber.pipeline import PLAN, RUN
 from saber.report.reading import dig
+from saber.run_folder import PLAN, RUN
 
 Said = tuple[tuple[str, str], ...]
 """What was said in a conversation: (role, text), a user's message and its answer in turn."""

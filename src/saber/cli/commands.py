@@ -23,10 +23,12 @@ from saber.errors import UsageError
 from saber.evaluation import harness
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import compare, measure, summarise
+from saber.gathering import gather
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
 from saber.lm.model import fingerprint
+from saber.record import describe_reporting, environment
 from saber.report import build, build_sweep, is_sweep, reading
 
 MEASURED_BY = ("seed", "data", "load", "evaluation", "judging")
@@ -103,7 +105,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     out, progress = consoles(arguments)
     keep_freed_memory()
     started = datetime.datetime.now(datetime.timezone.utc)
-    data = pipeline.gather(config).reporting
+    data = gather(config).reporting
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     marks: dict[str, str] = {}
     with listening(progress) as listener:
@@ -135,10 +137,10 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     record |= {
         "judge": describe(config.evaluation.judge, judge),
         "fingerprints": marks,
-        "prompts": pipeline.describe_reporting(data),
+        "prompts": describe_reporting(data),
         "config": {name: settings[name] for name in MEASURED_BY},
         "saber_version": __version__,
-        "environment": pipeline.environment(started),
+        "environment": environment(started),
     }
     if arguments.json:
         print(json.dumps(record))

@@ -16,7 +16,8 @@ from typing import Any
 from saber import __version__, artifacts, codec
 from saber.config import RunConfig, override
 from saber.errors import OutputError, SaberError, UsageError
-from saber.pipeline import Listener, environment
+from saber.pipeline import Listener
+from saber.record import environment
 from saber.sweep import front, journal
 from saber.sweep.crew import Alone, Crew, Local
 from saber.sweep.grid import Axis, Range, Setting, changed, grid, read_axis

@@ -29,14 +29,15 @@ from saber.evaluation.measure import (
     summarise,
 )
 from saber.evaluation.readout import Readout, derive_readout
+from saber.gathering import RunData, gather
 from saber.lm.chat import encode
 from saber.lm.forward import TOKENS_PER_BATCH, Progress, Share, silent
 from saber.memo import Key, Memo
 from saber.moments import LEAST, affordable
 from saber.passes import Refinement
-from saber.pipeline import RunData, describe_data, describe_model, gather
 from saber.probing import Activations, Look, Part, join, probe
 from saber.prompts import PromptSet
+from saber.record import describe_data, describe_model
 from saber.refinement import first_looks
 from saber.strength import Shown
 from saber.subject import Subject, Watch, refined
