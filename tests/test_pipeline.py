@@ -1027,7 +1027,18 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     turning = dict.fromkeys(range(1, 32, 4), fit.late[9])
     assert watch.together([7, 9, 30, 31]) == (shown, replace(fit, validation=turning))
     assert watch.watched() == turning
+    drafts = []
+
+    def agreed(_lm, texts, said):
+        drafts.append((texts, said))
+        return said
+
+    monkeypatch.setattr(subject, "greedy_starts", agreed)
     assert watch.watched([4, 5]) == {5: fit.late[9]}
+    # What they were last answered with is what is held against the model.
+    ((texts, said),) = drafts
+    assert texts == [watch.selecting.target_validation.texts[i] for i in (4, 5)]
+    assert said == [tuple(llama.tokenizer(w, add_special_tokens=False)["input_ids"]) for w in wordings[:2]]
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():

@@ -38,7 +38,7 @@ class Fake(Ruler):
         return Trial(lambda_, self.opening[lambda_], 0.0)
 
     def cost(self, trial):
-        return trial
+        return replace(trial, kl_sequence=0.01)
 
     def behaviour(self):
         self.generated.append(self.current.lambda_)
@@ -74,6 +74,7 @@ def test_the_weakest_edit_that_does_is_taken_and_nothing_stronger_is_tried(monke
     assert [t.lambda_ for t in trials] == [1000.0, 300.0, 100.0]
     assert fake.generated == [100.0]
     assert [t.shown for t in trials] == [None, None, Shown(0.05)]
+    assert [t.kl_sequence for t in trials] == [None, None, 0.01]
 
 
 def test_stronger_edits_are_tried_when_answers_are_amiss_and_the_best_is_taken(monkeypatch):
@@ -262,6 +263,7 @@ def test_an_edit_that_sets_no_more_right_than_a_weaker_one_is_asked_no_further(m
     assert chosen == 300.0
     assert fake.generated == [300.0, 30.0]
     assert [t.shown is None for t in trials] == [False, True, False]
+    assert [t.kl_sequence for t in trials] == [0.01, None, None]
 
 
 def test_where_no_edit_sets_anything_right_there_is_none(monkeypatch):

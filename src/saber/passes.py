@@ -104,7 +104,7 @@ class Hydra:
     """Ablated directions that separate more than twice as well now as in the untouched model; None behind
     a forced start, where the untouched model was not probed."""
     compensation: Compensation | None
-    """Of the pass's first direction; None where no writer is unedited."""
+    """Of the pass's first direction; None where no writer is unedited, or behind a forced start."""
 
 
 @dataclass(frozen=True)

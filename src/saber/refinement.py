@@ -437,7 +437,7 @@ class _Loop:
                 log_odds = mean_log_odds(now, self.readout)
             else:
                 log_odds = trial.log_odds
-            back = self._compensation(plan, step.chosen[0], rng)
+            back = self._compensation(plan, step.chosen[0], turn, rng)
         best = min((c.direction for c in candidates), key=rank)
         fate = {id(c.direction): c for c in step.chosen}
         return Pass(
@@ -465,9 +465,10 @@ class _Loop:
         )
 
     def _compensation(
-        self, plan: EditPlan, first: Candidate, rng: np.random.Generator
+        self, plan: EditPlan, first: Candidate, turn: Turn, rng: np.random.Generator
     ) -> Compensation | None:
-        if not self.self_repair or len(plan.factors) >= len(self.writers):
+        # It is measured at the last prompt token, where no direction behind a start lies.
+        if not self.self_repair or turn.opening or len(plan.factors) >= len(self.writers):
             return None
         target, neutral = self.data.target_validation, self.data.neutral_validation
         return compensation(

@@ -102,7 +102,7 @@ class Trial:
     """Mean log-odds of the same, nats."""
     kl_first: float | None = None
     """KL from the untouched model at the first answer token of neutral and kept prompts, nats; None where
-    answers were not asked for, as nothing is chosen by it."""
+    it was not measured: nothing is chosen by it."""
     kl_sequence: float | None = None
     """The same as a mean along its own answers."""
     shown: Shown | None = None
@@ -154,12 +154,11 @@ class Ruler:
     def behind(self, opening: Sequence[int], readout: Readout) -> Ruler:
         """Return a ruler that looks at what follows a forced start of the answer.
 
-        Divergence stays that from the model as it was when this ruler was made; `usual` is taken from
-        the model as it is now.
+        Divergence stays that from the model as it was when this ruler was made. There is no `usual` behind
+        a start: searches there are direct.
         """
         other = copy.copy(self)
-        other._opening, other._readout = opening, readout
-        other.usual = other._usually()
+        other._opening, other._readout, other.usual = opening, readout, math.nan
         return other
 
     def openings(self, lambda_: float = 0.0, first: Tensor | None = None) -> Trial:
@@ -216,7 +215,8 @@ def search(
     answer to a validation target right: what other writers make up for is gone then too.
 
     Where `mended` tells how many of a few answers an edit sets right, one that sets no more right than those
-    before it is not confirmed; None is returned where no edit sets any right.
+    before it is not confirmed, and divergence is measured of what is taken alone; None is returned where no
+    edit sets any right.
 
     A strength at which the model overflows is noted and ends the search; raises `NonFinite` where none was
     confirmed before it.
@@ -248,7 +248,8 @@ def search(
                     trial = replace(ruler.openings(lambda_), boost=boost)
                     assert trial.opening is not None
                     if sure or trial.opening <= ruler.usual + MARGIN:
-                        trial = replace(ruler.cost(trial), shown=behaviour())
+                        trial = trial if mended else ruler.cost(trial)
+                        trial = replace(trial, shown=behaviour())
                         confirmed.append(len(trials))
         except NonFinite as error:
             if not confirmed and mended is None:
@@ -278,5 +279,9 @@ def search(
         if found is None or found.on_validation().amiss >= left.on_validation().amiss:
             break
         best = confirmed[-1]
-    trials[best] = replace(trials[best], chosen=True)
-    return make(trials[best].lambda_, trials[best].boost), tuple(trials)
+    chosen, plan = trials[best], make(trials[best].lambda_, trials[best].boost)
+    if mended:
+        with applied(lm.model, plan):
+            chosen = ruler.cost(chosen)
+    trials[best] = replace(chosen, chosen=True)
+    return plan, tuple(trials)

@@ -19,7 +19,7 @@ from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
 from saber.lm.chat import encode
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, Request, answer, generate
+from saber.lm.generate import Completion, Request, answer, generate, greedy_starts
 from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.lm.writers import Writer, embedding_writer, find_writers
@@ -84,6 +84,7 @@ class Watch:
         self._lm, self._judge, self._tokens = lm, judge, config.evaluation.max_new_tokens
         self._progress = progress
         self._narrow = config.data.mode == "over-refusal"
+        self._said: dict[str, tuple[int, ...]] = {}
         self.own: dict[str, Completion] = {}
         """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
         self._known: dict[str, Label] = {}
@@ -182,7 +183,14 @@ class Watch:
 
     def _asked_for(self, texts: Sequence[str]) -> list[Completion]:
         """Answer prompts no further than until their labels are settled."""
-        return generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+        found = generate(self._lm, texts, self._tokens, settled=self._judge.settled)
+        self._said.update(zip(texts, (c.ids for c in found), strict=True))
+        return found
+
+    def _asked_again(self, texts: Sequence[str]) -> list[Completion]:
+        """Do the same where answers are likely those that were given last: these serve as drafts."""
+        starts = greedy_starts(self._lm, texts, [self._said[text] for text in texts])
+        return generate(self._lm, texts, self._tokens, settled=self._judge.settled, starts=starts)
 
     def _turning(self, texts: Sequence[str], tried: Sequence[Completion]) -> dict[int, Opening]:
         """Tell which answers come to show the behaviour late, and behind what."""
@@ -199,9 +207,11 @@ class Watch:
     def watched(self, rows: Sequence[int] | None = None) -> dict[int, Opening]:
         """Tell which validation targets, of those given by number, come to show the behaviour late."""
         whole = self.selecting.target_validation.texts
-        rows = range(len(whole)) if rows is None else rows
-        texts = [whole[row] for row in rows]
-        return {rows[i]: o for i, o in self._turning(texts, self._asked_for(texts)).items()}
+        texts = whole if rows is None else [whole[row] for row in rows]
+        known = rows is not None and all(self._said.get(text) for text in texts)
+        tried = self._asked_again(texts) if known else self._asked_for(texts)
+        found = self._turning(texts, tried)
+        return found if rows is None else {rows[i]: opening for i, opening in found.items()}
 
     def fitted(self, rows: Sequence[int]) -> Fitted:
         """Answer some fit targets, given by number, as the model stands."""
