@@ -110,6 +110,16 @@ def test_fit_targets_do_not_decide_whether_more_is_taken_off(monkeypatch):
     assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 2.0)
 
 
+@pytest.mark.parametrize(("lost", "taken"), [(0.05, (100.0, 1.5)), (0.07, 100.0)])
+def test_more_is_not_taken_off_at_the_cost_of_kept_answers(lost, taken, monkeypatch):
+    """However many targets it would set right: those are few, and one of them weighs more than a kept one."""
+    shown = at_once(100.0, {1.5: 0.1, 2.0: 0.1})
+    shown = {k: replace(v, lost=0.05) for k, v in shown.items()}
+    shown[(100.0, 1.5)] = replace(shown[(100.0, 1.5)], lost=lost)
+    fake = Fake(openings(100), shown, monkeypatch)
+    assert fake.run(aim=0.05, boosts=BOOSTS)[0] == taken
+
+
 def test_more_is_taken_off_no_longer_than_needed(monkeypatch):
     fake = Fake(openings(100), at_once(100.0, {1.5: 0.04}), monkeypatch)
     assert fake.run(aim=0.05, boosts=BOOSTS)[0] == (100.0, 1.5)

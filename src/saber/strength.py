@@ -212,7 +212,8 @@ def search(
     holds only once an edit has set much of it right (`GAIN`). Of those confirmed, the one with fewest answers
     amiss is taken, the weaker of equals. Where more than `aim` shows at once with it, its lambda is kept and
     more is taken off than the fit asks for, by one of the `boosts` after the other as long as each sets an
-    answer to a validation target right: what other writers make up for is gone then too.
+    answer to a validation target right and changes no more kept ones: what other writers make up for is gone
+    then too.
 
     Where `mended` tells how many of a few answers an edit sets right, one that sets no more right than those
     before it is not confirmed, and divergence is measured of what is taken alone; None is returned where no
@@ -275,8 +276,10 @@ def search(
         if trials[-1].failed or left is None or (left.at_once or 0) <= aim:
             break
         found = tried(trials[best].lambda_, boost, sure=True)
-        # Fit targets are fitted where this shows: those that were not tell.
-        if found is None or found.on_validation().amiss >= left.on_validation().amiss:
+        # Fit targets are fitted where this shows: those that were not tell. Kept answers are not for sale.
+        if found is None or found.lost > left.lost:
+            break
+        if found.on_validation().amiss >= left.on_validation().amiss:
             break
         best = confirmed[-1]
     chosen, plan = trials[best], make(trials[best].lambda_, trials[best].boost)
