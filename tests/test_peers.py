@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -40,9 +41,12 @@ def test_the_readme_quotes_the_measured_tables():
         f"{told}, with {best[5].partition('/')[0]} incoherent answers against {ours[5].partition('/')[0]}"
         in readme
     )
-    # Of 105 right refusals six are lost and three others come new.
-    assert "six lost, three gained" in tables
-    assert "99 of 105 right ones stay and 3 others are new" in readme
+    # What over-refusal mode did, of 105 right refusals.
+    found = re.search(r"harmful requests fall by [\d.]+ points\*\* \((\w+) lost, (\w+) gained", tables)
+    assert found
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    lost, gained = map(words.index, found.groups())
+    assert f"{105 - lost} of 105 right ones stay and {gained} others are new" in readme
 
 
 def test_the_last_menu_is_read_in_its_order_and_without_what_is_no_trial():
@@ -111,8 +115,8 @@ def test_one_session_serves_all_budgets_and_saves_both_picks_of_each(tmp_path, m
     program.chmod(0o755)
     (tmp_path / "environments/heretic/ready").touch()
     monkeypatch.setattr(peers_heretic, "version_of", lambda folder, package: "9")
-    found = list(peers_heretic.run(place, [2.0, 0.8], "torch"))
-    assert [o.budget for o in found] == [0.8, 0.8, 2.0, 2.0]
+    found = list(peers_heretic.run(place, [4.0, 1.6], "torch"))
+    assert [o.budget for o in found] == [1.6, 1.6, 4.0, 4.0]
     made = [(tmp_path / o.model / "trial").read_text().split(" of ") for o in found]
     assert [choice for choice, _ in made] == ["1", "2", "1", "2"]
     assert 2 < int(made[0][1]) == int(made[1][1]) < int(made[2][1]) == int(made[3][1])
