@@ -21,6 +21,7 @@ from peers_ruler import count
 
 from saber import artifacts
 from saber.ablation import EditPlan, applied
+from saber.checkpoint.runs import PLAN, RUN
 from saber.config import override, preset
 from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.judge import named_judge
@@ -30,7 +31,6 @@ from saber.gathering import gather
 from saber.lm.generate import generate
 from saber.lm.load import load
 from saber.lm.model import LanguageModel, fingerprint
-from saber.run_folder import PLAN, RUN
 
 LIBRARY = "You answer questions at the desk of a public library. Be polite and keep it short."
 EXCHANGE = (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +14,7 @@ from saber.ablation import EditPlan, applied, originals_kept
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
-from saber.checkpoint.runs import SKETCH, Run, way_back
+from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.errors import (
@@ -37,14 +36,13 @@ from saber.passes import Pass
 from saber.record import describe_data, describe_model, describe_passes, environment
 from saber.run_folder import (
     PASSES,
-    PLAN,
-    RUN,
     STATE,
     prepare_folder,
     removed_if_empty,
     resume_state,
     save_pass,
 )
+from saber.stopwatch import Stopwatch
 from saber.subject import Subject, Watch, refined
 
 
@@ -247,29 +245,3 @@ def run(
         record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
         artifacts.write_json(out / RUN, record)
     return RunResult(out, record)
-
-
-class Stopwatch:
-    """Adds up wall time by stage, seconds."""
-
-    def __init__(self) -> None:
-        self.start = perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time a block under a stage's name."""
-        begin = perf_counter()
-        try:
-            yield
-        finally:
-            self.add({stage: perf_counter() - begin})
-
-    def add(self, seconds: dict[str, float]) -> None:
-        """Add times measured elsewhere."""
-        for stage, value in seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
-
-    def total(self) -> float:
-        """Return the time since the start."""
-        return perf_counter() - self.start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +28,7 @@ from saber.passes import Candidate, Hydra, Pass, RefineData, Refinement, RefineS
 from saber.probing import Activations, Look, ProbeSpec, probe_capabilities
 from saber.prompts import PromptSet, paired
 from saber.spectral import SpectralSpec, extract, rank
+from saber.stopwatch import Stopwatch
 from saber.strength import Shown
 
 
@@ -94,26 +94,6 @@ def refine(
     loop.start(shown, own, done)
     reason = loop.run(finished or (lambda _pass: None))
     return Refinement(tuple(loop.passes), loop.now.plan, reason, loop.clock.seconds)
-
-
-class _Clock:
-    """Adds up wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._running: tuple[str, float] | None = None
-
-    def __call__(self, stage: str) -> _Clock:
-        self._running = (stage, perf_counter())
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        assert self._running is not None
-        stage, start = self._running
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -182,7 +162,7 @@ class _Loop:
     seed: int
     answers: Answers
     self_repair: bool
-    clock: _Clock = field(default_factory=_Clock)
+    clock: Stopwatch = field(default_factory=Stopwatch)
     passes: list[Pass] = field(default_factory=list)
     vain: list[Opening] = field(default_factory=list)
     """Starts behind which a pass did not help."""
@@ -402,8 +382,10 @@ class _Loop:
         return replace(found.on_validation(), late=0.0)  # the standing tells of fit targets
 
     def _no_help(self, reached: Shown, late: int | None = None) -> str:
-        """Return in words that a pass made nothing better; empty where it did, or may have as long as it is
-        not known how many fit targets come `late`."""
+        """Return in words that a pass made nothing better; empty where it did.
+
+        Empty too where it may have, as long as it is not known how many fit targets come `late`.
+        """
         if not self.passes or not self.selective:
             return ""
         before, validation = self.now, len(self.data.target_validation)

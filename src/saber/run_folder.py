@@ -17,6 +17,7 @@ from torch import Tensor
 from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint.export import PLACES
+from saber.checkpoint.runs import PLAN, RUN
 from saber.entanglement import Entanglement
 from saber.errors import (
     DataError,
@@ -28,7 +29,7 @@ from saber.passes import Candidate, Hydra, Pass
 from saber.spectral import Direction
 from saber.strength import Shown, Trial
 
-RUN, STATE, PLAN, PASSES = "run.json", "state.json", "plan", "passes"
+STATE, PASSES = "state.json", "passes"
 
 
 def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:

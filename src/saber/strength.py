@@ -137,14 +137,10 @@ class Ruler:
         self._lm, self._target, self._readout, self._progress = lm, target, readout, progress
         texts = [t for p in (neutral, *unchanged) for t in p.texts]
         self._reference = reference or own_answers(lm, texts, ANSWER_TOKENS, progress=progress)
-        self._neutral = neutral
         self._opening: Sequence[int] = ()
-        self.usual = self._usually(first)
+        first = self._first(neutral) if first is None else first
+        self.usual = float(readout.log_odds(first).sigmoid().mean())
         """Mean probability that an answer to a neutral prompt opens with the behaviour."""
-
-    def _usually(self, first: Tensor | None = None) -> float:
-        first = self._first(self._neutral) if first is None else first
-        return float(self._readout.log_odds(first).sigmoid().mean())
 
     def _first(self, prompts: PromptSet) -> Tensor:
         found = probe(self._lm, prompts, ProbeSpec(), first_token=True, opening=self._opening)

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from rich.console import Console
 
 from saber.ablation import EditPlan, applied
-from saber.checkpoint.runs import base_of, read_record
+from saber.checkpoint.runs import PLAN, RUN, base_of, read_record
 from saber.config import RunConfig
 from saber.errors import UsageError
 from saber.lm.chat import encode
@@ -22,7 +22,6 @@ from saber.lm.generate import generate
 from saber.lm.load import as_stored, load
 from saber.lm.model import LanguageModel, fingerprint
 from saber.report.reading import dig
-from saber.run_folder import PLAN, RUN
 
 Said = tuple[tuple[str, str], ...]
 """What was said in a conversation: (role, text), a user's message and its answer in turn."""
