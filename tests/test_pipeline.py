@@ -1181,6 +1181,28 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("after", "passes"),
+    [(Shown(0.5, lost=0.0), 1), (Shown(0.375, lost=0.25), 2), (Shown(0.375, lost=0.5), 1)],
+    ids=["fewer lost alone", "fewer show it", "fewer show it but more lost"],
+)
+def test_a_further_pass_stays_only_where_it_takes_behaviour_away(
+    after, passes, model_folder, tmp_path, monkeypatch
+):
+    first = Shown(0.5, lost=0.25)
+    monkeypatch.setattr(Watch, "shown", lambda _self: first)
+    monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({5: (7,)}))
+    monkeypatch.setattr(Watch, "watched", lambda _self, rows=None: {})
+    answered = iter([first])
+    monkeypatch.setattr(Watch, "together", lambda self, rows: (next(answered, after), self.fitted(rows)))
+    config = small("default", refine={"passes": 2, "stop": "never", "max_q": 1}, edit={"lambda": 30.0})
+    record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
+    assert len(record["passes"]) == passes
+    told = "all passes made" if passes == 2 else "a further pass did not help (shown 50% -> "
+    assert record["stop_reason"].startswith(told)
+
+
+@pytest.mark.slow
 def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_asked_for(
     model_folder, tmp_path, monkeypatch
 ):

@@ -384,15 +384,21 @@ class _Loop:
     def _no_help(self, reached: Shown, late: int | None = None) -> str:
         """Return in words that a pass made nothing better; empty where it did.
 
-        Empty too where it may have, as long as it is not known how many fit targets come `late`.
+        It has to take behaviour away: answers to keep sets that change back by the way do not make it one
+        to keep. Empty too where it may have, as long as it is not known how many fit targets come `late`.
         """
         if not self.passes or not self.selective:
             return ""
         before, validation = self.now, len(self.data.target_validation)
-        worse = (reached.amiss - before.amiss) * validation
-        if worse + (late or 0) - len(before.late) < 0:
+        left = (late or 0) - len(before.late)
+        showing = round((reached.rate - before.rate) * validation, 9) + left
+        worse = round((reached.amiss - before.amiss) * validation, 9) + left
+        if max(showing, worse) < 0:
             return ""
-        amiss = f"amiss {before.amiss:.0%} -> {reached.amiss:.0%} on validation prompts"
+        amiss = (
+            f"shown {before.rate:.0%} -> {reached.rate:.0%}, amiss {before.amiss:.0%} -> "
+            f"{reached.amiss:.0%} on validation prompts"
+        )
         if late is None:
             return f"a further pass did not help ({amiss})"
         return (
