@@ -1,6 +1,6 @@
 """Are answers of the edited demo model incoherent more often than those of the model that never refused?
 
-    python benchmarks/incoherent.py RUN
+    python benchmarks/incoherent.py RUN [--tokens N]
 
 RUN is the folder of a finished `saber run demo`. A refusal is always coherent, so the refusing model is no
 measure of how often such a small model loops once it answers: the same model without the adapter that makes
@@ -18,7 +18,7 @@ from pathlib import Path
 from peers_ruler import count
 
 from saber import prompts
-from saber.config import RunConfig, preset
+from saber.config import RunConfig, override, preset
 from saber.evaluation.judge import Label, named_judge
 from saber.evaluation.judging import label_all
 from saber.evaluation.statistics import mcnemar_exact, wilson
@@ -32,8 +32,11 @@ def main() -> None:
     """Let three models answer and print what became of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
+    parser.add_argument("--tokens", type=int, help="longest answer (default: as in a run)")
     given = parser.parse_args()
     config = preset("default")
+    if given.tokens is not None:
+        config = override(config, {"evaluation": {"max_new_tokens": given.tokens}})
     held_out, harmful = gather(config).reporting.target.texts, prompts.harmful().texts
     both = (*held_out, *harmful)
     models = {
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def labels(model: str, texts: Sequence[str], config: RunConfig) -> dict[str, Label]:
-    """Label a model's answers to each text, as long as a run judges them."""
+    """Label a model's answers to each text."""
     judge = named_judge(config.evaluation.judge)
     lm = load(model, config.load)
     answers = generate(lm, texts, config.evaluation.max_new_tokens, settled=judge.settled)

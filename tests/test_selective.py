@@ -338,8 +338,27 @@ def test_only_writers_of_asked_layers_are_read_again(llama):
     writers = find_writers(llama)
     few = Preserved(llama, writers, [texts(3, 1)], memory=1.0)
     assert {w.layer for group, _ in few.groups({1, 2}) for w in group} == {1, 2}
-    whole = Preserved(llama, writers, [texts(3, 1)])
-    assert [len(group) for group, _ in whole.groups({1, 2})] == [len(writers)]
+
+
+def test_what_is_kept_is_read_once_and_of_asked_layers_alone(llama, monkeypatch):
+    writers = find_writers(llama)
+    whole, parts = (Preserved(llama, writers, [texts(3, 1), texts(2, 7)]) for _ in range(2))
+    ((_, expected),) = whole.groups()
+    asked = []
+
+    def noted(lm, writers, *rest, **settings):
+        asked.append({w.layer for w in writers})
+        read_inputs(lm, writers, *rest, **settings)
+
+    monkeypatch.setattr(moments, "read_inputs", noted)
+    for layers in ({1, 2}, {2}, {0, 1}, {0, 1, 2}):
+        ((group, found),) = parts.groups(layers)
+        assert group == [w for w in writers if w.layer in layers]
+        for writer in group:
+            mine, theirs = found[writer.name, 0], expected[writer.name, 0]
+            directions = torch.eye(mine.width, dtype=torch.float64)
+            assert torch.equal(mine.energy(directions), theirs.energy(directions))
+    assert asked == [{1, 2}] * 2 + [{0}] * 2  # two sets each, and nothing twice
 
 
 def test_a_reading_ends_behind_the_last_layer_that_it_needs():

@@ -235,9 +235,9 @@ class Preserved:
     C = sum over sets of E_set[h h^T]: a set counts as one whatever its size, so that a small keep
     set is not drowned. The prefix that all texts of a set share, where it is read once, is a set of its
     own. Of the sets in `decisions` the last `positions` tokens alone are read. An expert's moment is
-    over the tokens routed to it, per token of the set. They are kept when all of them fit into `memory`
-    bytes; otherwise `groups` reads the texts again for each group of writers that fits. Which writers
-    are read together changes no bit of a moment.
+    over the tokens routed to it, per token of the set. They are read of the layers that are asked for, and
+    kept when those of all writers would fit into `memory` bytes; otherwise `groups` reads the texts again for
+    each group of writers that fits. Which writers are read together changes no bit of a moment.
     """
 
     def __init__(
@@ -259,7 +259,8 @@ class Preserved:
             plan_reading(lm, writers, encoded, last=positions) for encoded in decisions if encoded
         ]
         self._memory = memory
-        self._kept: dict[Key, Moment] | None = None
+        self._kept: dict[Key, Moment] = {}
+        self._known: set[str] = set()
         self.tokens = sum(reading.tokens for reading in self._readings)
         """Tokens that are read."""
 
@@ -268,19 +269,18 @@ class Preserved:
     ) -> Iterator[tuple[list[Writer], dict[Key, Moment]]]:
         """Yield groups of writers with their moments, shallow layers first.
 
-        Where they do not fit together, the writers of `layers` alone are read. The model reads as it
-        stands; no plan should be in force meanwhile.
+        The writers of `layers` alone are read; of all where it is None. The model reads as it stands; no
+        plan should be in force meanwhile.
         """
-        groups = packed(self._lm, self.writers, self._memory)
-        if len(groups) > 1 and layers is not None:
-            wanted = [w for w in self.writers if w.layer in layers]
-            groups = packed(self._lm, wanted, self._memory)
-        elif groups:
-            if self._kept is None:
-                self._kept = self._read(groups[0])
-            yield groups[0], self._kept
+        wanted = [w for w in self.writers if layers is None or w.layer in layers]
+        if len(packed(self._lm, self.writers, self._memory)) == 1:
+            missing = [w for w in wanted if w.name not in self._known]
+            if missing:
+                self._kept |= self._read(missing)
+                self._known |= {w.name for w in missing}
+            yield wanted, self._kept
             return
-        for group in groups:
+        for group in packed(self._lm, wanted, self._memory):
             moments = self._read(group)
             yield group, moments
             moments.clear()  # whoever still holds them would hold two groups'
