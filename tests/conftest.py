@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from saber import prompts
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel
 
@@ -36,6 +38,34 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     shutil.rmtree(SHARED_CACHE, ignore_errors=True)
+
+
+def thinned(folder: Path, step: int) -> dict[str, str]:
+    """Settings of `data` for every `step`-th of the bundled prompts, written to files: runs are quicker.
+
+    Twins stay together and splits as they are; everyday requests have none of their own there.
+    """
+    bundled = {
+        "target": prompts.target(),
+        "neutral": prompts.neutral(),
+        "borderline": prompts.borderline().where(split="heldout"),
+        "everyday": prompts.everyday(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: str(folder / f"{name}.jsonl") for name in bundled}
+    for name, every in bundled.items():
+        parts = [
+            every.where(split=part).prompts[::step] for part in ("fit", "validation", "heldout")
+        ]
+        rows = [
+            {"id": p.id, "category": p.category, "twin": p.twin, "prompt": p.text}
+            | ({"split": p.split} if name in ("target", "neutral") else {})
+            for part in parts
+            for p in part
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(files[name]).write_text(text, encoding="utf-8")
+    return files
 
 
 CHAT_TEMPLATE = (

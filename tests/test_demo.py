@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+from conftest import thinned
 
 from saber import prompts
 from saber.config import override, preset
@@ -74,7 +75,8 @@ def incoherent_without_adapter(config, monkeypatch):
 
 
 def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
-    config = override(preset("default"), {"data": {"limit": 24, "battery": "half"}})
+    fewer = thinned(tmp_path / "prompts", 2)
+    config = override(preset("default"), {"data": {**fewer, "limit": 24, "battery": "half"}})
     usual = incoherent_without_adapter(config, monkeypatch)
     record = run("demo", tmp_path / "run", config, export=()).record
     before, after = record["baseline"], record["edited"]

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SHARED_CACHE, make_tokenizer
+from conftest import SHARED_CACHE, make_tokenizer, thinned
 from safetensors.torch import load_file
 
 from saber import editors, pipeline, prompts, refinement, subject
@@ -93,6 +93,12 @@ def whole(record):
 both = pytest.mark.parametrize("name", ["default", "orthogonal"])
 
 
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """Every fourth of the bundled prompts, for what depends on no prompt."""
+    return thinned(tmp_path_factory.mktemp("few"), 4)
+
+
 @pytest.fixture(scope="module", params=["default", "orthogonal"])
 def finished(request, pico, tmp_path_factory):
     """A run that tests look at and do not change."""
@@ -171,8 +177,10 @@ def test_same_seed_gives_the_same_record(finished, pico, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
-    config = override(small("card"), {"refine": {"passes": 5, "shortlist": 0, "top_k": 3}})
+def test_card_preset_has_the_cards_counts(model_folder, few, tmp_path):
+    config = override(
+        small("card", data=few), {"refine": {"passes": 5, "shortlist": 0, "top_k": 3}}
+    )
     record = run(str(model_folder), tmp_path / "card", config, force=True, export=()).record
     assert record["directions_ablated"] == 15
     assert len(record["passes"]) == 5
@@ -189,9 +197,9 @@ def test_card_preset_has_the_cards_counts(model_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["orthogonal", "default"])
 def test_a_run_in_half_precision_leaves_other_weights_as_they_are_stored(
-    model_folder, tmp_path, name
+    model_folder, few, tmp_path, name
 ):
-    config = small(name, refine={"passes": 1}, load={"dtype": "bfloat16"})
+    config = small(name, data=few, refine={"passes": 1}, load={"dtype": "bfloat16"})
     record = run(str(model_folder), tmp_path / "run", config, force=True).record
     assert record["model"]["compute_dtype"] == "bfloat16"
     assert record["model"]["storage_dtype"] == "float32"
@@ -211,9 +219,9 @@ def test_a_run_in_half_precision_leaves_other_weights_as_they_are_stored(
 
 @pytest.mark.slow
 @both
-def test_held_out_prompts_select_nothing(model_folder, tmp_path, monkeypatch, name):
+def test_held_out_prompts_select_nothing(model_folder, few, tmp_path, monkeypatch, name):
     """With every held-out prompt replaced by another text, the very same edit is made."""
-    config = small(name, edit={"lambda": 0.0})
+    config = small(name, data=few, edit={"lambda": 0.0})
     first = run(str(model_folder), tmp_path / "a", config, force=True, export=())
     original = pipeline.gather
 
@@ -350,7 +358,10 @@ def test_a_damaged_pass_is_not_gone_on_from(model_folder, tmp_path):
     meta = tmp_path / "x" / "passes" / "1" / "meta.json"
     whole = json.loads(meta.read_text())
     del whole["candidates"][0]["direction"]["layer"]
-    for text, what in ((json.dumps(whole), "does not hold a whole pass"), ("{", "is not valid JSON")):
+    for text, what in (
+        (json.dumps(whole), "does not hold a whole pass"),
+        ("{", "is not valid JSON"),
+    ):
         meta.write_text(text)
         with pytest.raises(DataError, match=rf"passes.1.meta\.json {what}"):
             go(resume=True)
@@ -1038,7 +1049,9 @@ def test_what_is_refused_at_once_and_what_late_are_told_apart(llama, monkeypatch
     # What they were last answered with is what is held against the model.
     ((texts, said),) = drafts
     assert texts == [watch.selecting.target_validation.texts[i] for i in (4, 5)]
-    assert said == [tuple(llama.tokenizer(w, add_special_tokens=False)["input_ids"]) for w in wordings[:2]]
+    assert said == [
+        tuple(llama.tokenizer(w, add_special_tokens=False)["input_ids"]) for w in wordings[:2]
+    ]
 
 
 def test_over_refusal_takes_a_ridge_of_its_own_unless_one_is_given():
@@ -1087,13 +1100,14 @@ def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
 
 @pytest.mark.slow
 def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
-    model_folder, tmp_path, monkeypatch
+    model_folder, few, tmp_path, monkeypatch
 ):
     def edited(name, left, **edit):
         asked = iter([0.5, 0.5, *left])
         monkeypatch.setattr(Watch, "shown", lambda _self: Shown(x := next(asked), at_once=x))
         monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
-        config = small("default", refine={"passes": 1, "stop": "never", "max_q": 1}, edit=edit)
+        refine = {"passes": 1, "stop": "never", "max_q": 1}
+        config = small("default", data=few, refine=refine, edit=edit)
         record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
         return record["passes"][0], EditPlan.load(tmp_path / name / "plan")
 
@@ -1112,7 +1126,7 @@ def test_more_is_taken_off_than_the_fit_asks_for_where_behaviour_shows_at_once(
 
 @pytest.mark.slow
 def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
-    model_folder, tmp_path, monkeypatch
+    model_folder, few, tmp_path, monkeypatch
 ):
     measured, refined_ = Ruler.openings, pipeline.refined
 
@@ -1131,7 +1145,7 @@ def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.45))
     monkeypatch.setattr(Watch, "fitted", lambda _self, rows: Fitted({}, round(0.45 * len(rows))))
     monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
-    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 0})
+    config = small("default", data=few, refine={"passes": 1, "max_q": 1}, edit={"lambda": 0})
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     (this,) = record["passes"]
     # Of as good as no edit too little is gone to stop there.
@@ -1153,9 +1167,11 @@ def test_where_openings_tell_nothing_answers_do_until_a_strength_overflows(
 
 
 @pytest.mark.slow
-def test_where_no_token_tells_directions_are_taken_by_score(model_folder, tmp_path, monkeypatch):
+def test_where_no_token_tells_directions_are_taken_by_score(
+    model_folder, few, tmp_path, monkeypatch
+):
     monkeypatch.setattr("saber.refinement.derive_readout", lambda _target, _neutral: Readout(()))
-    config = small(data={"limit": 4}, refine={"passes": 1, "shortlist": 4, "max_q": 1})
+    config = small(data=few, refine={"passes": 1, "shortlist": 4, "max_q": 1})
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     assert record["directions_ablated"]
     assert {c["causal"] for c in record["passes"][0]["candidates"]} == {None}
@@ -1166,14 +1182,19 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
     model_folder, tmp_path, monkeypatch
 ):
     rates = [0.5, 0.25]
-    monkeypatch.setattr(Watch, "shown", lambda _self: Shown(rates[0] if len(rates) < 2 else rates.pop(0)))
+    monkeypatch.setattr(
+        Watch, "shown", lambda _self: Shown(rates[0] if len(rates) < 2 else rates.pop(0))
+    )
     monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
-    monkeypatch.setattr(Watch, "watched", lambda _self, rows=None: {} if rows else {3: (9, 8), 4: (9, 8)})
+    monkeypatch.setattr(
+        Watch, "watched", lambda _self, rows=None: {} if rows else {3: (9, 8), 4: (9, 8)}
+    )
     starts = {}
     for name, late in (("validation", {}), ("fit", {5: (7,)})):
         rates[:] = [0.5, 0.25]
         monkeypatch.setattr(Watch, "fitted", lambda _self, _rows, late=late: Fitted(late))
-        config = small("default", refine={"passes": 2, "stop": "never", "max_q": 1}, edit={"lambda": 30.0})
+        refine = {"passes": 2, "stop": "never", "max_q": 1}
+        config = small("default", refine=refine, edit={"lambda": 30.0})
         record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
         starts[name] = [this["opening"] for this in record["passes"]]
     decode = make_tokenizer().decode
@@ -1187,15 +1208,18 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
     ids=["fewer lost alone", "fewer show it", "fewer show it but more lost"],
 )
 def test_a_further_pass_stays_only_where_it_takes_behaviour_away(
-    after, passes, model_folder, tmp_path, monkeypatch
+    after, passes, model_folder, few, tmp_path, monkeypatch
 ):
     first = Shown(0.5, lost=0.25)
     monkeypatch.setattr(Watch, "shown", lambda _self: first)
     monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({5: (7,)}))
     monkeypatch.setattr(Watch, "watched", lambda _self, rows=None: {})
     answered = iter([first])
-    monkeypatch.setattr(Watch, "together", lambda self, rows: (next(answered, after), self.fitted(rows)))
-    config = small("default", refine={"passes": 2, "stop": "never", "max_q": 1}, edit={"lambda": 30.0})
+    monkeypatch.setattr(
+        Watch, "together", lambda self, rows: (next(answered, after), self.fitted(rows))
+    )
+    refine = {"passes": 2, "stop": "never", "max_q": 1}
+    config = small("default", data=few, refine=refine, edit={"lambda": 30.0})
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     assert len(record["passes"]) == passes
     told = "all passes made" if passes == 2 else "a further pass did not help (shown 50% -> "
@@ -1217,12 +1241,15 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
     def together(self, rows):
         return Shown(0.125 if asked else 0.25), self.fitted(rows)
 
-    monkeypatch.setattr(refinement, "likeliest", lambda _lm, _texts, found: next(iter(found.values()), ()))
+    monkeypatch.setattr(
+        refinement, "likeliest", lambda _lm, _texts, found: next(iter(found.values()), ())
+    )
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5))
     monkeypatch.setattr(Watch, "fitted", lambda _self, _rows: Fitted({}))
     monkeypatch.setattr(Watch, "together", together)
     monkeypatch.setattr(Watch, "watched", watched)
-    config = small("default", refine={"passes": 3, "stop": "never", "max_q": 1}, edit={"lambda": 0})
+    refine = {"passes": 3, "stop": "never", "max_q": 1}
+    config = small("default", refine=refine, edit={"lambda": 0})
     out = tmp_path / "run"
     record = run(str(model_folder), out, config, force=True, export=()).record
     first, second = record["passes"]
@@ -1236,7 +1263,7 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
 
 
 @pytest.mark.slow
-def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch):
+def test_a_first_pass_asks_all_targets_once(model_folder, few, tmp_path, monkeypatch):
     """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
     asked = []
@@ -1247,7 +1274,7 @@ def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Watch, "fitted", fitted)
     monkeypatch.setattr(Watch, "together", lambda self, rows: (self.shown(), self.fitted(rows)))
-    config = small("default", refine={"passes": 1, "max_q": 1}, edit={"lambda": 30.0})
+    config = small("default", data=few, refine={"passes": 1, "max_q": 1}, edit={"lambda": 30.0})
     record = run(str(model_folder), tmp_path / "run", config, force=True, export=()).record
     (this,) = record["passes"]
     (trial,) = this["search"]
@@ -1277,11 +1304,11 @@ def test_one_lambda_serves_all_layers_where_nothing_is_to_be_felt(
 
 
 @pytest.mark.slow
-def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypatch):
+def test_an_edit_that_does_not_help_is_refused(model_folder, few, tmp_path, monkeypatch):
     """Every answer counts as a refusal, before and after."""
     monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
     with pytest.raises(NoGain, match="left as it was") as caught:
-        run(str(model_folder), tmp_path / "n", small("default"))
+        run(str(model_folder), tmp_path / "n", small("default", data=few))
     assert caught.value.exit_code == 3
     assert not (tmp_path / "n" / "run.json").exists()
     assert not (tmp_path / "n" / "model").exists()
