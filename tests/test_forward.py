@@ -45,6 +45,16 @@ def test_generation_equals_one_prompt_at_a_time(lm):
         assert list(completion.ids) == plain[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_window_counts_no_padding_between_what_prompts_share_and_their_own(family):
+    lm = make_lm(family)  # with a window of 256 tokens
+    prompts = ["a" * count for count in (1, 30, 200, 240, 250, 300)]
+    for prompt, completion in zip(prompts, generate(lm, prompts, 8), strict=True):
+        (encoded,) = encode(lm, [prompt], [completion.ids])
+        scores = lm.model(input_ids=torch.tensor([encoded.ids])).logits[0]
+        assert completion.ids == tuple(scores[encoded.answer_positions].argmax(-1).tolist())
+
+
 def test_drafts_change_nothing_but_the_work(lm):
     whole = generate(lm, PROMPTS, 12)
     drafts = [list(c.ids) for c in whole]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saber.errors import ModelError
+from saber.lm.cache import mask_of
 from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
@@ -194,7 +195,7 @@ def _run(
     with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run):
         out = lm.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask_of(state, mask, width),
             position_ids=positions,
             use_cache=cache_name(lm) is not None,
             **carry(lm, state),
