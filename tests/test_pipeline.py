@@ -36,6 +36,7 @@ from saber.evaluation import judge as judges
 from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.gathering import gather
+from saber.hydra import compensation
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
 from saber.lm.load import LoadSpec, load
@@ -1236,6 +1237,24 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
 
 
 @pytest.mark.slow
+def test_self_repair_is_measured_by_plans_on_the_untouched_weights(model_folder, monkeypatch):
+    config = small("orthogonal", edit={"scope": "own"})
+    subject = Subject.load(str(model_folder), config)
+    weights = subject.lm.model.state_dict()
+    untouched = {name: value.clone() for name, value in weights.items()}
+    edited = []
+
+    def measured(*args, **options):
+        edited.append([n for n, v in weights.items() if not torch.equal(v, untouched[n])])
+        return compensation(*args, **options)
+
+    monkeypatch.setattr(refinement, "compensation", measured)
+    watch = Watch(subject.lm, judges.named_judge("phrases"), gather(config).selecting, config)
+    found = [p.hydra.compensation for p in refined(subject, watch, config).passes]
+    assert edited == [[], []]
+    assert None not in found
+
+
 def test_a_first_pass_asks_all_targets_once(model_folder, tmp_path, monkeypatch):
     """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
