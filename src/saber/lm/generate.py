@@ -35,6 +35,7 @@ from saber.lm.forward import (
     gathered_head,
     prefix_cache,
     silent,
+    within_reach,
 )
 from saber.lm.model import LanguageModel
 
@@ -354,7 +355,9 @@ class _Batch:
         piecewise, looking = cacheable(lm), any(row.asked.look for row in self.open)
         lm.work.tokens += int(self.mask[:, -new:].sum()) if self.fresh else len(self.open)
         last = torch.arange(1, count + 1, device=lm.device) * new - 1
-        with gathered_head(lm, last) as seen, torch.no_grad():
+        # Of rows that have ended too, as all of them are read.
+        reach = within_reach(lm, int(self.positions.max()) + 1)
+        with gathered_head(lm, last) as seen, reach, torch.no_grad():
             out = lm.model(
                 input_ids=self.ids,
                 attention_mask=mask_of(self.state, self.mask, new),

@@ -25,6 +25,7 @@ from saber.lm.forward import (
     gathered_head,
     prefix_cache,
     silent,
+    within_reach,
 )
 from saber.lm.model import LanguageModel
 from saber.lm.routing import Extent, Gate, Turn, find_gates, parted
@@ -192,7 +193,8 @@ def _run(
         mask[line, offset + length :] = 0
     layers, out = len(lm.layers), None
     run = layers if last is None else last + 1
-    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run):
+    reach = within_reach(lm, offset + width)
+    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run), reach:
         out = lm.model(
             input_ids=ids,
             attention_mask=mask_of(state, mask, width),
