@@ -25,6 +25,7 @@ from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
     ModelError,
+    NoEdit,
     NoGain,
     NonFinite,
     OutputError,
@@ -1304,6 +1305,21 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, tmp_path, monkeypat
     assert caught.value.exit_code == 3
     assert not (tmp_path / "n" / "run.json").exists()
     assert not (tmp_path / "n" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "left_out", [{"spectral": {"depth_low": 1.0, "depth_high": 1.0}}, {"refine": {"max_q": 0.0}}]
+)
+@both
+def test_a_run_that_takes_nothing_out_is_none_that_is_done(
+    model_folder, tmp_path, monkeypatch, name, left_out
+):
+    monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
+    said = "nothing was edited: no candidate passes the filters; 100% of 32 validation targets"
+    with pytest.raises(NoEdit, match=said) as caught:
+        run(str(model_folder), tmp_path / "n", small(name, **left_out))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "n" / "run.json").exists()
 
 
 @pytest.mark.slow
