@@ -25,6 +25,7 @@ from saber.lm.inputs import plan_reading, read_inputs
 from saber.lm.layers import find_layers, stream
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import LanguageModel
+from saber.lm.padding import ignores_padding
 from saber.lm.substitution import held, layer_calls, zeros
 from saber.lm.writers import ablated_law, find_writers, zeroed_law
 
@@ -108,12 +109,35 @@ def test_answers_that_end_early_leave_the_others_as_they_are(family):
     assert [c.ids for c in together] == [c.ids for c in alone]
 
 
+@pytest.mark.parametrize(
+    ("family", "pads"),
+    [
+        *((name, True) for name in ("mamba", "falcon_mamba", "mamba2", "jamba", "gemma3")),
+        *((name, False) for name in ("mpt", "recurrent_gemma")),
+    ],
+)
+def test_answers_beside_others_are_the_likeliest_tokens_of_whole_texts(family, pads):
+    """States of a recurrence take no mask of old tokens; some models mind padding itself."""
+    lm = language_model(family)
+    assert ignores_padding(lm) == pads
+    lm = replace(lm, pads=pads)
+    prompts = ["Hi", "What is the time in Paris, please, right now?", "Say a word or two", "Hm"]
+    found = answer(lm, [Request(p, n) for p, n in zip(prompts, (2, 7, 7, 4), strict=True)])
+    for prompt, completion in zip(prompts, found, strict=True):
+        (encoded,) = encode(lm, [prompt], [completion.ids])
+        with torch.no_grad():
+            scores = lm.model(input_ids=torch.tensor([encoded.ids]), use_cache=False).logits[0]
+        assert completion.ids == tuple(scores[encoded.answer_positions].argmax(-1).tolist())
+
+
 def test_a_float32_stream_beside_half_precision_weights():
     """Mamba 2 keeps one: what its layers write is rounded all the same."""
     lm = language_model("mamba2")
     lm.model.to(torch.bfloat16)
     writers = find_writers(lm)
-    assert [w.weight for w in writers] == [f"backbone.layers.{i}.mixer.out_proj.weight" for i in range(4)]
+    assert [w.weight for w in writers] == [
+        f"backbone.layers.{i}.mixer.out_proj.weight" for i in range(4)
+    ]
 
 
 def weaken(lm, writers, share=1e-4):

@@ -8,6 +8,7 @@ from conftest import make_lm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from saber.errors import ModelError
 from saber.evaluation.divergence import diverge, exact, keep_reference, own_answers
 from saber.lm import cache
 from saber.lm import generate as generation
@@ -15,6 +16,8 @@ from saber.lm.cache import RoomyLayer, is_roomy, join, make_room
 from saber.lm.chat import common_prefix, encode, encode_answers, measure_template
 from saber.lm.forward import cacheable, enlarged, forward, plan_batches
 from saber.lm.generate import Request, agreed, answer, generate, greedy_starts
+from saber.lm.inputs import plan_reading, read_inputs
+from saber.lm.writers import find_writers
 
 PROMPTS = ["How are you?", "Tell me of the sea and of ships.", "No", "What is 2 + 2, and why?"]
 
@@ -43,6 +46,29 @@ def test_generation_equals_one_prompt_at_a_time(lm):
             pad_token_id=0,
         )
         assert list(completion.ids) == plain[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_a_window_counts_no_padding_between_what_prompts_share_and_their_own(family):
+    lm = make_lm(family)  # with a window of 256 tokens
+    prompts = ["a" * count for count in (1, 30, 200, 240, 250, 300)]
+    for prompt, completion in zip(prompts, generate(lm, prompts, 8), strict=True):
+        (encoded,) = encode(lm, [prompt], [completion.ids])
+        scores = lm.model(input_ids=torch.tensor([encoded.ids])).logits[0]
+        assert completion.ids == tuple(scores[encoded.answer_positions].argmax(-1).tolist())
+
+
+def test_texts_longer_than_a_model_has_places_are_told():
+    lm, long = make_lm("gpt2"), "x" * 510  # with places for 512 tokens
+    encoded = encode(lm, ["Hi", long])
+    with pytest.raises(ModelError, match=r"has 517 tokens .* no more than 512\."):
+        list(forward(lm, [e.ids for e in encoded], [[0], [0]]))
+    with pytest.raises(ModelError, match=r"has 513 tokens .* no more than 512\..*max_new_tokens"):
+        generate(lm, [long[:500]], 20)
+    writers = find_writers(lm)
+    reading = plan_reading(lm, writers, encoded)
+    with pytest.raises(ModelError, match="no more than 512"):
+        read_inputs(lm, writers, reading, lambda *_: None)
 
 
 def test_drafts_change_nothing_but_the_work(lm):

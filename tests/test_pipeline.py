@@ -25,6 +25,7 @@ from saber.config import PRESETS, override, preset, read_toml, resolved
 from saber.errors import (
     DataError,
     ModelError,
+    NoEdit,
     NoGain,
     NonFinite,
     OutputError,
@@ -36,6 +37,7 @@ from saber.evaluation import judge as judges
 from saber.evaluation.divergence import diverge, own_answers
 from saber.evaluation.readout import Readout
 from saber.gathering import gather
+from saber.hydra import compensation
 from saber.lm.forward import silent
 from saber.lm.generate import Completion
 from saber.lm.load import LoadSpec, load
@@ -1263,6 +1265,25 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
 
 
 @pytest.mark.slow
+def test_self_repair_is_measured_by_plans_on_the_untouched_weights(model_folder, monkeypatch):
+    config = small("orthogonal", edit={"scope": "own"})
+    subject = Subject.load(str(model_folder), config)
+    weights = subject.lm.model.state_dict()
+    untouched = {name: value.clone() for name, value in weights.items()}
+    edited = []
+
+    def measured(*args, **options):
+        edited.append([n for n, v in weights.items() if not torch.equal(v, untouched[n])])
+        return compensation(*args, **options)
+
+    monkeypatch.setattr(refinement, "compensation", measured)
+    watch = Watch(subject.lm, judges.named_judge("phrases"), gather(config).selecting, config)
+    found = [p.hydra.compensation for p in refined(subject, watch, config).passes]
+    assert edited == [[], []]
+    assert None not in found
+
+
+@pytest.mark.slow
 def test_a_first_pass_asks_all_targets_once(model_folder, few, tmp_path, monkeypatch):
     """What fit targets show decides over strength in the first pass, and tells what turns late after it."""
     monkeypatch.setattr(Watch, "shown", lambda _self: Shown(0.5, 0.25, at_once=0.0))
@@ -1312,6 +1333,21 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, few, tmp_path, monk
     assert caught.value.exit_code == 3
     assert not (tmp_path / "n" / "run.json").exists()
     assert not (tmp_path / "n" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "left_out", [{"spectral": {"depth_low": 1.0, "depth_high": 1.0}}, {"refine": {"max_q": 0.0}}]
+)
+@both
+def test_a_run_that_takes_nothing_out_is_none_that_is_done(
+    model_folder, tmp_path, monkeypatch, name, left_out
+):
+    monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
+    said = "nothing was edited: no candidate passes the filters; 100% of 32 validation targets"
+    with pytest.raises(NoEdit, match=said) as caught:
+        run(str(model_folder), tmp_path / "n", small(name, **left_out))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "n" / "run.json").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_lm
+from test_routing import listed
 
 from saber.ablation import EditPlan, EditSpec, Removal, orthogonal
 from saber.candidates import choose
@@ -161,3 +162,21 @@ def test_compensation_sees_what_later_layers_do():
         )
         is None
     )
+
+
+def test_compensation_leaves_out_experts_in_a_list():
+    """Their module sees the tokens that are routed to it, if any."""
+    lm = listed(top=1)
+    v = unit(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(8)))
+    writers = find_writers(lm)
+    dense = [w for w in writers if ".experts." not in w.weight]
+    assert (len(writers), len(dense)) == (20, 4)
+    plan = orthogonal(lm, writers, [Removal(v, 1.0, 1)], "upstream")
+
+    def found(writers):
+        rng = np.random.default_rng(0)
+        texts = ["kill it", "burn it now"], ["mill it", "turn it now"]
+        return compensation(lm, writers, EditPlan(), plan, v, *texts, generator=rng)
+
+    assert found(writers) == found(dense) is not None
+    assert found([w for w in writers if w not in dense]) is None

@@ -10,7 +10,15 @@ from scipy.stats import mannwhitneyu
 from saber import spectral
 from saber.config import preset
 from saber.entanglement import EntanglementSpec, entangle
-from saber.linalg import LowRankNoise, auroc, benjamini_hochberg, d_prime, ledoit_wolf, unit
+from saber.linalg import (
+    LowRankNoise,
+    auroc,
+    benjamini_hochberg,
+    d_prime,
+    ledoit_wolf,
+    principal_components,
+    unit,
+)
 from saber.probing import Activations
 from saber.spectral import candidate_layers, extract, fit, shrunk
 
@@ -436,3 +444,12 @@ def test_which_way_a_folds_direction_points_is_not_told_by_the_prompts_it_scores
     """The whole fit has seen them, and would make noise look separable."""
     first, _ = fold_fits(monkeypatch, lambda fold: [1, 0], sign=-1.0)
     assert first.auroc == 0.0
+
+
+def test_few_samples_have_no_more_components_than_they_span():
+    x = 3.0 + torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    basis, centred = principal_components(x, 10), x - x.mean(0)
+    assert basis.shape == (4, 32)
+    torch.testing.assert_close(centred @ basis.T @ basis, centred, atol=1e-5, rtol=0)
+    assert principal_components(x, 3).shape == (3, 32)
+    assert principal_components(x[:1], 3).shape == (0, 32)

@@ -105,6 +105,20 @@ class NoGain(SaberError):
         )
 
 
+class NoEdit(SaberError):
+    """No direction was taken out, though the behaviour is there."""
+
+    exit_code = 3
+
+    def __init__(self, reason: str, rate: float, count: int) -> None:
+        super().__init__(
+            f"nothing was edited: {reason}; {rate:.0%} of {count} validation targets show the behaviour, and "
+            "the model is left as it was.",
+            "Give more or other --target and --neutral prompts, or look at what leaves directions out: "
+            "refine.max_q, edit.skip_below, spectral.depth_low and spectral.depth_high.",
+        )
+
+
 class JudgeFailed(SaberError):
     """A judge outside this program could not be asked, or gave no usable reply."""
 

@@ -16,6 +16,7 @@ from saber.ablation import EditPlan, applied
 from saber.lm.chat import encode
 from saber.lm.forward import forward
 from saber.lm.model import LanguageModel
+from saber.lm.routing import one_call
 from saber.lm.writers import Writer
 
 
@@ -48,15 +49,15 @@ def compensation(
 
     D is a writer's target-minus-neutral contribution along `direction` at the last prompt token;
     frozen means the edited weights on the inputs from before. Edited writers are those whose
-    contribution that changes; fused experts and embeddings are left out. `pairs` holds the rows of a
+    contribution that changes; experts, embeddings, and weights whose module does not show all tokens in one
+    call are left out. `pairs` holds the rows of a
     target and of its neutral twin; without any they are paired row by row. None when no writer is left
     unedited or nothing was removed (McGrath et al. 2023, arXiv 2307.15771; Rushing and Nanda 2024,
     arXiv 2402.15390).
     """
-    # An expert's share of a fused weight has no module whose input and output could be read.
-    writers = [
-        w for w in writers if w.experts is None and w.weight.endswith(".weight") and w.layer >= 0
-    ]
+    writers = one_call(lm, [w for w in writers if w.layer >= 0])
+    if not writers:
+        return None
     texts = [*target, *neutral]
     with applied(lm.model, before):
         pre, inputs = _contributions(lm, writers, texts, direction)

@@ -26,10 +26,11 @@ def orthonormal_basis(rows: Float[Tensor, "n d"], tolerance: float = 1e-6) -> Fl
 
 
 def principal_components(x: Float[Tensor, "n d"], k: int) -> Float[Tensor, "k d"]:
-    """Return the top `k` centred principal directions of the rows of `x`, orthonormal."""
+    """Return the top `k` centred principal directions of the rows of `x`, orthonormal, or all there are."""
     centred = x - x.mean(0)
-    _, _, right = torch.linalg.svd(centred, full_matrices=False)
-    return right[: min(k, right.shape[0])]
+    _, values, right = torch.linalg.svd(centred, full_matrices=False)
+    # What is left of n rows about their mean spans n - 1 dimensions at most; the rest is any direction.
+    return right[:k][values[:k] > 1e-6 * values[0].clamp_min(1e-30)]
 
 
 def ledoit_wolf(x: Float[Tensor, "n d"]) -> float:

@@ -19,6 +19,7 @@ from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.errors import (
     ModelError,
+    NoEdit,
     NoGain,
     WeakBehaviour,
 )
@@ -186,6 +187,9 @@ def run(
     if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
         first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
         raise NoGain(first, last, len(watch.selecting.target_validation))
+    if not outcome.passes and watch.untouched.rate > config.refine.stop_rate:
+        count = len(watch.selecting.target_validation)
+        raise NoEdit(outcome.stop_reason, watch.untouched.rate, count)
     plan_on_disk.save(out / PLAN, lm, outcome.plan)
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}

@@ -425,6 +425,8 @@ class _Loop:
                 log_odds = mean_log_odds(now, self.readout)
             else:
                 log_odds = trial.log_odds
+        with self.clock("refine"):
+            # By the untouched weights: it puts the plans of before and after on them itself.
             back = self._compensation(plan, step.chosen[0], turn, rng)
         best = min((c.direction for c in candidates), key=rank)
         fate = {id(c.direction): c for c in step.chosen}

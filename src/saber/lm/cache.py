@@ -107,6 +107,24 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
+def reaches(cache: Any, longest: int) -> bool:
+    """Whether every layer of a cache sees all of up to `longest` tokens, none through a smaller window."""
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    windows = (getattr(layer, "sliding_window", None) for layer in layers)
+    return all(window is None or longest < window for window in windows)
+
+
+def mask_of(cache: Any, mask: Int[Tensor, "rows width"], new: int) -> Int[Tensor, "rows _"]:
+    """Return the mask that a model takes of its last `new` tokens behind a filled cache.
+
+    It is that of all tokens where any layer attends to them. Where all hold states of a recurrence, some
+    models multiply what goes in by the mask as it is, so it has to be that of the new tokens alone.
+    """
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    attends = not layers or any(getattr(layer, "keys", None) is not None for layer in layers)
+    return mask if attends else mask[:, -new:]
+
+
 def bytes_per_token(cache: Any) -> int:
     """Return what the keys and values of a token take in a filled cache of plain layers; 0 for others."""
     if not is_plain(cache):

@@ -14,8 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from saber.errors import ModelError
 from saber.lm.cache import is_plain
 from saber.lm.chat import common_prefix
+from saber.lm.device import is_out_of_memory
 from saber.lm.model import LanguageModel
 
 T = TypeVar("T")
@@ -201,6 +203,22 @@ def unrounded_head(lm: LanguageModel) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def within_reach(lm: LanguageModel, longest: int) -> Iterator[None]:
+    """Raise `ModelError` where a pass over texts of so many tokens fails as the model has fewer places."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        places = getattr(lm.text_config, "max_position_embeddings", None)
+        if is_out_of_memory(error) or not places or longest <= places:
+            raise
+        raise ModelError(
+            f"a prompt has {longest} tokens with its template and answer, and {lm.name!r} reads no more "
+            f"than {places}.",
+            "Give shorter prompts, or a smaller evaluation.max_new_tokens.",
+        ) from error
+
+
 def enlarged(device: torch.device) -> int:
     """Return how many times the tokens and logits of a CPU's batch go into one on this device."""
     return 1 if device.type == "cpu" else ACCELERATED
@@ -283,6 +301,7 @@ def forward(
         with (
             gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen,
             unrounded_head(lm),
+            within_reach(lm, offset + width),
             torch.no_grad(),
         ):
             logits = (

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saber.lm.cache import bytes_per_token, is_plain, is_roomy, join, make_room
+from saber.lm.cache import (
+    bytes_per_token,
+    is_plain,
+    is_roomy,
+    join,
+    make_room,
+    mask_of,
+    reaches,
+)
 from saber.lm.chat import common_prefix, encode
 from saber.lm.device import memory_for_caches
 from saber.lm.forward import (
@@ -26,6 +35,7 @@ from saber.lm.forward import (
     gathered_head,
     prefix_cache,
     silent,
+    within_reach,
 )
 from saber.lm.model import LanguageModel
 
@@ -183,28 +193,38 @@ def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], lab
     """Continue each answer behind what its row has already."""
     encoded = encode(lm, [row.asked.prompt for row in rows], [row.ids for row in rows])
     sequences = [e.ids for e in encoded]
+    if not lm.pads:
+        for row, ids in zip(rows, sequences, strict=True):
+            row.text = ids
+        for _ in progress(_by_length(lm, rows), label, len(rows)):
+            pass
+        return
     offset = min(common_prefix(sequences), min(map(len, sequences)) - 1)
     prefix = prefix_cache(lm, sequences[0][:offset])
+    left = max(row.left for row in rows)
+    # A row that comes in late adds its tokens to the length of the longest that was there.
+    longest = max(len(ids) + row.left for ids, row in zip(sequences, rows, strict=True)) + left
+    most = cached_tokens(lm, prefix)
+    # Padding lies behind the prefix, which would thus leave a short text's window too early.
+    prefix = prefix if reaches(prefix, longest) else None
     offset = offset if prefix is not None else 0
     for row, ids in zip(rows, sequences, strict=True):
         row.text = ids[offset:]
-    # A row that comes in late adds its tokens to the length of the longest that was there.
-    longest = offset + max(row.length + row.left for row in rows) + max(row.left for row in rows)
     make_room(prefix, longest)
-    for _ in progress(_finished(lm, rows, offset, prefix, longest), label, len(rows)):
+    for _ in progress(_finished(lm, rows, offset, prefix, longest, most), label, len(rows)):
         pass
 
 
 def _finished(
-    lm: LanguageModel, rows: Sequence[_Row], offset: int, prefix: Any, longest: int
+    lm: LanguageModel, rows: Sequence[_Row], offset: int, prefix: Any, longest: int, most: int
 ) -> Iterator[_Row]:
-    """Write all answers; yield each as it ends.
+    """Write all answers, in up to `most` tokens at a time; yield each as it ends.
 
     Whenever enough of a batch have ended, others that wait take their places, so that every step is
     of many rows. Those with most tokens to write come first: none is left to be written alone.
     """
     waiting = sorted(rows, key=lambda row: (-row.left, -len(row.text)))
-    most, read = cached_tokens(lm, prefix), enlarged(lm.device) * TOKENS_PER_BATCH
+    read = enlarged(lm.device) * TOKENS_PER_BATCH
     batch: _Batch | None = None
     while waiting or batch is not None:
         if batch is not None and not batch.wasteful:
@@ -222,6 +242,24 @@ def _finished(
                 yield from parts[-1].step(lm)
             batch = _joined([part for part in parts if part.open], offset)
         batch = batch if batch is not None and batch.open else None
+
+
+def _by_length(lm: LanguageModel, rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Write the answers behind texts of one length together, without padding; yield each as it ends."""
+    for width, some in groupby(sorted(rows, key=_width), key=_width):
+        group = list(some)
+        longest = width + max(row.left for row in group)
+        room = max(1, min(ROWS_PER_BATCH, CACHED_PER_BATCH // longest))
+        for start in range(0, len(group), room):
+            batch: _Batch | None = _Batch.started(lm, group[start : start + room], 0, None, longest)
+            while batch is not None and batch.open:
+                yield from batch.step(lm)
+                if batch.open and batch.wasteful:
+                    batch = _joined([batch], 0)
+
+
+def _width(row: _Row) -> int:
+    return len(row.text)
 
 
 def cached_tokens(lm: LanguageModel, prefix: Any) -> int:
@@ -317,10 +355,12 @@ class _Batch:
         piecewise, looking = cacheable(lm), any(row.asked.look for row in self.open)
         lm.work.tokens += int(self.mask[:, -new:].sum()) if self.fresh else len(self.open)
         last = torch.arange(1, count + 1, device=lm.device) * new - 1
-        with gathered_head(lm, last) as seen, torch.no_grad():
+        # Of rows that have ended too, as all of them are read.
+        reach = within_reach(lm, int(self.positions.max()) + 1)
+        with gathered_head(lm, last) as seen, reach, torch.no_grad():
             out = lm.model(
                 input_ids=self.ids,
-                attention_mask=self.mask,
+                attention_mask=mask_of(self.state, self.mask, new),
                 position_ids=self.positions,
                 use_cache=piecewise,
                 **carry(lm, self.state),

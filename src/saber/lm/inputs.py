@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from saber.errors import ModelError
+from saber.lm.cache import mask_of
 from saber.lm.chat import Encoded, common_prefix
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
@@ -24,6 +25,7 @@ from saber.lm.forward import (
     gathered_head,
     prefix_cache,
     silent,
+    within_reach,
 )
 from saber.lm.model import LanguageModel
 from saber.lm.routing import Extent, Gate, Turn, find_gates, parted
@@ -191,10 +193,11 @@ def _run(
         mask[line, offset + length :] = 0
     layers, out = len(lm.layers), None
     run = layers if last is None else last + 1
-    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run):
+    reach = within_reach(lm, offset + width)
+    with gathered_head(lm, torch.zeros(0, dtype=torch.long)), _ended(lm, run), reach:
         out = lm.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask_of(state, mask, width),
             position_ids=positions,
             use_cache=cache_name(lm) is not None,
             **carry(lm, state),

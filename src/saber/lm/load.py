@@ -33,6 +33,7 @@ from saber.lm.device import (
 from saber.lm.headers import main_dtype
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
+from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
 
 
@@ -153,8 +154,10 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         response_prefix=spec.response_prefix,
     )
     if with_tokenizer and not spec.response_prefix:
-        lm = replace(lm, response_prefix=empty_thought(lm), work=Work())
-    return lm
+        lm = replace(lm, response_prefix=empty_thought(lm))
+    if with_tokenizer:
+        lm = replace(lm, pads=ignores_padding(lm))
+    return replace(lm, work=Work())
 
 
 def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:

@@ -191,6 +191,29 @@ def find_gates(lm: LanguageModel, writers: Sequence[Writer]) -> tuple[Gate, ...]
     return tuple(tried[path] for path in sorted(found - within))
 
 
+def one_call(lm: LanguageModel, writers: Sequence[Writer]) -> list[Writer]:
+    """Return the writers whose module is called once and shows inputs and outputs of all tokens.
+
+    Not those of layers that share a module, those that are routed to, nor weights that code of the model's
+    uses without their module.
+    """
+    calls: dict[str, list[tuple[Form, ...]]] = defaultdict(list)
+    routed = {w.weight for w in _routed(lm, writers)}
+    ids = random_tokens(lm, TRIAL.width, TRIAL.rows)
+    whole = [w for w in writers if w.weight == f"{w.name}.weight" and w.weight not in routed]
+
+    def record(name: str) -> Any:
+        return lambda _m, args, out: calls[name].append(tuple(map(TRIAL.form, (*args[:1], out))))
+
+    with ExitStack() as stack, torch.no_grad():
+        for w in whole:
+            hook = lm.model.get_submodule(w.name).register_forward_hook(record(w.name))
+            stack.callback(hook.remove)
+        lm.model(input_ids=ids, use_cache=False)
+    lm.work.tokens += ids.numel()
+    return [w for w in whole if calls[w.name] in ([("batched",) * 2], [("flat",) * 2])]
+
+
 def _routed(lm: LanguageModel, writers: Sequence[Writer]) -> list[Writer]:
     """Return the writers that see other rows than all tokens, and those of their kind that see none."""
     counts: dict[str, set[int]] = defaultdict(set)
