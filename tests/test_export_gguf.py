@@ -21,6 +21,7 @@ from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.gguf_rewrite import rewrite
 from saber.checkpoint.sketch import Sketch, likeness, take
 from saber.errors import ModelError, OutputError, UnknownName, UsageError
+from saber.lm.load import LoadSpec, load
 
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral", "qwen3_moe")
 META = {"plan_hash": "sha256:1", "seed": "0"}
@@ -54,6 +55,16 @@ def test_file_holds_the_merged_models_weights(family, tmp_path):
         assert np.array_equal(value, before[name]) == (name not in changed)
     weights = [name for name in changed if name.endswith("weight")]
     assert len(weights) == len(list(writers(model)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("Q8_0", "float16")],
+)
+def test_a_file_is_saved_as_it_is_stored_and_in_float16_where_that_is_quantised(kind, stored, tmp_path):
+    path = ggufs.write(build("llama"), tmp_path / "base.gguf", kind)
+    lm = load(str(path), LoadSpec(device="cpu"), tokenizer=False)
+    assert lm.stored_dtype == getattr(torch, stored)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -44,6 +44,13 @@ def test_strength_is_alpha_times_purity_and_the_floor_skips():
     ]
 
 
+@pytest.mark.parametrize("strength", ["purity", "constant", "lambda"])
+def test_what_is_wholly_entangled_has_no_strength_by_purity_even_without_a_floor(strength):
+    edit = EditSpec(strength=strength, skip_below=0.0)
+    (found,) = choose([direction(0, 3.0)], [entangled(1.0)], [None], edit, RefineSpec(shortlist=0))
+    assert found.status == ("weakened" if strength == "constant" else "skipped")
+
+
 def test_top_k_takes_the_best_scores():
     rows = [direction(i, d) for i, d in enumerate((1.0, 3.0, 2.0))]
     found = choose(

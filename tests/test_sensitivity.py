@@ -10,7 +10,7 @@ from saber.linalg import unit
 from saber.lm.chat import Encoded
 from saber.lm.layers import stream, with_stream
 from saber.lm.tap import plain_experts
-from saber.sensitivity import RANGE, fisher, information, weights
+from saber.sensitivity import RANGE, TEXTS, fisher, information, sample, weights
 
 STEP = 0.02
 COPIES = 400
@@ -108,3 +108,13 @@ def test_weights_stay_in_range_where_hardly_anything_is_felt():
     felt = {0: torch.tensor([1.0]).double(), 1: torch.tensor([0.0]).double()}
     assert weights(felt, 4.0) == {0: [16.0], 1: [1 / RANGE]}
     assert weights({0: torch.zeros(2).double()}, 1.5) == {0: [1.0, 1.0]}
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 25, 31, 92])
+def test_a_sample_is_spread_over_all_texts(count):
+    taken = [text.ids[0] for text in sample([Encoded((i,), 1) for i in range(count)])]
+    assert len(taken) == min(TEXTS, count)
+    gaps = {b - a for a, b in zip(taken, [*taken[1:], count], strict=True)}
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
+    assert sample([]) == []

@@ -119,14 +119,18 @@ def test_candidates_are_the_middle_layers_with_the_cards_count():
     assert candidate_layers(2, spectral_spec(depth_low=0.0, depth_high=1.0)) == [0, 1]
 
 
-def test_woodbury_solve_equals_the_dense_one():
+@pytest.mark.parametrize("samples", [7, 20, 500])
+def test_noise_is_solved_in_the_smaller_space_and_equals_the_dense_solve(samples, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     z, b = (
-        torch.randn(7, 20, generator=generator).double(),
+        torch.randn(samples, 20, generator=generator).double(),
         torch.randn(20, 3, generator=generator).double(),
     )
     dense = torch.linalg.solve(z.T @ z + 0.3 * torch.eye(20, dtype=torch.float64), b)
+    sizes, cholesky = [], torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda x: sizes.append(len(x)) or cholesky(x))
     torch.testing.assert_close(LowRankNoise(z, 0.3).solve(b), dense)
+    assert sizes == [min(samples, 20)]
 
 
 def test_auroc_agrees_with_scipy_and_its_null_is_uniform():

@@ -292,6 +292,17 @@ def test_where_no_edit_sets_anything_right_there_is_none(monkeypatch):
     assert search(make_lm(), named, spoilt, spoilt.behaviour, mended=lambda: 1) is None
 
 
+def test_an_edit_behind_a_start_that_overflows_on_other_prompts_is_none(monkeypatch):
+    fake = Fake(openings(1000), dict.fromkeys(LAMBDAS, 0.0), monkeypatch)
+
+    def overflows(_trial):
+        raise NonFinite("the edited model's divergence")
+
+    monkeypatch.setattr(fake, "cost", overflows)
+    assert search(make_lm(), named, fake, fake.behaviour, mended=lambda: 1) is None
+    assert fake.generated == [LAMBDAS[0]]
+
+
 def test_an_overflow_before_any_edit_is_confirmed_is_raised(monkeypatch):
     with pytest.raises(NonFinite, match="layer 3"):
         Overflowing(100.0, dict.fromkeys(LAMBDAS, 0.0), monkeypatch).run()

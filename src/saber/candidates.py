@@ -50,7 +50,8 @@ def choose(
         if spec.per_layer and taken[d.layer] >= spec.per_layer:
             eligible = False
         if eligible and (not spec.top_k or taken.total() < spec.top_k):
-            if e.purity < edit.skip_below:
+            # Strength by a purity of nothing is no strength, or an infinite lambda.
+            if e.purity < edit.skip_below or (e.purity <= 0 and edit.strength != "constant"):
                 status = "skipped"
             else:
                 strength = scale * edit.alpha * (e.purity if edit.strength == "purity" else 1.0)

@@ -49,7 +49,7 @@ def ledoit_wolf(x: Float[Tensor, "n d"]) -> float:
 
 @dataclass(frozen=True)
 class LowRankNoise:
-    """The matrix N = Z^T Z + ridge I, kept as its factor; solves by Woodbury in sample space."""
+    """The matrix N = Z^T Z + ridge I, kept as its factor; solves in the smaller of both spaces."""
 
     factor: Float[Tensor, "m d"]
     """Z: rows whose outer products sum to the structured part of N."""
@@ -57,10 +57,17 @@ class LowRankNoise:
     """Weight of the identity, in squared activation units, above zero."""
 
     def solve(self, rhs: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
-        """Return N^-1 rhs = (rhs - Z^T (ridge I + Z Z^T)^-1 Z rhs) / ridge."""
+        """Return N^-1 rhs: by N itself, or by Woodbury of fewer samples than dimensions, `m` below `d`.
+
+        N^-1 = (I - Z^T (ridge I + Z Z^T)^-1 Z) / ridge.
+        """
         z = self.factor
-        inner = z @ z.T + self.ridge * torch.eye(z.shape[0], dtype=z.dtype, device=z.device)
+        few = z.shape[0] < z.shape[1]
+        inner = z @ z.T if few else z.T @ z
+        inner.diagonal().add_(self.ridge)
         chol = torch.linalg.cholesky(inner)
+        if not few:
+            return torch.cholesky_solve(rhs, chol)
         return (rhs - z.T @ torch.cholesky_solve(z @ rhs, chol)) / self.ridge
 
 

@@ -37,7 +37,8 @@ TEXTS = 16
 
 def sample(answered: Sequence[Encoded]) -> list[Encoded]:
     """Return up to `TEXTS` evenly spaced texts of a set."""
-    return list(answered[:: max(1, len(answered) // TEXTS)][:TEXTS])
+    count = min(TEXTS, len(answered))
+    return [answered[i * len(answered) // count] for i in range(count)]
 
 
 def fisher(

@@ -325,12 +325,11 @@ def shrunk(
 
     It is the u that minimises |u - v|^2 + u^T S u / energy: near to v, and small on what the sets'
     streams contain, their means included. Along an eigenvector of S with value s a component falls
-    to energy / (energy + s) of itself, the Wiener gain. Solved in sample space.
+    to energy / (energy + s) of itself, the Wiener gain.
     """
     rows = torch.cat([x / len(x) ** 0.5 for x in kept])
-    gram = rows @ rows.T
-    gram.diagonal().add_(max(energy, 1e-9 * float(gram.diagonal().mean())))
-    return patterns - (rows.T @ torch.linalg.solve(gram, rows @ patterns.T)).T
+    ridge = max(energy, 1e-9 * float(rows.pow(2).sum()) / len(rows))
+    return ridge * LowRankNoise(rows, ridge).solve(patterns.T).T
 
 
 def _covariance_aware(

@@ -213,7 +213,7 @@ def search(
 
     Where `mended` tells how many of a few answers an edit sets right, one that sets no more right than those
     before it is not confirmed, and divergence is measured of what is taken alone; None is returned where no
-    edit sets any right.
+    edit sets any right, or the model overflows with that one.
 
     A strength at which the model overflows is noted and ends the search; raises `NonFinite` where none was
     confirmed before it.
@@ -280,7 +280,10 @@ def search(
         best = confirmed[-1]
     chosen, plan = trials[best], make(trials[best].lambda_, trials[best].boost)
     if mended:
-        with applied(lm.model, plan):
-            chosen = ruler.cost(chosen)
+        try:
+            with applied(lm.model, plan):
+                chosen = ruler.cost(chosen)
+        except NonFinite:
+            return None
     trials[best] = replace(chosen, chosen=True)
     return plan, tuple(trials)

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint's safetensors files say, before any weight is read."""
+"""What the headers of a checkpoint's files say, before any weight is read."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def weight_files(location: str) -> list[str]:
         return list(get_checkpoint_shard_files(location, index)[0])
     whole = _file(location, SAFE_WEIGHTS_NAME)
     return [] if whole is None else [whole]
+
+
+def gguf_dtype(path: str) -> torch.dtype:
+    """Return the dtype that most entries of a GGUF file are stored in, float16 where these are quantised."""
+    import gguf
+
+    entries: Counter[str] = Counter()
+    for tensor in gguf.GGUFReader(path).tensors:
+        entries[tensor.tensor_type.name] += int(tensor.n_elements)
+    return FLOATS.get(max(entries, key=lambda code: entries[code]), torch.float16)
 
 
 def _file(location: str, name: str) -> str | None:

@@ -30,7 +30,7 @@ from saber.lm.device import (
     is_out_of_memory,
     share_keys_on_cpu,
 )
-from saber.lm.headers import main_dtype
+from saber.lm.headers import gguf_dtype, main_dtype
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.padding import ignores_padding
@@ -113,7 +113,10 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     )
     auto_class = _auto_class(name, config)
     _refuse_quantized(name, config)
-    stored = torch.float16 if gguf else (_stored_dtype(config) or _main_dtype(name, location))
+    if gguf:
+        stored = gguf_dtype(str(Path(location) / gguf))
+    else:
+        stored = _stored_dtype(config) or _main_dtype(name, location)
     dtype = choose_dtype(spec.dtype, device, stored)
     tokenizer = None
     if with_tokenizer:
