@@ -14,7 +14,7 @@ from saber.ablation import EditPlan, applied, originals_kept
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
-from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, way_back
+from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, alone, exports_with, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.errors import (
@@ -244,8 +244,9 @@ def run(
         listener.on_stage("saving the edit")
     made, begun = Run(record, outcome.plan, sketch, out), perf_counter()
     for one in export_all(made, export, out, lm=lm, spec=config.load, progress=listener.progress):
-        record["exports"].append(one)
         took = perf_counter() - begun
         record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
-        artifacts.write_json(out / RUN, record)
+        with alone(out):
+            record["exports"] = exports_with(out, one)
+            artifacts.write_json(out / RUN, record)
     return RunResult(out, record)
