@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -476,3 +478,9 @@ def test_chat_takes_the_runs_system_prompt_unless_one_is_given(monkeypatch, tmp_
     for options in ([], ["--system", "be long"]):
         assert main(["chat", str(tmp_path), "--prompt", "x", *options]) == 2
     assert seen == [("m", "be brief"), ("m", "be long")]
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "saber", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, f"saber {__version__}"), done.stderr
