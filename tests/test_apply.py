@@ -14,6 +14,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_cli import failing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import tiny
@@ -883,6 +884,29 @@ def test_verify_finds_another_run_and_another_base(sharded, tmp_path):
     assert failures(tmp_path / "out", None, str(tmp_path / "other")) == [
         "it was made from this base"
     ]
+
+
+def test_verify_asks_the_run_for_the_base_of_what_does_not_carry_its_files(
+    sharded, tmp_path, capsys
+):
+    """An adapter or a GGUF file: it was called another base's than its own."""
+    made = sharded.apply(tmp_path / "out")
+    with safe_open(tmp_path / "out" / made.record.edited[0], "pt") as file:
+        carried = file.metadata()
+    del carried["base_checkpoint"]
+    adapter = tmp_path / "adapter.safetensors"
+    save_file({"a": torch.zeros(1)}, adapter, carried)
+    assert failures(adapter, sharded.run, str(sharded.model)) == []
+    other = tmp_path / "other"
+    saved(other, make_model("llama", layers=2, seed=3).to(torch.bfloat16))
+    assert failures(adapter, sharded.run, str(other)) == ["it was made from this base"]
+    code, said = failing(capsys, "verify", adapter, "--base", sharded.model)
+    assert code == 2
+    assert "does not carry the fingerprint of its base's files. Give --run" in said
+    disk = sharded.run / "plan" / "disk.json"
+    artifacts.write_json(disk, {**artifacts.read_json(disk), "checkpoint": None})
+    with pytest.raises(DataError, match=r"its run does not know it\. Leave --base out"):
+        verify(adapter, sharded.run, str(sharded.model))
 
 
 def test_verify_of_what_carries_nothing(sharded):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -236,6 +238,25 @@ def test_edits_are_no_business_of_eval(capsys):
         assert "unrecognized arguments" in failing(capsys, "eval", "demo", option, "1")[1]
 
 
+@pytest.mark.parametrize("command", ["eval", "inspect", "chat", "export"])
+def test_what_edits_nothing_takes_no_option_of_edits(capsys, command):
+    more = ("--format", "lora", "--out", "o") if command == "export" else ()
+    code, said = failing(capsys, command, "no-such-model", *more, "--allow-unproven")
+    assert code == 2
+    assert f"--allow-unproven does nothing with saber {command}" in said
+    assert "saber run and saber sweep" in said
+    assert "--allow-unproven" not in helped(capsys, command)
+
+
+def test_settings_of_edits_are_no_business_of_eval(capsys, tmp_path):
+    for setting in ("edit.alpha=0.5", "refine.passes=2", "load.allow_unproven=true"):
+        said = failing(capsys, "eval", "no-such-model", "--set", setting)[1]
+        assert "does nothing with saber eval" in said
+    file = lines(tmp_path / "c.toml", ["[edit]", "alpha = 0.5", "[load]", "allow_unproven = true"])
+    ask = ("--config", file, "--set", "evaluation.battery_new_tokens=8", "--seed", "1")
+    assert "no such model" in failing(capsys, "eval", "no-such-model", *ask)[1]
+
+
 def test_axes_that_do_nothing(capsys, tmp_path):
     ask = ("sweep", "demo", "--out", tmp_path / "o", "--axis", "edit.lambda=1,2")
     said = failing(capsys, *ask, "--preset", "card")[1]
@@ -457,3 +478,9 @@ def test_chat_takes_the_runs_system_prompt_unless_one_is_given(monkeypatch, tmp_
     for options in ([], ["--system", "be long"]):
         assert main(["chat", str(tmp_path), "--prompt", "x", *options]) == 2
     assert seen == [("m", "be brief"), ("m", "be long")]
+
+
+def test_the_package_runs_as_the_command():
+    command = [sys.executable, "-m", "saber", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, f"saber {__version__}"), done.stderr

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from test_export_lora import IDS, random_plan, read
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
+from saber.checkpoint import runs
 from saber.checkpoint.export import ExportSpec, export, export_all
 from saber.checkpoint.licence import licence
 from saber.checkpoint.origin import origin, plan_hash
-from saber.checkpoint.runs import Run, way_back
+from saber.checkpoint.runs import Run, note_export, way_back
 from saber.checkpoint.sketch import take
 from saber.cli.main import main
-from saber.errors import ModelError
+from saber.errors import ModelError, OutputError
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
@@ -287,6 +289,26 @@ def test_noting_an_export_keeps_every_other_byte(capsys, made, tmp_path, rows):
     assert found[:-1] == before
     assert found[-1]["path"] == "adapter"
     assert text.count('"adapter"') == 1
+
+
+def test_exports_made_at_once_are_all_noted(made):
+    run, _ = made
+
+    def note(name):
+        for i in range(8):
+            note_export(run, {"format": "lora", "path": f"{name}{i}", "bytes": 1, "notes": []})
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(note, "abc"))
+    found = [row["path"] for row in artifacts.read_json(run / "run.json")["exports"]]
+    assert sorted(found) == [f"{name}{i}" for name in "abc" for i in range(8)]
+
+
+def test_an_export_that_waits_for_another_too_long_is_told(made, monkeypatch):
+    run, _ = made
+    monkeypatch.setattr(runs, "WAIT", 0.05)
+    with runs.alone(run), pytest.raises(OutputError, match=r"another process holds .*run\.json"):
+        note_export(run, {"format": "lora", "path": "a", "bytes": 1, "notes": []})
 
 
 def test_an_export_that_fails_is_not_noted_and_one_that_cannot_be_is_told(
@@ -743,6 +765,19 @@ def test_a_run_leaves_what_was_asked_for(model_folder, tmp_path):
     torch.testing.assert_close(found, merged(IDS).logits, rtol=1e-4, atol=1e-4)
     prepare_folder(out, overwrite=True, resume=False)
     assert not list(out.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_keeps_what_is_noted_while_it_exports(model_folder, tmp_path):
+    from test_pipeline import small
+
+    from saber.pipeline import Listener, run
+
+    row = {"format": "lora", "path": "../mine", "bytes": 1, "notes": []}
+    listener = Listener(on_record=lambda folder: note_export(folder, row))
+    done = run(str(model_folder), tmp_path / "r", small(), force=True, listener=listener)
+    for record in (done.record, artifacts.read_json(tmp_path / "r" / "run.json")):
+        assert [e["path"] for e in record["exports"]] == ["../mine", "model"]
 
 
 def test_embedding_and_vector_factors_have_a_place_or_a_name(tmp_path):

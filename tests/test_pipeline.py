@@ -1331,8 +1331,25 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, few, tmp_path, monk
     with pytest.raises(NoGain, match="left as it was") as caught:
         run(str(model_folder), tmp_path / "n", small("default", data=few))
     assert caught.value.exit_code == 3
-    assert not (tmp_path / "n" / "run.json").exists()
-    assert not (tmp_path / "n" / "model").exists()
+    assert "--lambda" in caught.value.remedy
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.slow
+def test_an_edit_that_does_not_help_is_told_what_helps_its_kind(
+    model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
+    with pytest.raises(NoGain) as caught:
+        run(str(model_folder), tmp_path / "n", small("orthogonal"))
+    assert "--lambda" not in caught.value.remedy
+    assert "--top-k or --alpha" in caught.value.remedy
+
+
+def test_a_model_that_hardly_shows_it_leaves_no_folder(model_folder, tmp_path):
+    with pytest.raises(WeakBehaviour):
+        run(str(model_folder), tmp_path / "n", small())
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(
@@ -1347,7 +1364,7 @@ def test_a_run_that_takes_nothing_out_is_none_that_is_done(
     with pytest.raises(NoEdit, match=said) as caught:
         run(str(model_folder), tmp_path / "n", small(name, **left_out))
     assert caught.value.exit_code == 3
-    assert not (tmp_path / "n" / "run.json").exists()
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.slow

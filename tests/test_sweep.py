@@ -357,6 +357,8 @@ def test_the_front_and_the_rule():
     # Incoherent answers are no success.
     assert front.choose([row(1, 0, 0.1, incoherent=6), row(2, 1, 0.3)], 0.05).number == 2
     assert front.choose([row(1, 0, 0, state="failed")]) is None
+    # The behaviour need not be refusal.
+    assert "at most 5% of validation prompts amiss (shown or incoherent)" in front.rule()
 
 
 @pytest.mark.slow

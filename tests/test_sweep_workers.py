@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -186,7 +188,9 @@ def large(world):
     files = {}
     for kind in ("target", "neutral"):
         said = [(f"{kind} request {i} {'and more ' * (7 * i % 31)}", "fit") for i in range(240)]
-        said += [(f"{kind} {part} {i}", part) for part in ("validation", "heldout") for i in range(8)]
+        said += [
+            (f"{kind} {part} {i}", part) for part in ("validation", "heldout") for i in range(8)
+        ]
         lines = [json.dumps({"prompt": text, "split": split}) for text, split in said]
         path = folder / f"many-{kind}.jsonl"
         path.write_text("\n".join(lines))
@@ -304,3 +308,40 @@ def test_benches_find_the_untouched_models_activations_on_disk(world, tmp_path):
     assert (first.plan, first.measured) == (second.plan, second.measured)
     assert second.tokens < first.tokens
     assert first.tokens + first.shared == second.tokens + second.shared
+
+
+DRIVER = """
+import sys
+from types import SimpleNamespace as Some
+from saber.sweep.crew import Local
+
+crew = Local(Some(base=Some(load=Some(device="cpu", device_map=""))), 1, 1)
+try:
+    print("begins", flush=True)
+    crew.about()
+except KeyboardInterrupt:
+    sys.exit(130)
+finally:
+    crew.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="groups of processes")
+@pytest.mark.parametrize("after", [0.1, 0.3])
+def test_ctrl_c_while_workers_begin_ends_them_without_a_word(after):
+    """A terminal sends it to all processes; what they still imported ended in tracebacks."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "begins\n"
+    time.sleep(after)
+    os.killpg(driver.pid, signal.SIGINT)
+    # To the end of all that hold it open: the server of workers and the workers too.
+    _, said = driver.communicate(timeout=60)
+    assert (driver.returncode, said) == (130, "")

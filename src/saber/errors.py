@@ -97,11 +97,12 @@ class NoGain(SaberError):
 
     exit_code = 3
 
-    def __init__(self, before: float, after: float, count: int) -> None:
+    def __init__(self, before: float, after: float, count: int, selective: bool = True) -> None:
+        ways = "a smaller --lambda" if selective else "a larger --top-k or --alpha"
         super().__init__(
             f"the edit did not help: {before:.0%} of {count} validation targets showed the behaviour "
             f"before and {after:.0%} after it; the model is left as it was.",
-            "Give more or other --target and --neutral prompts, or a smaller --lambda.",
+            f"Give more or other --target and --neutral prompts, or {ways}.",
         )
 
 

@@ -33,7 +33,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
     """
     reason = ""
     try:
-        writers = find_writers(lm)
+        writers = find_writers(replace(lm, allow_unproven=False))
     except UnprovenWriter as error:
         writers, reason = find_writers(replace(lm, allow_unproven=True)), str(error)
     zeroed = zeroed_law(lm, writers)

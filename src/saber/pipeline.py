@@ -14,7 +14,7 @@ from saber.ablation import EditPlan, applied, originals_kept
 from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
-from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, way_back
+from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, alone, exports_with, way_back
 from saber.checkpoint.sketch import take
 from saber.config import RunConfig, resolved
 from saber.errors import (
@@ -33,11 +33,12 @@ from saber.evaluation.measure import (
 )
 from saber.gathering import gather
 from saber.lm.forward import Progress, silent
-from saber.passes import Pass
+from saber.passes import Pass, Refinement
 from saber.record import describe_data, describe_model, describe_passes, environment
 from saber.run_folder import (
     PASSES,
     STATE,
+    abandon,
     prepare_folder,
     removed_if_empty,
     resume_state,
@@ -156,7 +157,7 @@ def run(
             watch.require(model, config.minimum_rate)
         except WeakBehaviour:
             if not done:
-                (out / STATE).unlink()
+                abandon(out)
             raise
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
@@ -184,12 +185,9 @@ def run(
             subject, watch, config, progress=listener.progress, finished=finished, done=done
         )
     clock.add(outcome.seconds)
-    if outcome.passes and 0 < outcome.passes[0].rate_before <= outcome.passes[-1].rate_after:
-        first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
-        raise NoGain(first, last, len(watch.selecting.target_validation))
-    if not outcome.passes and watch.untouched.rate > config.refine.stop_rate:
-        count = len(watch.selecting.target_validation)
-        raise NoEdit(outcome.stop_reason, watch.untouched.rate, count)
+    if in_vain := _in_vain(outcome, watch, config):
+        abandon(out)
+        raise in_vain
     plan_on_disk.save(out / PLAN, lm, outcome.plan)
     outcome.plan.save(
         out / PLAN, {"fingerprint": mark, "config": resolved(config), "saber_version": __version__}
@@ -244,8 +242,22 @@ def run(
         listener.on_stage("saving the edit")
     made, begun = Run(record, outcome.plan, sketch, out), perf_counter()
     for one in export_all(made, export, out, lm=lm, spec=config.load, progress=listener.progress):
-        record["exports"].append(one)
         took = perf_counter() - begun
         record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
-        artifacts.write_json(out / RUN, record)
+        with alone(out):
+            record["exports"] = exports_with(out, one)
+            artifacts.write_json(out / RUN, record)
     return RunResult(out, record)
+
+
+def _in_vain(outcome: Refinement, watch: Watch, config: RunConfig) -> NoEdit | NoGain | None:
+    """Return what to say where the behaviour is there as it was."""
+    count = len(watch.selecting.target_validation)
+    if not outcome.passes:
+        before = watch.untouched.rate
+        there = before > config.refine.stop_rate
+        return NoEdit(outcome.stop_reason, before, count) if there else None
+    first, last = outcome.passes[0].rate_before, outcome.passes[-1].rate_after
+    if not 0 < first <= last:
+        return None
+    return NoGain(first, last, count, config.edit.kind == "selective")

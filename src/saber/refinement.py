@@ -272,7 +272,8 @@ class _Loop:
             with self.clock("ablate"):
                 step = self.editor(before.plan, chosen, turn, sides, before.amiss)
             if step is None:
-                reason = "a further pass did not help (no strength set an answer right)"
+                reason = "no strength set an answer right"
+                reason = f"a further pass did not help ({reason})" if self.passes else reason
             else:
                 reached, late = self._reached(step), dict[int, Opening]()
                 reason = self._no_help(reached)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,14 @@ def removed_if_empty(out: Path) -> Iterator[None]:
         if not any(out.iterdir()):
             out.rmdir()
         raise
+
+
+def abandon(out: Path) -> None:
+    """Take away what a run has left that came to nothing, and the folder where it is empty then."""
+    shutil.rmtree(out / PASSES, ignore_errors=True)
+    (out / STATE).unlink(missing_ok=True)
+    with suppress(OSError):  # of other files, which stay
+        out.rmdir()
 
 
 def _remove_run(out: Path) -> None:

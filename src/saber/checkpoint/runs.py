@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint.sketch import Sketch
-from saber.errors import DataError, ModelError
+from saber.errors import DataError, ModelError, OutputError
 
 LOCAL = ("folder", "gguf")
 """Sources of a model that lies on this machine under a name of the user's."""
 RUN, PLAN, SKETCH = "run.json", "plan", "sketch"
 EXPORTS, ELSEWHERE = "exports", "..."
+LOCK, WAIT = ".lock", 60.0
+"""What processes that add to one `run.json` take turns by, beside its plan, and for how long, seconds."""
 _SCAN, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"\s*")
 
 
@@ -71,19 +76,49 @@ def note_export(folder: Path, row: Mapping[str, Any]) -> None:
     Every other byte of the file stays. Raises `DataError` where it cannot be read, `OutputError` where it
     cannot be written.
     """
+    with alone(folder):
+        rows = json.dumps(exports_with(folder, row), indent=2, ensure_ascii=False)
+        rows = rows.replace("\n", "\n  ")
+        text = (folder / RUN).read_text(encoding="utf-8")
+        where = _span(text, EXPORTS)
+        if where is None:
+            text = f'{text.rstrip()[:-1].rstrip()},\n  "{EXPORTS}": {rows}\n}}\n'
+        else:
+            text = text[: where[0]] + rows + text[where[1] :]
+        artifacts.write_text(folder / RUN, text)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a finished run's `run.json`, so that exports made at once lose none of each other's rows.
+
+    Raises `OutputError` where that cannot be had.
+    """
+    lock = filelock.FileLock(folder / PLAN / LOCK)
+    try:
+        lock.acquire(timeout=WAIT)
+    except filelock.Timeout as error:
+        raise OutputError(
+            f"another process holds {folder / RUN}.", "Wait for it to end."
+        ) from error
+    except OSError as error:
+        raise OutputError(f"cannot write {folder / RUN}: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def exports_with(folder: Path, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the exports in a run's `run.json` and one more, in place of an older one at the same place.
+
+    Raises `DataError` where they cannot be read.
+    """
     listed = read_record(folder).get(EXPORTS) or []
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise DataError(f"{folder / RUN} holds no usable list of {EXPORTS}.", artifacts.DAMAGED)
     again = "" if row["path"].startswith(f"{ELSEWHERE}/") else row["path"]
-    kept = [one for one in listed if one.get("path") != again]
-    rows = json.dumps([*kept, row], indent=2, ensure_ascii=False).replace("\n", "\n  ")
-    text = (folder / RUN).read_text(encoding="utf-8")
-    where = _span(text, EXPORTS)
-    if where is None:
-        text = f'{text.rstrip()[:-1].rstrip()},\n  "{EXPORTS}": {rows}\n}}\n'
-    else:
-        text = text[: where[0]] + rows + text[where[1] :]
-    artifacts.write_text(folder / RUN, text)
+    return [*(one for one in listed if one.get("path") != again), row]
 
 
 def _span(text: str, key: str) -> tuple[int, int] | None:

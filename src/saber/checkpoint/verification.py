@@ -59,10 +59,11 @@ def verify(
 
     Always: every file that the record names has its SHA-256, none is missing or new, and all edited
     shards carry the same origin as the record. With `run`: plan and seed are that run's. With `base`:
-    the files it was made from are those. With both the edit is made again, in memory and block by
-    block, and held against the shards bit for bit.
+    the files it was made from are those; what does not carry that, an adapter or a GGUF file, needs `run`
+    for it. With both the edit is made again, in memory and block by block, and held against the shards
+    bit for bit.
 
-    Raises `DataError` when the artifact carries nothing to check.
+    Raises `DataError` when the artifact carries nothing to check, or not what is asked about.
     """
     if path.is_file():
         record, parts = None, {path.name: _carried(path)}
@@ -142,7 +143,17 @@ def _against_base(
     origin: Mapping[str, str],
 ) -> Iterator[Check]:
     source = read_source(model_folder(base))
-    yield _same("it was made from this base", fingerprint(source), origin.get("base_checkpoint"))
+    # Adapters and GGUF files carry the fingerprint of the model in memory alone; its files' is the run's.
+    wanted = origin.get("base_checkpoint") or (plan.checkpoint if plan else None)
+    if wanted is None:
+        raise DataError(
+            f"{path} does not carry the fingerprint of its base's files"
+            f"{', and its run does not know it' if plan else ''}.",
+            "Leave --base out."
+            if plan
+            else "Give --run as well, which knows it, or leave --base out.",
+        )
+    yield _same("it was made from this base", fingerprint(source), wanted)
     if plan is None or record is None:
         return
     edits, factors = plan.edits(source), plan.open()

@@ -17,6 +17,7 @@ from rich.console import Console
 from saber import __version__, pipeline
 from saber.checkpoint.export import check_formats
 from saber.cli import tables
+from saber.cli.main import MEASURED_BY
 from saber.cli.progress import listening
 from saber.config import RunConfig, resolved
 from saber.errors import UsageError
@@ -30,9 +31,6 @@ from saber.lm.load import load
 from saber.lm.model import fingerprint
 from saber.record import describe_reporting, environment
 from saber.report import build, build_sweep, is_sweep, reading
-
-MEASURED_BY = ("seed", "data", "load", "evaluation", "judging")
-"""Settings that a measurement depends on."""
 
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
@@ -163,7 +161,9 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
             listener.on_stage(f"running {', '.join(names)} on {name}")
             lm = load(name, config.load)
             results.append(harness.run_tasks(lm, tasks, limit=config.data.limit))
-    record["lm_eval"] = dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
+    record["lm_eval"] = (
+        dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
+    )
     if arguments.json:
         print(json.dumps(record))
     else:

@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval", help="measure a model, or an edited one against its base"
     )
-    _model_options(evaluate)
+    _model_options(evaluate, edits=False)
     _config_options(evaluate, edits=False)
     evaluate.add_argument(
         "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
@@ -163,11 +163,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(handler=_eval)
 
     inspect = commands.add_parser("inspect", help="list the residual writers and prove the list")
-    _model_options(inspect)
+    _model_options(inspect, edits=False)
     inspect.set_defaults(handler=_inspect)
 
     chat = commands.add_parser("chat", help="talk to a model, or to a run's edited model")
-    _model_options(chat)
+    _model_options(chat, edits=False)
     chat.add_argument(
         "--compare",
         action="store_true",
@@ -225,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="build on a model that does not match the run's"
     )
     push.add_options(export)
-    _load_options(export)
+    _load_options(export, edits=False)
     export.set_defaults(handler=_export)
 
     report = commands.add_parser(
@@ -332,12 +332,13 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=_sweep)
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
-    _load_options(parser)
+    _load_options(parser, edits=edits)
 
 
-def _load_options(parser: argparse.ArgumentParser) -> None:
+def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
+    """Add the options that say how a model is loaded; without `edits` those of edits are refused."""
     parser.add_argument(
         "--device", metavar="NAME", help="auto, cpu, cuda, cuda:i or mps (default: auto)"
     )
@@ -372,7 +373,9 @@ def _load_options(parser: argparse.ArgumentParser) -> None:
         "--allow-unproven",
         action="store_true",
         default=None,
-        help="edit the writers that were found even if they cannot be proved to be all",
+        help="edit the writers that were found even if they cannot be proved to be all"
+        if edits
+        else argparse.SUPPRESS,
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -586,6 +589,8 @@ _TASKS = (
     "load.trust_remote_code",
 )
 """Settings that tasks of lm-eval are run by."""
+MEASURED_BY = ("seed", "data", "load", "evaluation", "judging")
+"""Settings that a measurement depends on, and sections of them."""
 
 
 def require_used(
@@ -605,6 +610,19 @@ def require_used(
             raise UsageError(
                 f"{_option(path)} does nothing with {_option(other)} {now[0]}.",
                 f"It goes with {_option(other)} {' or '.join(wanted)}.",
+            )
+
+
+def require_no_edit(arguments: argparse.Namespace) -> None:
+    """Raise `UsageError` for an option of edits, in a command that makes none.
+
+    What a file of --config sets is none: commands share it.
+    """
+    for path in _given(arguments):
+        if path == "load.allow_unproven" or path.partition(".")[0] not in MEASURED_BY:
+            raise UsageError(
+                f"{_option(path)} does nothing with saber {arguments.command}, which edits nothing anew.",
+                "Leave it out: it goes with saber run and saber sweep.",
             )
 
 
@@ -698,12 +716,14 @@ def _eval(arguments: argparse.Namespace) -> int:
         require_read_by_tasks(arguments)
         return tasks_command(arguments, config)
     require_used(config, edits=False)
+    require_no_edit(arguments)
     return eval_command(arguments, config)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from saber.cli.commands import inspect_command
 
+    require_no_edit(arguments)
     return inspect_command(arguments, read_config(arguments))
 
 
@@ -712,6 +732,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     if arguments.max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1.")
+    require_no_edit(arguments)
     limit, arguments.max_new_tokens = arguments.max_new_tokens, None
     return chat_command(arguments, read_config(arguments), limit)
 
@@ -731,6 +752,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from saber.cli.export import export_command
 
+    require_no_edit(arguments)
     return export_command(arguments, read_config(arguments))
 
 

@@ -202,8 +202,17 @@ def _context() -> Any:
     """Return how processes begin: from a clean one that has imported this, where there are such."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
+    from multiprocessing import forkserver, resource_tracker
+
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["saber.sweep.quiet", __name__])
+    # Until that is imported Ctrl-C waits, which would end it in a traceback.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
 
