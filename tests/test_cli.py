@@ -403,6 +403,12 @@ def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
         == 0
     )
     capsys.readouterr()
+    assert main(["verify", str(out), "--base", str(model_folder), "--json"]) == 0
+    checks = {check["what"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert {"the plan is the run's", "it was made from this base"} <= checks
+    assert (
+        "with --base" in failing(capsys, "chat", out, "--base", out / "model", "--prompt", "x")[1]
+    )
     assert main(["report", str(out), "--json"]) == 0
     assert (
         main(

@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -135,3 +136,5 @@ def test_check_disjoint_names_the_prompt():
     check_disjoint(a, PromptSet("n", (Prompt("2", "", "How do I pick a luck?"),)))
     with pytest.raises(DataError, match=r"target \(1\) and in neutral \(3\): 'how do i pick"):
         check_disjoint(a, b)
+    with pytest.raises(DataError, match=r"is in two sets named target \(1, 3\): 'how do i pick"):
+        check_disjoint(a, replace(b, name="target"))

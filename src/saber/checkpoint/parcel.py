@@ -50,7 +50,7 @@ def parcel(path: Path) -> Parcel:
     Raises `DataError` for what SABER did not write, and for a card that has lost the warning or the
     provenance that an edited model is published with.
     """
-    path = _inside(path)
+    path = inside(path)
     if path.is_file():
         record, files = None, {path.name: path, CARD: path.with_suffix(".md")}
     else:
@@ -61,7 +61,7 @@ def parcel(path: Path) -> Parcel:
     return Parcel(path, files, origin)
 
 
-def _inside(path: Path) -> Path:
+def inside(path: Path) -> Path:
     """Return the artifact that a path means; raises `DataError` when it is none or one of several."""
     if path.is_file():
         if path.suffix != ".gguf":

@@ -43,7 +43,10 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
         spec = replace(config.load, system=config.load.system or system)
         lm = load(name, spec)
     if mark is not None and fingerprint(as_stored(lm, spec).model) != mark:
-        raise UsageError(f"{name} is not the model that the run was made on (another fingerprint).")
+        raise UsageError(
+            f"{name} is not the model that the run was made on (another fingerprint).",
+            "Give the one that it was made on with --base.",
+        )
     talking = not arguments.prompt and sys.stdin.isatty()
     said = NOTHING
     for prompt in arguments.prompt or _typed(console, talking):

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from saber.checkpoint.apply import Applied, ApplySpec, apply_to_files
+from saber.checkpoint.parcel import inside
+from saber.checkpoint.runs import RUN
 from saber.checkpoint.verification import verify
 from saber.cli import push
 from saber.errors import UsageError
@@ -79,9 +81,12 @@ def _tell(made: Applied) -> None:
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
-    """`saber verify`."""
+    """`saber verify`: a run folder is the edited model in it, held against the run."""
+    path, run = arguments.path, arguments.run
+    if (path / RUN).is_file():
+        path, run = inside(path), run or path
     with _bytes(Console(stderr=True, quiet=arguments.json), "reading") as watch:
-        found = verify(arguments.path, arguments.run, arguments.base or "", watch)
+        found = verify(path, run, arguments.base or "", watch)
     if arguments.json:
         checks = [dataclasses.asdict(check) for check in found.checks]
         print(json.dumps({"passed": found.passed, "origin": dict(found.origin), "checks": checks}))

@@ -274,7 +274,9 @@ def _file_commands(commands: Any) -> None:
     apply.set_defaults(handler=_apply)
 
     verify = commands.add_parser("verify", help="check where an edited model comes from")
-    verify.add_argument("path", metavar="DIR", type=Path, help="what SABER wrote")
+    verify.add_argument(
+        "path", metavar="DIR", type=Path, help="what SABER wrote; of a run folder, the model in it"
+    )
     verify.add_argument("--run", metavar="RUN", type=Path, help="the run that it should come from")
     verify.add_argument("--base", metavar="MODEL", help="the model that it should be made from")
     verify.add_argument("--json", action="store_true", help="print the result as JSON")

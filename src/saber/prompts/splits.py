@@ -78,9 +78,11 @@ def check_disjoint(a: PromptSet, b: PromptSet) -> None:
     if shared:
         first, twin = shared[0], seen[normalised(shared[0].text)]
         others = f", and {len(shared) - 1} more" if len(shared) > 1 else ""
+        where = f"{a.name} ({twin.id}) and in {b.name} ({first.id})"
+        if a.name == b.name:
+            where = f"two sets named {a.name} ({twin.id}, {first.id})"
         raise DataError(
-            f"the same prompt is in {a.name} ({twin.id}) and in {b.name} ({first.id}): "
-            f"{first.text[:80]!r}{others}.",
+            f"the same prompt is in {where}: {first.text[:80]!r}{others}.",
             "Remove it from one of the two.",
         )
 
