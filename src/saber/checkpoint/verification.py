@@ -62,10 +62,11 @@ def verify(
     the files it was made from are those. With both the edit is made again, in memory and block by
     block, and held against the shards bit for bit.
 
-    Raises `DataError` when the artifact carries nothing to check.
+    Raises `DataError` when the artifact carries nothing to check, `ModelError` for a single file that is
+    damaged.
     """
     if path.is_file():
-        record, parts = None, {path.name: _carried(path)}
+        record, parts = None, {path.name: carried(path)}
     elif not path.is_dir():
         raise DataError(f"no such folder or file: {path}.")
     else:
