@@ -27,6 +27,7 @@ from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import Record
 from saber.checkpoint.reading import _shards
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
+from saber.checkpoint.stage import Stage
 from saber.checkpoint.verification import verify
 from saber.errors import DataError, ModelError, NonFinite, OutputError, SaberError
 from saber.linalg import unit
@@ -542,6 +543,25 @@ def test_what_another_plan_left_is_not_taken_over(sharded, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not hasattr(os, "getsid"), reason="needs sessions")
+def test_what_is_gone_from_the_source_since_is_not_taken_over(sharded, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
+    (base / "sub" / "old.txt").parent.mkdir(exist_ok=True)
+    (base / "sub" / "old.txt").write_text("old")
+
+    def stopped(_self):
+        raise OutputError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "publish", stopped)
+        with pytest.raises(OutputError, match="stopped"):
+            apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    (base / "sub" / "old.txt").unlink()
+    made = apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    assert made.resumed
+    assert not (tmp_path / "out" / "sub" / "old.txt").exists()
+    assert verify(tmp_path / "out").passed
+
+
 def test_ctrl_c_in_a_terminal_is_for_the_main_process_alone():
     """Workers would each say that they were interrupted; they are ended instead."""
     hand = workers._There()
@@ -825,6 +845,14 @@ def test_pickles_are_converted_when_allowed(sharded, pickled, tmp_path):
 class Harm:
     def __reduce__(self):
         return (os.system, ("touch harmed",))
+
+
+@pytest.mark.parametrize("listed", [["a.bin"], {}, None])
+def test_an_index_of_pickles_that_is_none(sharded, pickled, tmp_path, listed):
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    allowed = replace(HERE, allow_pickle=True)
+    with pytest.raises(ModelError, match="has no weight_map"):
+        apply_to_files(sharded.run, str(pickled), tmp_path / "out", allowed)
 
 
 def test_a_pickle_with_code_in_it_runs_nothing(sharded, pickled, tmp_path, monkeypatch):
