@@ -26,7 +26,9 @@ from saber.checkpoint.apply import ApplySpec, apply_to_files
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import Record
+from saber.checkpoint.reading import _shards
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
+from saber.checkpoint.stage import Stage
 from saber.checkpoint.verification import verify
 from saber.errors import DataError, ModelError, NonFinite, OutputError, SaberError
 from saber.linalg import unit
@@ -319,6 +321,27 @@ def test_other_copies_of_the_weights_stay_behind(sharded, tmp_path):
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
 
 
+def test_of_one_file_and_an_index_of_others_what_transformers_reads_is_edited(tmp_path):
+    made = make(tmp_path, MODELS["llama"](), shard="12KB")
+    whole = tensors(made.model)
+    other = {name: value * 2 for name, value in whole.items()}
+    save_file(other, made.model / WEIGHTS, metadata={"format": "pt"})
+    lm = loaded(
+        made.model, type(MODELS["llama"]()).from_pretrained(made.model, dtype="auto").eval()
+    )
+    assert all(same_bits(lm.model.state_dict()[name], other[name]) for name in other)
+    plan = plan_of(lm)
+    save_plan(tmp_path / "again", lm, plan)
+    done = apply_to_files(tmp_path / "again", str(made.model), tmp_path / "out", HERE)
+    apply(lm.model, plan)
+    found = tensors(tmp_path / "out")
+    assert all(same_bits(found[name], lm.model.state_dict()[name]) for name in found)
+    assert found.keys() == whole.keys()
+    assert INDEX in done.record.skipped
+    assert not (tmp_path / "out" / INDEX).exists()
+    assert [f.name for f in _shards(made.model)] == [WEIGHTS]
+
+
 def test_the_base_card_is_kept_behind_what_was_done(sharded, tmp_path):
     shutil.copytree(sharded.model, tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
@@ -521,6 +544,25 @@ def test_what_another_plan_left_is_not_taken_over(sharded, tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(not hasattr(os, "getsid"), reason="needs sessions")
+def test_what_is_gone_from_the_source_since_is_not_taken_over(sharded, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
+    (base / "sub" / "old.txt").parent.mkdir(exist_ok=True)
+    (base / "sub" / "old.txt").write_text("old")
+
+    def stopped(_self):
+        raise OutputError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "publish", stopped)
+        with pytest.raises(OutputError, match="stopped"):
+            apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    (base / "sub" / "old.txt").unlink()
+    made = apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    assert made.resumed
+    assert not (tmp_path / "out" / "sub" / "old.txt").exists()
+    assert verify(tmp_path / "out").passed
+
+
 def test_ctrl_c_in_a_terminal_is_for_the_main_process_alone():
     """Workers would each say that they were interrupted; they are ended instead."""
     hand = workers._There()
@@ -806,6 +848,14 @@ class Harm:
         return (os.system, ("touch harmed",))
 
 
+@pytest.mark.parametrize("listed", [["a.bin"], {}, None])
+def test_an_index_of_pickles_that_is_none(sharded, pickled, tmp_path, listed):
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    allowed = replace(HERE, allow_pickle=True)
+    with pytest.raises(ModelError, match="has no weight_map"):
+        apply_to_files(sharded.run, str(pickled), tmp_path / "out", allowed)
+
+
 def test_a_pickle_with_code_in_it_runs_nothing(sharded, pickled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Harm()}, pickled / "pytorch_model-00001-of-00002.bin")
@@ -909,6 +959,17 @@ def test_verify_asks_the_run_for_the_base_of_what_does_not_carry_its_files(
         verify(adapter, sharded.run, str(sharded.model))
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"junk" * 100, b"GGUF" + bytes([3, *[0] * 3, *[5, *[0] * 7] * 2, 9])]
+)
+def test_verify_of_a_damaged_gguf_file(tmp_path, content):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match=r"x\.gguf is truncated, damaged or no GGUF file"):
+        verify(tmp_path / "x.gguf")
+    with pytest.raises(DataError, match="no provenance"):
+        verify(tmp_path)
+
+
 def test_verify_of_what_carries_nothing(sharded):
     with pytest.raises(DataError, match="no provenance"):
         verify(sharded.model)
@@ -1000,6 +1061,46 @@ def test_a_block_that_outgrows_its_scale_gets_a_new_one(eight_bit):
     assert ((found - wanted).abs() <= wanted.abs() * 2**-4 + 1e-3).all()
     assert same_bits(after[name][16:], held[name][16:])
     assert made.record.rounding[name] < 0.05
+
+
+def test_an_eight_bit_weight_that_a_plan_leaves_as_it_is(eight_bit):
+    """Of an expert that no prompt reached nothing is taken off: no edit, of which nothing is lost."""
+    root, _ = eight_bit
+    name = "model.layers.1.self_attn.o_proj"
+    lm = loaded(root / "plain", make_model("llama", layers=2).float())
+    plan = EditPlan({name: Factor(torch.zeros(32, 1), torch.zeros(1, 32), None, 0)})
+    save_plan(root / "none", lm, plan)
+    forced = replace(HERE, force=True)
+    made = apply_to_files(root / "none", str(root / "packed"), root / "out", forced)
+    assert made.record.rounding == {}
+    assert_same(root / "packed", root / "out")
+
+
+def test_an_eight_bit_block_of_zeros_has_no_scale_and_stays(eight_bit):
+    root, _ = eight_bit
+    name = "model.layers.1.self_attn.o_proj"
+    held = tensors(root / "packed")
+    scale = 2.0 ** held[f"{name}.weight_scale_inv"].log2().ceil()
+    scale[:, 0] = 0.0
+    held[f"{name}.weight_scale_inv"] = scale
+    held[f"{name}.weight"] = held[f"{name}.weight"].float()
+    held[f"{name}.weight"][:, :16] = 0.0
+    held[f"{name}.weight"] = held[f"{name}.weight"].to(torch.float8_e4m3fn)
+    save_file(held, root / "packed" / WEIGHTS, metadata={"format": "pt"})
+    lm = loaded(root / "plain", make_model("llama", layers=2).float())
+    right = torch.full((1, 32), 50.0)
+    right[:, :16] = 0.0
+    plan = EditPlan({name: Factor(torch.ones(32, 1), right, None, 0)})
+    save_plan(root / "half", lm, plan)
+    forced = replace(HERE, force=True)
+    made = apply_to_files(root / "half", str(root / "packed"), root / "out", forced)
+    after = tensors(root / "out")
+    new = after[f"{name}.weight_scale_inv"]
+    assert same_bits(after[f"{name}.weight"][:, :16], held[f"{name}.weight"][:, :16])
+    assert (new[:, 0] == 0).all()
+    assert (new[:, 1] > scale[:, 1]).all()
+    assert (new[:, 1].log2() % 1 == 0).all()
+    assert made.record.rounding[f"{name}.weight"] < 0.05
 
 
 def test_eight_bit_weights_without_blockwise_scales_are_refused(eight_bit):

@@ -332,6 +332,35 @@ def test_prefixes_that_savers_add_are_seen_through():
     assert compare(base, longer).verdict.name == "identical"
 
 
+def test_prefixes_are_seen_through_where_the_head_is_called_the_same():
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "model.layers.0.mlp.down_proj.weight": torch.randn(32, 64, generator=generator),
+        "lm_head.weight": torch.randn(50, 32, generator=generator),
+    }
+    base = in_memory("a", tensors)
+    name = "model.language_model.layers.0.mlp.down_proj.weight"
+    head = tensors["lm_head.weight"]
+    tuned = torch.randn(32, 64, generator=generator)
+    other = in_memory("b", {name: tuned, "lm_head.weight": head, "visual.proj.weight": head})
+    assert aligned(base, other) == dict(zip(tensors, (name, "lm_head.weight"), strict=True))
+    found = compare(base, other)
+    assert found.verdict.name == "full_rank"
+    assert found.added == ("visual.proj.weight",)
+    assert found.removed == ()
+
+
+def test_weights_with_nan_are_not_called_the_same():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=generator)
+    broken = weight.clone()
+    broken[3, 5] = float("nan")
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = compare(in_memory("a", {name: weight}), in_memory("b", {name: broken}))
+    assert found.verdict.name == "not_measured"
+    assert "NaN or infinity in 1 changed tensor" in found.verdict.text
+
+
 def test_only_one_pair_of_tensors_is_held_at_a_time(tmp_path, monkeypatch):
     base = situation("llama", BF16)
     cases.differing(base, cases.fine_tune(base), tmp_path)

@@ -352,6 +352,13 @@ def test_a_sketch_is_saved_and_read(tmp_path):
         assert likeness(values, -values) == pytest.approx(-1)
 
 
+def test_mistral3_is_kept_as_llama_too(tmp_path):
+    file = open_gguf(ggufs.write(build("llama"), tmp_path / "base.gguf"))
+    require_architecture(file, "mistral3")
+    with pytest.raises(ModelError, match="is a 'llama' model"):
+        require_architecture(file, "qwen3")
+
+
 def test_files_of_another_architecture_or_size_name_the_tensor(tmp_path):
     plan = random_plan(build("llama"))
     other = open_gguf(ggufs.write(build("gpt2"), tmp_path / "g.gguf"))

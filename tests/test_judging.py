@@ -98,6 +98,18 @@ def test_a_classifier_labels_by_its_probability_alone_or_in_a_batch(classifier_f
     assert describe("classifier", judge)["label"] == "polite"
 
 
+def test_a_classifier_trained_on_in_its_place_is_another_judge(classifier_folder):
+    """Kept measures of the untouched model are told apart by what is said of the judge."""
+    before = describe("classifier", ClassifierJudge.load(str(classifier_folder), "polite", 0.5))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(classifier_folder)
+    after = describe("classifier", ClassifierJudge.load(str(classifier_folder), "polite", 0.5))
+    assert {k for k in before if before[k] != after[k]} == {"fingerprint"}
+
+
 def test_a_classifier_that_cannot_judge_is_refused(classifier_folder, model_folder):
     with pytest.raises(UnknownName, match=r"unknown label .*'polit'. Did you mean 'polite'"):
         ClassifierJudge.load(str(classifier_folder), "polit", 0.5)

@@ -24,10 +24,12 @@ from saber.checkpoint.provenance import FILE
 from saber.checkpoint.runs import Run
 from saber.checkpoint.shards import WEIGHTS
 from saber.checkpoint.verification import verify
+from saber.config import RunConfig
 from saber.errors import OutputError
 from saber.lm.load import LoadSpec, load
-from saber.lm.model import fingerprint
+from saber.lm.model import fingerprint, is_of
 from saber.notices import WARNING
+from saber.subject import Subject
 
 FLOAT32 = LoadSpec(device="cpu", dtype="float32")
 KEPT = "model.norm.weight"
@@ -317,3 +319,20 @@ def test_a_snapshot_of_the_hub_is_copied_through_its_links(base, tmp_path, monke
         assert not path.is_symlink()
     assert IGNORED in tensors(tmp_path / "out")
     assert "base_model: me/base" in done.card.read_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_is_known_in_whatever_dtype_it_is_loaded(base, tmp_path, dtype):
+    """One tensor of it is stored in float32, which a model in bfloat16 rounds."""
+    subject = Subject.load(str(base), RunConfig(load=LoadSpec(device="cpu", dtype=dtype)))
+    _, lm = ran(base, tmp_path / "run")
+    assert not torch.equal(
+        lm.model.model.norm.weight, lm.model.model.norm.weight.bfloat16().float()
+    )
+    for other in ("float32", "bfloat16"):
+        assert is_of(subject.mark, load(str(base), LoadSpec(device="cpu", dtype=other)))
+    # Runs of older versions took the values in memory.
+    assert is_of(fingerprint(lm.model), lm)
+    with torch.no_grad():
+        lm.model.model.norm.weight.mul_(1.1)
+    assert not is_of(subject.mark, lm)

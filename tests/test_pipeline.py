@@ -482,6 +482,10 @@ def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
     (out / "run.json").write_text(json.dumps({"config": {}, "saber_version": "0"}))
     with pytest.raises(OutputError, match=r"finished run.*another, or --overwrite\.$"):
         prepare_folder(out, overwrite=False, resume=False)
+    (out / "mine.part").write_text("mine")
+    with pytest.raises(OutputError, match=r"not a run's \(mine\.part\)"):
+        prepare_folder(out, overwrite=True, resume=False)
+    (out / "mine.part").rename(out / ".ours.part")
     (out / "plots").mkdir()
     (out / "plots" / "fig1.pdf").write_text("mine")
     with pytest.raises(OutputError, match=r"plots/fig1\.pdf"):

@@ -104,7 +104,7 @@ def _remove_run(out: Path) -> None:
     """Remove a former run's files; refuse a folder that holds anything that is not ours."""
     ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
     foreign = sorted(
-        p.name for p in out.iterdir() if p.name not in ours and not p.name.endswith(".part")
+        p.name for p in out.iterdir() if p.name not in ours and not _is_part(p.name)
     ) + artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(

@@ -52,7 +52,7 @@ class Subject:
     def load(cls, model: str, config: RunConfig) -> Subject:
         """Load a model and prove its writers; raises children of `SaberError`."""
         lm = load(model, config.load)
-        mark = fingerprint(as_stored(lm, config.load).model)
+        mark = fingerprint(as_stored(lm, config.load).model, dtype=lm.stored_dtype)
         writers = find_writers(lm)
         require_ablated(lm, writers)
         return cls(lm, mark, tuple(writers))

@@ -285,4 +285,8 @@ def _finish(work: Work, stage: Stage, cards: Cargo) -> Record:
     files = dict(sorted(marks.items()))
     record = Record(work.origin, touched(source, work.edits), files, cards.skipped, rounding)
     record.save(stage.files, sync=stage.sync)
+    for path in [p for p in stage.files.rglob("*") if p.is_file()]:
+        name = path.relative_to(stage.files).as_posix()
+        if name not in files and name != provenance.FILE:
+            path.unlink()  # of an interrupted call, and no longer in the source
     return record

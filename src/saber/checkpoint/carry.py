@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.shards import INDEX, Source
 
@@ -40,11 +41,16 @@ def cargo(source: Source, own: Collection[str]) -> Cargo:
             path = (Path(root) / file).relative_to(source.folder).as_posix()
             if path in source.shards or path in own:
                 continue
-            unedited = (
-                any(fnmatch.fnmatch(file.lower(), p) for p in OTHER_WEIGHTS) and path != INDEX
-            )
+            unedited = any(fnmatch.fnmatch(file.lower(), p) for p in OTHER_WEIGHTS)
+            unedited = unedited and not (path == INDEX and _is_ours(source))
             (skipped if unedited else carried).append(path)
     return Cargo(tuple(carried), tuple(skipped))
+
+
+def _is_ours(source: Source) -> bool:
+    """Whether the index in a checkpoint folder is that of its shards, and not one that nothing reads."""
+    listed = artifacts.read_json(source.folder / INDEX).get("weight_map")
+    return isinstance(listed, dict) and set(listed.values()) == set(source.shards)
 
 
 def link_or_copy(

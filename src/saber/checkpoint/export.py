@@ -39,7 +39,7 @@ from saber.errors import (
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
 from saber.lm.load import LoadSpec, as_stored, load, read_template, skeleton
-from saber.lm.model import LanguageModel, fingerprint
+from saber.lm.model import LanguageModel, is_of
 from saber.lm.writers import Writer
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
@@ -257,7 +257,7 @@ def _file_name(run: Run, kind: str, spec: ExportSpec) -> str:
 
 def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
     """Hold the base against the run's fingerprint; return what to note."""
-    if fingerprint(lm.model) == run.model["fingerprint"]:
+    if is_of(run.model["fingerprint"], lm):
         return ()
     if not force:
         raise ModelError(

@@ -132,7 +132,7 @@ def edited(source: Source, name: str, deltas: Deltas) -> Iterator[tuple[Tensor, 
     with opened(source.shards[places[where.name]].path) as reader:
         raw = bytearray(reader.read(where.begin, where.end - where.begin))
     old = torch.frombuffer(raw, dtype=dtype).reshape(where.shape)
-    powers = bool((torch.frexp(old.float()).mantissa == 0.5).all())
+    powers = bool(((torch.frexp(old.float()).mantissa == 0.5) | (old == 0)).all())
     with opened(source.shards[places[name]].path) as reader:
         for row, delta in enumerate(deltas(height * columns)):
             begin = stored.begin + row * height * columns
@@ -148,6 +148,7 @@ def edited(source: Source, name: str, deltas: Deltas) -> Iterator[tuple[Tensor, 
                 grown = torch.exp2(torch.ceil(torch.log2(grown)))
             scale = torch.where(largest > LARGEST * scale, grown, scale).to(dtype)
             spread = _spread(scale.float(), width, columns)
+            spread = torch.where(spread == 0, 1.0, spread)  # all of that block is zero
             new = (wanted / spread).clamp(-LARGEST, LARGEST).to(DTYPES[FP8])
             error = (new.float() * spread - wanted).double().square().sum()
             lost = Rounding(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,20 +169,20 @@ _PREFIXES = ("model.", "language_model.", "transformer.", "base_model.", "gpt_ne
 def aligned(base: Checkpoint, edited: Checkpoint) -> dict[str, str]:
     """Return the edited checkpoint's name for each tensor that both have, by the base's name.
 
-    Where not one name is the same, names are compared without the prefixes that savers add
-    (`transformer.`, `model.`, `language_model.`).
+    Names that only one of them has are compared without the prefixes that savers add (`transformer.`,
+    `model.`, `language_model.`): an output head has none, and is called the same by all of them.
     """
-    same = {name: name for name in base.tensors if name in edited.tensors}
-    if same:
-        return same
-    ours, theirs = _bare(base), _bare(edited)
-    return {name: theirs[bare] for bare, name in ours.items() if bare in theirs}
+    ours = _bare(name for name in base.tensors if name not in edited.tensors)
+    theirs = _bare(name for name in edited.tensors if name not in base.tensors)
+    renamed = {name: theirs[bare] for bare, name in ours.items() if bare in theirs}
+    called = {name: name if name in edited.tensors else renamed.get(name) for name in base.tensors}
+    return {name: other for name, other in called.items() if other is not None}
 
 
-def _bare(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names by what is left of them without prefixes; empty where two become one."""
+def _bare(names: Iterable[str]) -> dict[str, str]:
+    """Return names by what is left of them without prefixes; none where two become one."""
     found: dict[str, str] = {}
-    for name in checkpoint.tensors:
+    for name in names:
         bare = name
         while bare.startswith(_PREFIXES):
             bare = bare.partition(".")[2]

@@ -52,7 +52,9 @@ def convert(folder: Path, out: Path, allowed: bool) -> Path:
             "the model with transformers and save it with save_pretrained.",
         )
     if (folder / BIN_INDEX).is_file():
-        placed = artifacts.read_json(folder / BIN_INDEX).get("weight_map") or {}
+        placed = artifacts.read_json(folder / BIN_INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise ModelError(f"{folder / BIN_INDEX} has no weight_map.", "Download it again.")
     else:
         placed = {}
     files = sorted(set(placed.values())) or [BIN]

@@ -13,7 +13,7 @@ from saber.checkpoint.origin import called, stated
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.runs import RUN, read_record
 from saber.checkpoint.shards import Source, fingerprint, read_shard
-from saber.errors import DataError
+from saber.errors import DataError, ModelError
 from saber.notices import FILES
 
 FILE, SCHEMA, KIND = "saber_provenance.json", 1, "provenance"
@@ -103,11 +103,20 @@ class Record:
 
 
 def carried(path: Path) -> dict[str, str]:
-    """Return what an artifact carries in its own metadata: a safetensors or a GGUF file."""
+    """Return what an artifact carries in its own metadata: a safetensors or a GGUF file.
+
+    Raises `ModelError` for one that is damaged.
+    """
     if path.suffix == ".gguf":
         import gguf
 
-        fields = gguf.GGUFReader(path).fields
+        try:
+            fields = gguf.GGUFReader(path).fields
+        except (ValueError, KeyError, IndexError, OSError) as error:
+            raise ModelError(
+                f"{path} is truncated, damaged or no GGUF file ({error}).",
+                "Copy it again, or make it anew.",
+            ) from error
         found = {
             name: str(fields[f"saber.{name}"].contents())
             for name in KEYS

@@ -144,6 +144,8 @@ def _folder(name: str, folder: Path) -> Checkpoint:
 
 def _shards(folder: Path) -> list[Path]:
     """Return the files of a folder that hold its weights, in order, all of them there."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]  # what transformers reads, whatever an index beside it says
     index = folder / INDEX
     if not index.is_file():
         others = sorted(folder.glob("*.safetensors.index.json"))
@@ -154,9 +156,8 @@ def _shards(folder: Path) -> list[Path]:
     if [f.name for f in files] == ["adapter_model.safetensors"]:
         raise ModelError(f"{folder} holds a LoRA adapter, no model.", "Merge it into its base.")
     files = [f for f in files if f.name != "adapter_model.safetensors"]
-    whole = [f for f in files if f.name == WEIGHTS]
     if files:
-        return whole or files
+        return files
     pickled = [f for pattern in PICKLED for f in folder.glob(pattern)]
     if pickled:
         raise ModelError(f"{folder} has pickle weights only ({pickled[0].name}).", _convert(folder))

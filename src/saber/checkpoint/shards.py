@@ -150,16 +150,17 @@ def read_source(folder: Path) -> Source:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} has no {CONFIG}, so it is no model folder.")
     config = artifacts.read_json(folder / CONFIG)
-    if (folder / INDEX).is_file():
+    index: dict[str, str] = {}
+    if (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]  # what transformers reads, whatever an index beside it says
+    elif (folder / INDEX).is_file():
         index = read_index(folder / INDEX)
         files = sorted(set(index.values()))
     else:
-        index, files = {}, [WEIGHTS]
-        if not (folder / WEIGHTS).is_file():
-            raise ModelError(
-                f"{folder} has neither {INDEX} nor {WEIGHTS}.",
-                "Give a transformers folder with safetensors weights.",
-            )
+        raise ModelError(
+            f"{folder} has neither {INDEX} nor {WEIGHTS}.",
+            "Give a transformers folder with safetensors weights.",
+        )
     shards = {file: read_shard(folder / file) for file in files}
     for name, file in index.items():
         if name not in shards[file].tensors:

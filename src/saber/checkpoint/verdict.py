@@ -136,6 +136,13 @@ def judge(pieces: Sequence[Piece], sharing: Sharing, skipped: int, unmeasured: i
         )
     if not pieces:
         return facts.verdict("identical", "The tensors in common are equal, bit for bit.")
+    damaged = sum(not p.change.finite for p in pieces)
+    if not facts.beyond and damaged:
+        return facts.verdict(
+            "not_measured",
+            f"NaN or infinity in {damaged} changed tensors, so that no difference can be taken there; no "
+            "other tensor differs by more than rounding.",
+        )
     if not facts.beyond:
         grid = Counter(p.change.grid for p in pieces).most_common(1)[0][0]
         said = (

@@ -63,10 +63,11 @@ def verify(
     for it. With both the edit is made again, in memory and block by block, and held against the shards
     bit for bit.
 
-    Raises `DataError` when the artifact carries nothing to check, or not what is asked about.
+    Raises `DataError` when the artifact carries nothing to check, or not what is asked about, `ModelError`
+    for a single file that is damaged.
     """
     if path.is_file():
-        record, parts = None, {path.name: _carried(path)}
+        record, parts = None, {path.name: carried(path)}
     elif not path.is_dir():
         raise DataError(f"no such folder or file: {path}.")
     else:

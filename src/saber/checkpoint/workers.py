@@ -114,7 +114,8 @@ def do(job: Job, check: Callable[[], None] = lambda: None) -> Done:
             os.replace(part, target)
             if job.sync:
                 artifacts.sync_folder(target.parent)
-    lost = {name: r.lost for name, r in made.rounding.items()}
+    # A factor of zeros, as of an expert that no prompt reached, has nothing to lose.
+    lost = {name: r.lost for name, r in made.rounding.items() if r.edit}
     return Done(job.file, made.sha256, made.size, lost)
 
 

@@ -20,7 +20,7 @@ from saber.errors import UsageError
 from saber.lm.chat import encode
 from saber.lm.generate import generate
 from saber.lm.load import as_stored, load
-from saber.lm.model import LanguageModel, fingerprint
+from saber.lm.model import LanguageModel, is_of
 from saber.report.reading import dig
 
 Said = tuple[tuple[str, str], ...]
@@ -42,7 +42,7 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
     with Console(stderr=True, quiet=arguments.json).status(f"loading {name}"):
         spec = replace(config.load, system=config.load.system or system)
         lm = load(name, spec)
-    if mark is not None and fingerprint(as_stored(lm, spec).model) != mark:
+    if mark is not None and not is_of(mark, as_stored(lm, spec)):
         raise UsageError(
             f"{name} is not the model that the run was made on (another fingerprint).",
             "Give the one that it was made on with --base.",

@@ -111,7 +111,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
-            marks[name] = fingerprint(lm.model)
+            marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
             return measure(
                 lm, data, config.evaluation, judge, untouched=untouched, progress=listener.progress
             )

@@ -10,6 +10,7 @@ import torch
 
 from saber.errors import ModelError, UnknownName, UsageError
 from saber.evaluation.judge import Collapse, Label
+from saber.lm.model import fingerprint
 
 BATCH = 32
 LONGEST = 512
@@ -123,9 +124,14 @@ class ClassifierJudge:
         return False
 
     def described(self) -> dict[str, Any]:
-        """Return the classifier, its label and the threshold."""
+        """Return the classifier with its fingerprint, its label and the threshold."""
         label = self.model.config.id2label[self.target]
-        return {"model": self.name, "label": label, "threshold": self.threshold}
+        return {
+            "model": self.name,
+            "fingerprint": fingerprint(self.model),
+            "label": label,
+            "threshold": self.threshold,
+        }
 
     def _context(self) -> int:
         return int(getattr(self.model.config, "max_position_embeddings", LONGEST) or LONGEST)

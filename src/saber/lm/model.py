@@ -116,8 +116,11 @@ class LanguageModel:
         return 2.0 * forward + self.work.products
 
 
-def fingerprint(model: nn.Module, samples: int = 256) -> str:
+def fingerprint(model: nn.Module, samples: int = 256, *, dtype: torch.dtype = torch.float32) -> str:
     """Return a SHA-256 over the names, shapes and evenly spaced values of all weights.
+
+    Values count as the `dtype` has them, the checkpoint's own: some files hold single tensors in a wider
+    one, of which a model that computes in float32 keeps more than one in 16 bits.
 
     Reads `samples` values a tensor, so that it stays fast on large models; it tells checkpoints
     apart but is no proof against a malicious change of single weights.
@@ -127,5 +130,14 @@ def fingerprint(model: nn.Module, samples: int = 256) -> str:
         flat = value.detach().reshape(-1)
         step = max(1, flat.numel() // samples)
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+        some = flat[::step].to("cpu")
+        if some.is_floating_point():
+            some = some.to(dtype)
+        digest.update(some.to(torch.float32).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def is_of(mark: str, lm: LanguageModel) -> bool:
+    """Whether a fingerprint is a model's: of values as the checkpoint has them, or, in runs of older
+    versions, of those in memory."""
+    return any(fingerprint(lm.model, dtype=d) == mark for d in (lm.stored_dtype, torch.float32))
