@@ -953,10 +953,11 @@ def test_verify_asks_the_run_for_the_base_of_what_does_not_carry_its_files(
     code, said = failing(capsys, "verify", adapter, "--base", sharded.model)
     assert code == 2
     assert "does not carry the fingerprint of its base's files. Give --run" in said
-    disk = sharded.run / "plan" / "disk.json"
+    run = shutil.copytree(sharded.run, tmp_path / "run")
+    disk = run / "plan" / "disk.json"
     artifacts.write_json(disk, {**artifacts.read_json(disk), "checkpoint": None})
     with pytest.raises(DataError, match=r"its run does not know it\. Leave --base out"):
-        verify(adapter, sharded.run, str(sharded.model))
+        verify(adapter, run, str(sharded.model))
 
 
 @pytest.mark.parametrize(
