@@ -17,7 +17,14 @@ from saber import codec, prompts
 from saber.ablation import EditPlan, applied
 from saber.cli.main import main
 from saber.config import override, preset
-from saber.errors import DataError, OutputError, UnknownName, UsageError
+from saber.errors import (
+    DataError,
+    ModelError,
+    OutputError,
+    UnknownName,
+    UsageError,
+    WeakBehaviour,
+)
 from saber.evaluation import baseline as baselines
 from saber.evaluation.judging import make_judge
 from saber.evaluation.measure import EvaluationSpec, measure, perplexity_ratio, summarise
@@ -583,6 +590,16 @@ def test_a_folder_of_something_else_is_left_alone(config, model_folder, tmp_path
         swept(model_folder, out, config)
     again = swept(model_folder, out, config, Plan(("edit.alpha=0.5",)), overwrite=True)
     assert [r["values"] for r in again.record["trials"]] == [{"edit.alpha": 0.5}]
+
+
+def test_a_sweep_that_does_not_begin_leaves_nothing(config, model_folder, tmp_path):
+    with pytest.raises(WeakBehaviour):
+        sweep(str(model_folder), tmp_path / "s", config, Plan(("edit.alpha=1",)))
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ModelError):
+        sweep("no-such-model", tmp_path / "own" / "s", config, Plan(("edit.alpha=1",)))
+    assert list((tmp_path / "own").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "plots/fig1.pdf", "shared/notes.txt", "study.json"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +64,10 @@ class Row:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the sweep's folder: one driver at a time; raises `UsageError` when another has it."""
+    """Hold the sweep's folder: one driver at a time; raises `UsageError` when another has it.
+
+    Where no study was begun nothing is left, nor the folder where it is empty then.
+    """
     lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -75,6 +79,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (folder / STUDY).exists():
+            shutil.rmtree(folder / SHARED, ignore_errors=True)
+            with suppress(OSError):
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
         lock.release()
 
 
