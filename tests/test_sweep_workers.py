@@ -159,6 +159,10 @@ def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_pat
     try:
         crew.about()
         assert crew.free == 2
+        # One that dies while it has nothing to do costs nothing.
+        os.kill(idle := crew.processes(1)[0], signal.SIGKILL)
+        gone(idle)
+        time.sleep(0.5)
         for setting in settings[:2]:
             crew.start(setting)
         # The second worker is still loading when it dies.
@@ -186,7 +190,9 @@ def large(world):
     files = {}
     for kind in ("target", "neutral"):
         said = [(f"{kind} request {i} {'and more ' * (7 * i % 31)}", "fit") for i in range(240)]
-        said += [(f"{kind} {part} {i}", part) for part in ("validation", "heldout") for i in range(8)]
+        said += [
+            (f"{kind} {part} {i}", part) for part in ("validation", "heldout") for i in range(8)
+        ]
         lines = [json.dumps({"prompt": text, "split": split}) for text, split in said]
         path = folder / f"many-{kind}.jsonl"
         path.write_text("\n".join(lines))
