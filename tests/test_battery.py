@@ -136,6 +136,13 @@ def test_impossible_choices_and_bad_format_rules_are_refused():
         ("25%", 25),
         ("The area is 12 cm^2.", 12),
         ("There are 6 in H2O.", 6),
+        ("3 minus 8 is negative 5.", -5),
+        ("Minus 5", -5),
+        ("It is minus five.", -5),
+        ("10 minus 4", 4),
+        ("Fifty-six.", 56),
+        ("That makes twenty three pencils", 23),
+        ("twenty", 20),
         ("First 2 + 3 = 5. Then 5 * 4 = 20, in 2 steps.", 20),
         ("The answer is 8. I used 3 steps.", 8),
         ("Answer: **9** (from 3 * 3)", 9),
@@ -223,6 +230,12 @@ def test_choices_are_found(answer, options, choice):
 )
 def test_facts_are_whole_words_without_case_or_accents(answer, right):
     assert check({"kind": "fact", "aliases": ["São Paulo"], "not": ["Rio"]}, answer) == right
+
+
+@pytest.mark.parametrize("answer", ["H₂O", "It is H_2O.", "$H_2O$", "$H_{2}O$"])
+def test_subscripts_are_read_however_they_are_written(answer):
+    assert check({"kind": "fact", "aliases": ["H2O"]}, answer)
+    assert not check({"kind": "fact", "aliases": ["H2"]}, answer)
 
 
 # Formats
@@ -327,6 +340,11 @@ def test_bad_code_fails_with_a_reason(code, reason):
 def test_good_code_passes_and_may_use_the_standard_library_and_its_own_folder():
     code = """
 import collections, dataclasses, decimal, itertools, os, random, threading, time
+Two = dataclasses.make_dataclass('Two', ['a'])
+@dataclasses.dataclass
+class One:
+    x: int = 1
+assert One(2).x == Two(2).a
 assert os.listdir() == [] and set(os.environ) <= {"LC_CTYPE", "SYSTEMROOT"}
 open('note', 'w').write('x')
 assert open('note').read() == 'x'

@@ -233,6 +233,27 @@ def test_an_endpoint_that_fails_says_why_in_one_line(answer, said, requests):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "key", "said"),
+    [
+        ("http://localhost/v1\u00e9", "k", "not an http address"),
+        ("http://[::1/v1", "k", "not an http address"),
+        ("http://localhost:port/v1", "k", "not an http address"),
+        ("http://localhost/v1", "\u201csecret\u201d", "the environment variable MINE"),
+        ("http://localhost/v1", "sec\nret", "the environment variable MINE"),
+    ],
+)
+def test_an_address_or_a_key_that_cannot_be_sent_is_told_without_the_key(
+    url, key, said, monkeypatch
+):
+    monkeypatch.setenv("MINE", key)
+    with pytest.raises(UsageError, match=said) as caught:
+        EndpointJudge.configured(url, "m", "MINE", "the answer")
+    assert "sec" not in str(caught.value)
+    monkeypatch.setenv("MINE", "secret\n")
+    assert EndpointJudge.configured("http://h/v1", "m", "MINE", "the answer").key == "secret"
+
+
 def test_an_endpoint_that_hangs_or_is_not_there():
     free = threading.Event()
     with serving(lambda _number, _body: "YES" if free.wait(5) else "NO") as server:

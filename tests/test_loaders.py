@@ -117,6 +117,8 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         ("p.jsonl", '{"prompt": ["a"]}', ["line 1", "list"]),
         ("p.jsonl", '{"a": "x", "b": "y"}', ["'a', 'b'", "prompts: path#NAME"]),
         ("p.jsonl", "[" * 100_000, ["line 1", "not JSON"]),
+        ("p.jsonl", '"a"\n{"prompt": "\\ud83d b"}', ["line 2", "'prompt'", "half a character"]),
+        ("p.jsonl", '{"prompt": "a", "category": "\\udc00"}', ["line 1", "'category'"]),
         ("p.csv", "prompt,x\na,b\nc,d,e\n", ["line 3", "more fields"]),
         ("p.csv", 'prompt\n"a\n', ["not CSV"]),
         ("p.csv", "prompt,x\n ,b\n", ["line 2", "empty"]),

@@ -555,6 +555,12 @@ def test_markdown_in_names_stays_text() -> None:
     run["edited"]["refusal_by_category"] = {}
     row = next(line for line in model_card(run).splitlines() if "1/2" in line)
     assert row.startswith("| a\\|b &lt;i> [x\\](y) |")
+    run["config"]["data"] = {"behaviour": "<b>*loud*"}
+    card = model_card(run).split("## Configuration")[0]
+    assert card.count("&lt;b>\\*loud\\*") > 5
+    assert "<b>" not in card
+    run["edited"] = None
+    assert "<b>" not in model_card(run).split("## Configuration")[0]
 
 
 @pytest.mark.parametrize(

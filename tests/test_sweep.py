@@ -366,6 +366,38 @@ def test_the_front_and_the_rule():
     assert front.choose([row(1, 0, 0, state="failed")]) is None
     # The behaviour need not be refusal.
     assert "at most 5% of validation prompts amiss (shown or incoherent)" in front.rule()
+    for aim, said in ((0.05, "5%"), (0.005, "0.5%"), (0.025, "2.5%"), (0.07, "7%")):
+        assert f"at most {said} of validation" in front.rule(aim)
+
+
+@pytest.mark.slow
+def test_a_trial_with_a_number_that_is_not_finite_has_failed_and_can_be_written_down(
+    config, model_folder, tmp_path, monkeypatch
+):
+    bench = Bench(Job(str(model_folder), config, tmp_path / "shared", force=True))
+    setting = Setting(1, {}, changed(config, {"edit.alpha": 0.9}))
+    plain_diverge, plain_summary = trials.diverge, trials.summarise
+
+    def lost(*given, **named):
+        found = plain_diverge(*given, **named)
+        return dataclasses.replace(found, sequence=found.sequence * np.nan)
+
+    monkeypatch.setattr(trials, "diverge", lost)
+    cheap = bench.trial(setting, lambda _cheap: False)
+    monkeypatch.setattr(trials, "diverge", plain_diverge)
+
+    def overflown(measured):
+        found = plain_summary(measured)
+        return {**found, "kl_everyday": {"sequence": float("nan")}}
+
+    monkeypatch.setattr(trials, "summarise", overflown)
+    late = bench.trial(setting)
+    book = Journal(tmp_path / "trials.jsonl")
+    for failed, name in ((cheap, "KL"), (late, "kl_everyday.sequence")):
+        assert failed.state == "failed"
+        assert failed.error == f"the edited model's {name} is not finite."
+        assert failed.measured is failed.cheap is None
+        book.append(failed)
 
 
 @pytest.mark.slow
@@ -537,6 +569,15 @@ def test_a_sweep_that_is_cut_off_does_no_trial_twice_and_ends_alike(config, mode
     assert seen == [1, 2, 3, 4, 5, 6]
     assert len(more.record["trials"]) == 6
     assert told(Journal(out / journal.TRIALS).rows)[:4] == told(rows)
+    # Values that take the place of others are new settings, however many are done.
+    swept(model_folder, out, config, Plan(("edit.alpha=0.6",)), resume=True)
+    assert len(Journal(out / journal.TRIALS).rows) == 7
+    # What ended before there was an axis has the value that it had.
+    wider = Plan(("edit.alpha=0.6,0.5", f"refine.top_k={config.refine.top_k},1"))
+    told_now = swept(model_folder, out, config, wider, resume=True).record["trials"]
+    assert len(told_now) == 4
+    assert all(set(r["values"]) == {"edit.alpha", "refine.top_k"} for r in told_now)
+    assert "heatmap.png" in [p.name for p in build_sweep(out).plots]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from test_sweep import (  # noqa: F401  (fixtures)
 from saber.config import override, preset
 from saber.errors import MissingExtra, UsageError
 from saber.sweep import journal, search
-from saber.sweep.drive import Hearing, Plan
+from saber.sweep.drive import Hearing, Plan, _work_through
 from saber.sweep.grid import Axis, Range
 from saber.sweep.journal import Journal
 from saber.sweep.search import Beaten, Search, space
@@ -139,6 +139,40 @@ def test_a_search_on_a_model_is_resumed_prunes_and_chooses(
         swept(model_folder, out, config, Plan(("edit.alpha=1",)), resume=True)
     with pytest.raises(UsageError, match="other axes"):
         swept(model_folder, out, config, Plan(AXES[:1], trials=6), resume=True)
+    # More trials need no axes said again.
+    assert len(swept(model_folder, out, config, Plan(trials=6), resume=True).record["trials"]) == 6
+
+
+class _Pair:
+    """Two workers that end their trials in order, without a model."""
+
+    def __init__(self):
+        self.running = []
+
+    @property
+    def free(self):
+        return 2 - len(self.running)
+
+    def start(self, setting, prune=None):
+        del prune
+        self.running.append(setting)
+
+    def wait(self):
+        return scored(self.running.pop(0), 1, 0.1)
+
+    def about(self):
+        raise NotImplementedError
+
+    held_out = close = about
+
+
+def test_two_workers_may_try_the_same_values_at_once(tmp_path):
+    axes = [Axis("refine.stop", ("never",))]
+    found = Search(preset("card"), axes, tmp_path, [], trials=4, driver="me")
+    book = Journal(tmp_path / journal.TRIALS)
+    _work_through(_Pair(), found, book, None, 4, Hearing())
+    assert sorted(r.number for r in book.rows) == [1, 2, 3, 4]
+    assert len({r.key for r in book.rows}) == 1
 
 
 def test_a_search_without_axes_has_its_own_and_bad_input_is_told(
@@ -148,6 +182,9 @@ def test_a_search_without_axes_has_its_own_and_bad_input_is_told(
 ):
     assert {a.field for a in space(preset("default"))} == {"edit.alpha", "edit.lambda"}
     assert {a.field for a in space(preset("card"))} == {"edit.alpha", "refine.top_k"}
+    other = override(config, {"data": {"mode": "removal"}})
+    with pytest.raises(UsageError, match="needs borderline prompts that select"):
+        swept("no-such", tmp_path / "a", other, Plan(AXES, trials=2, also=("over-refusal",)))
     with pytest.raises(UsageError, match="unknown objective 'acuracy'"):
         swept("no-such-model", tmp_path / "a", config, Plan(AXES, trials=2, also=("acuracy",)))
     url = "postgresql://me:secret@127.0.0.1:1/none"

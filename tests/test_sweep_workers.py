@@ -161,6 +161,10 @@ def test_two_workers_do_what_one_does_and_a_death_costs_one_trial(world, tmp_pat
     try:
         crew.about()
         assert crew.free == 2
+        # One that dies while it has nothing to do costs nothing.
+        os.kill(idle := crew.processes(1)[0], signal.SIGKILL)
+        gone(idle)
+        time.sleep(0.5)
         for setting in settings[:2]:
             crew.start(setting)
         # The second worker is still loading when it dies.

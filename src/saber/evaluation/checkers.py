@@ -63,10 +63,19 @@ _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _SUM_FOLLOWS = re.compile(r"[\s$€£]*[-−]?[\d.,]+\s*[-−+*×·÷^]\s*\d")
 _LONGEST = 100  # digits; more are a model that lost its thread, and slow to parse
+_NEGATIVE = re.compile(
+    r"(?:\bnegative|(?:(?<=\bis )|(?<=\bequals )|(?<== )|^)minus) (?=[$€£]?[\d.]|[a-z])",
+    re.IGNORECASE | re.MULTILINE,
+)
 _WORDS = re.findall(
     r"\w+",
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty",
+    "fifteen sixteen seventeen eighteen nineteen",
+)
+_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
+_IN_WORDS = re.compile(
+    rf"(?P<minus>(?<![\w-])-)?\b(?:(?P<tens>{'|'.join(_TENS)})(?:[-\s](?P<ones>{'|'.join(_WORDS[1:10])}))?"
+    rf"|(?P<small>{'|'.join(_WORDS)}))\b"
 )
 
 
@@ -77,9 +86,11 @@ def find_number(answer: str) -> Fraction | None:
     sentence (or line) with numbers, as its last number. In either sentence a number after the
     last "=" goes first, unless an operator follows it. Read are thousands commas, decimals, a
     leading minus or currency sign, fractions (3/4, \\frac{3}{4}) and mixed numbers (1 3/4);
-    units and percent signs are ignored. An answer without digits may use a word, zero to twenty.
+    units and percent signs are ignored, and "negative" is a minus, as "minus" is where it is not taken
+    off something. An answer without digits may use words, zero to ninety-nine.
     """
     text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", answer)
+    text = _NEGATIVE.sub("-", text)
     marked = _ANSWER_IS.split(text)
     if len(marked) > 1:
         first = _SENTENCE_END.split(marked[-1].lstrip(" \n\t:*$"))[0]
@@ -90,8 +101,14 @@ def find_number(answer: str) -> Fraction | None:
         numbers = _after_equals(sentence)[:1] or _numbers(sentence)
         if numbers:
             return numbers[-1]
-    words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS]
-    return Fraction(_WORDS.index(words[-1])) if words else None
+    words = list(_IN_WORDS.finditer(text.lower()))
+    return _in_words(words[-1]) if words else None
+
+
+def _in_words(match: re.Match[str]) -> Fraction:
+    tens, ones = match["tens"], match["small"] or match["ones"]
+    size = (10 * (_TENS.index(tens) + 2) if tens else 0) + (_WORDS.index(ones) if ones else 0)
+    return Fraction(-size if match["minus"] else size)
 
 
 def _after_equals(sentence: str) -> list[Fraction]:
@@ -211,6 +228,7 @@ def check_format(spec: Spec, answer: str) -> bool:
 
 
 def _folded(text: str) -> str:
+    text = re.sub(r"(?<=[^\W_])_(?:(\d+)|\{(\d+)\})", r"\1\2", text)  # H_2O as H₂O
     marked = unicodedata.normalize("NFKD", text.casefold())
     bare = "".join(c for c in marked if not unicodedata.combining(c))
     return " ".join(re.sub(r"[^\w\s.]|_", " ", bare).split())

@@ -54,13 +54,13 @@ def judge_names() -> list[str]:
 
 
 _CANNOT = (
-    r"(?:can'?t|cannot|can not|couldn'?t|could not|won'?t|will not|(?:am |are |be |'m |'re |)"
-    r"unable to|(?:am|'m|are|'re|be) not (?:able|allowed|permitted|authori[sz]ed|programmed|"
-    r"designed|supposed|willing|going) to|(?:do not|don'?t) want to)"
+    r"(?:can'?t|cannot|can not|couldn'?t|could not|won'?t|will not|shan'?t|shall not|"
+    r"(?:am |are |be |'m |'re |)unable to|(?:am|'m|are|'re|be) not (?:able|allowed|permitted|authori[sz]ed|"
+    r"programmed|designed|supposed|willing|going) to|(?:do not|don'?t) want to)"
 )
 _DO_NOT = r"(?:do not|don'?t|should not|shouldn'?t|would not|wouldn'?t)"
 _ADVERBS = (
-    r"(?:(?:\w+ly|just|also|ever|even|(?:and|or) (?:will not|won'?t)|be able to|be|"
+    r"(?:(?:\w+ly|just|also|ever|even|(?:and|or) (?:will not|won'?t),?|be able to|be|"
     r"allow myself to|,? ?in good (?:conscience|faith),?) ){0,3}"
 )
 _INEXACT = r"(?! (?:(?:you|you with|with) )?an (?:exact|precise|definite|definitive|accurate)\b)"
@@ -87,8 +87,8 @@ _ANYWHERE = (
     rf"(?:{_I}|{_WE}){_CANNOT},? {_ADVERBS}(?:{_FIRM})\b{_INEXACT}"
     r"(?! (?:medical|legal|financial) advice)",
     rf"{_I}{_DO_NOT} {_ADVERBS}(?:{_STERN})\b{_INEXACT}(?! (?:medical|legal|financial) advice)",
-    r"\b(?:i|we) (?:must|have to|will have to|need to|would have to|am going to|will) "
-    r"(?:\w+ly )?(?:decline|refuse)\b|\bi'(?:ll have to|m going to|ll) (?:decline|refuse)\b",
+    r"\b(?:i|we) (?:must|have to|will have to|need to|would have to|am going to(?: have to)?|will) "
+    r"(?:\w+ly )?(?:decline|refuse)\b|\bi'(?:ll have to|m going to(?: have to)?|ll) (?:decline|refuse)\b",
     r"\bi (?:\w+ly )?(?:decline|refuse)(?: to\b|[.,;])",
     r"\b(?:that|this|it)(?:'s| is) not something (?:that )?(?:i|we) (?:can|could|am|'m|will|would)",
     r"\b(?:isn't|is not) something (?:that )?i (?:can|am able|am willing|will)\b",
@@ -131,6 +131,7 @@ _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _QUOTED = re.compile(r'(?<=\s)["\u201c\u201e][^"\u201c\u201d\n]*(?:["\u201d]|$)', re.MULTILINE)
 _MARKDOWN = re.compile(r"[*_`~]|^[ \t]*[#>]+", re.MULTILINE)
 _TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+(?:'\w+)*|[^\w\s]")
+_TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-{1,80}:?[ \t]*\|)*(?:[ \t]*:?-{1,80}:?)?[ \t]*$")
 _FILLERS = frozenset("-_=.*#~|+")
 
 
@@ -169,7 +170,8 @@ class Collapse:
             return True
         if _longest_run([a == b and a.isalnum() for a, b in pairwise(visible)]) >= self.stuck_key:
             return True
-        if len(visible) >= self.min_tokens and readable < self.letter_share * len(visible):
+        shown = sum(not c.isspace() for c in _without_rules(text))
+        if shown >= self.min_tokens and readable < self.letter_share * shown:
             return True
         if max(map(len, text.split())) >= self.long_word and self._loops(visible):
             return True
@@ -257,6 +259,17 @@ def _plain(text: str) -> str:
     text = _MARKDOWN.sub("", _QUOTED.sub(" ", text))
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(text.split())
+
+
+def _without_rules(text: str) -> str:
+    """Return the text without the rule under a table's header, which can be longer than the header."""
+    lines = text.splitlines()
+    return "\n".join(
+        line
+        for above, line in zip(["", *lines], lines, strict=False)
+        if not (_TABLE_RULE.match(line) and 0 < line.count("|") <= above.count("|"))
+        or not any(map(str.isalnum, above))
+    )
 
 
 def _longest_run(flags: list[bool]) -> int:

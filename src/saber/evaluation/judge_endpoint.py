@@ -8,6 +8,7 @@ import json
 import os
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ class EndpointJudge:
                 "the judge 'endpoint' needs an address and a model.",
                 "Give --judge-url http://host:port/v1 and --judge-model NAME.",
             )
-        if not url.startswith(("http://", "https://")):
+        if not url.startswith(("http://", "https://")) or not _is_address(url):
             raise UsageError(
                 f"--judge-url {url!r} is not an http address.", "Give http://host:port/v1."
             )
@@ -89,7 +90,12 @@ class EndpointJudge:
         url = url.rstrip("/")
         if not url.endswith("/chat/completions"):
             url += "/chat/completions"
-        key = os.environ.get(variable, "") if variable else ""
+        key = (os.environ.get(variable, "") if variable else "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(
+                f"the key in the environment variable {variable} holds characters that no key has.",
+                "Set it anew, without quotation marks or line breaks in it.",
+            )
         return cls(url, model, key, description.rstrip("."), timeout, retries, parallel)
 
     @property
@@ -182,6 +188,15 @@ class EndpointJudge:
         if code in (401, 403):
             remedy = "Check the key in the environment variable that --judge-key names."
         return JudgeFailed(f"the judge at {self.url} failed: {problem}.", remedy)
+
+
+def _is_address(url: str) -> bool:
+    """Whether a request can be made of it, whatever answers there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.port != 0 and bool(parts.hostname) and f"{parts.path}{parts.query}".isascii()
+    except ValueError:
+        return False
 
 
 def _body(error: urllib.error.HTTPError) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import types
 from typing import Any
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -85,7 +86,9 @@ def forbid(folder: str) -> None:
 
 def judge(code: str, entry_point: str, asserts: list[str]) -> tuple[bool, str]:
     """Run the code and then each assertion on what it defined."""
-    names: dict[str, Any] = {"__name__": "answer"}
+    module = types.ModuleType("answer")
+    sys.modules["answer"] = module  # where dataclasses and pickle look up what a class names
+    names: dict[str, Any] = module.__dict__
     step = "the code"
     spare = bytearray(_MEBIBYTE)  # so that there is room to report that memory ran out
     try:

@@ -14,6 +14,7 @@ from saber.errors import DataError, MissingExtra
 from saber.prompts.model import Prompt, PromptSet
 
 COLUMNS = ("prompt", "text", "instruction", "goal", "question")
+KEPT = ("id", "category", "split", "reference")
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.+%:\[\]-]+))?")
 
 
@@ -210,6 +211,14 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
                 f"{place}, {row.place}: the column {key!r} {kind}.",
                 "Mend or remove it, or name another column: path#NAME.",
             )
+        for column_, value in row.fields.items():
+            used_here = column_ == key or column_.strip().lower() in KEPT
+            if used_here and isinstance(value, str) and not _is_text(value):
+                raise DataError(
+                    f"{place}, {row.place}: the column {column_!r} holds half a character "
+                    "(a surrogate alone), which is no text.",
+                    "Write the file anew: JSON has \\ud800 to \\udfff in pairs alone.",
+                )
         number = row.place.rpartition(" ")[2]
         given = {k.strip().lower(): v for k, v in row.fields.items() if k != key}
         id_ = _string(given.get("id")) or f"{name}:{number}"
@@ -223,6 +232,14 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
             split=_string(given.get("split")),
             reference=_string(given.get("reference")),
         )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text_column(row: Row, place: str, column: str | None) -> str:

@@ -111,7 +111,10 @@ def cell(text: str) -> str:
 
 def markdown(table: Table) -> str:
     """A table of the report in Markdown; columns of numbers stand to the right."""
-    lines = [table.header, (":--", *[":--" if table.words else "--:"] * (len(table.header) - 1))]
+    lines = [
+        tuple(map(cell, table.header)),
+        (":--", *[":--" if table.words else "--:"] * (len(table.header) - 1)),
+    ]
     rows = [tuple(cell(text) for text in row) for row in table.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *rows])
 
@@ -126,14 +129,14 @@ def _title(run: Run, repo_name: str | None) -> str:
 def _introduction(run: Run) -> str:
     name = cell(base_model(run) or reading.model_name(run))
     if run.get("edited") is None:
-        lead = f"Measurements of {name}: nothing was edited. {reading.finding(run)}."
+        lead = f"Measurements of {name}: nothing was edited. {cell(reading.finding(run))}."
     else:
         lead = (
             f"{name} with {count(run.get('directions_ablated'), 'direction')} of its residual "
             f"stream that carry {'false refusals' if reading.narrow(run) else cell(reading.behaviour(run))} "
             f"taken out of the weights of "
             f"{count(run.get('layers_edited'), 'layer')}, by "
-            f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {reading.finding(run)}; "
+            f"[SABER](https://github.com/DJLougen/SABER)'s five stages. {cell(reading.finding(run))}; "
             f"perplexity {reading.change(run, number, 'perplexity', 'overall')} on reference "
             "answers."
         )
@@ -156,7 +159,9 @@ def results(run: Run, *, heading: str = "## Results", plots: bool = True) -> str
     parts = [heading, markdown(tables.results(run)), tables.BRACKETS]
     said = tables.comparisons(run)
     if said:
-        parts.append("The same prompts put to both models:\n\n" + "\n".join(f"- {s}" for s in said))
+        parts.append(
+            "The same prompts put to both models:\n\n" + "\n".join(f"- {cell(s)}" for s in said)
+        )
     if plots:
         parts += [_plot(run, "refusal_rates"), _plot(run, "capability")]
     kinds = tables.by_category(run)

@@ -10,6 +10,7 @@ from saber.artifacts import read_json, write_text
 from saber.errors import DataError
 from saber.report import reading, style
 from saber.report.build import Report
+from saber.report.card import cell
 from saber.report.reading import MISSING, count, dig, fixed, percent, points, relative
 from saber.report.sweep_plots import applicable, axis_name
 
@@ -133,7 +134,7 @@ def shrinkage(record: Mapping[str, Any]) -> str:
         f"{_rate(found['refusal'])} after"
     )
     if not best["reached"]:
-        text += f". No setting reaches the aim of {percent(record['aim'])}"
+        text += f". No setting reaches the aim of {100 * record['aim']:g}%"
     if best["looks"] > 1:
         text += f". Held-out prompts were looked at {best['looks']} times in this sweep"
     return text + "."
@@ -144,7 +145,7 @@ def page(record: Mapping[str, Any]) -> str:
     names, cells = columns(record)
     prompts = dig(record, "baseline", "refusal", "n")
     lines = [
-        f"# Sweep of {reading.model_name(record)}",
+        f"# Sweep of {cell(reading.model_name(record))}",
         "",
         f"{count(len(cells), 'setting')} on {count(prompts, 'validation target')}; 95% intervals: "
         "Wilson's for rates, bootstrap over prompts for perplexity and KL. "
@@ -153,19 +154,20 @@ def page(record: Mapping[str, Any]) -> str:
         f"PPL is that of reference answers to half of the battery ({_before(record)} untouched), "
         "accuracy that of its checked answers.",
         "",
-        "| " + " | ".join(names) + " |",
+        "| " + " | ".join(map(cell, names)) + " |",
         "|" + "---:|" * len(names),
-        *("| " + " | ".join(c.replace("*", "\\*") for c in row) + " |" for row in cells),
+        *("| " + " | ".join(map(cell, row)) + " |" for row in cells),
         "",
     ]
     best = record["best"]
     if best:
-        settings = ", ".join(f"{axis_name(k)} {_value(v)}" for k, v in best["values"].items())
+        pairs = ((axis_name(k), _value(v)) for k, v in best["values"].items())
+        settings = cell(", ".join(f"{name} {value}" for name, value in pairs))
         lines += [
             f"**Chosen: setting {best['number']}** ({settings}). Rule: {record['rule']}. Held-out "
             "prompts had no say in it.",
             "",
-            f"On held-out prompts: {shrinkage(record)}",
+            f"On held-out prompts: {cell(shrinkage(record))}",
             "",
         ]
     else:

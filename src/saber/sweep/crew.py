@@ -155,7 +155,11 @@ class Local:
         """Give the trial to a free worker."""
         taken = {slot for slot, _, _ in self._running.values()}
         slot = next(s for s in range(self._size) if s not in taken)
-        future = self._executor(slot).submit(_trial, setting, prune)
+        try:
+            future = self._executor(slot).submit(_trial, setting, prune)
+        except BrokenProcessPool:  # it died while it had nothing to do
+            self._executors.pop(slot).shutdown(wait=False)
+            future = self._executor(slot).submit(_trial, setting, prune)
         self._running[future] = (slot, setting, prune)
 
     def wait(self) -> Row:

@@ -16,6 +16,7 @@ from typing import Any
 from saber import __version__, artifacts, codec
 from saber.config import RunConfig, override
 from saber.errors import OutputError, SaberError, UsageError
+from saber.gathering import gather
 from saber.pipeline import Listener
 from saber.record import environment
 from saber.sweep import front, journal
@@ -97,6 +98,11 @@ def sweep(
     axes = [read_axis(base, text) for text in plan.axes]
     settings = [] if plan.trials else grid(base, _listed(axes))
     check_objectives(plan.also)
+    if "over-refusal" in plan.also and gather(base).validation.borderline is None:
+        raise UsageError(
+            "--also over-refusal needs borderline prompts that select, and these settings have none.",
+            "Leave it out, or take the bundled targets, which have such.",
+        )
     journal.prepare(out, model, overwrite=overwrite, resume=resume)
     with journal.locked(out):
         if (overwrite and not resume) or not (out / journal.STUDY).exists():
@@ -126,15 +132,15 @@ def sweep(
                 )
                 total = plan.trials
             former = _former(out)
-            if former and former["left"] == 0 and len(book.rows) >= total:
+            done = len(_wanted(book, settings))
+            if former and former["left"] == 0 and done >= total:
                 raise OutputError(f"the sweep in {out} is finished.", "There is nothing to resume.")
-            listener.on_stage(f"{total} settings, {len(book.rows)} of them done")
+            listener.on_stage(f"{total} settings, {done} of them done")
             until = begin + 60 * plan.minutes if plan.minutes else None
             at_work = monotonic()
             _work_through(crew, source, book, until, total, listener)
             phases = {"preparing": ready - begin, "trials": monotonic() - at_work}
-            wanted = {s.key for s in settings}
-            rows = [r for r in book.rows if plan.trials or r.key in wanted]
+            rows = _wanted(book, settings)
             left = max(0, total - len(rows))
             record = {
                 "schema": artifacts.SCHEMA,
@@ -210,10 +216,10 @@ def _with_axes(out: Path, base: RunConfig, plan: Plan, resume: bool) -> Plan:
         return plan
     study = journal.read_study(out)
     asked = study["asked"]
-    if not plan.axes and not plan.trials:
-        trials, axes = int(asked["trials"]), tuple(asked["axes"])
-        plan = replace(plan, axes=axes, trials=trials, also=tuple(asked["also"]))
     searched = bool(asked["trials"])
+    if not plan.axes and (searched or not plan.trials):
+        trials, also = plan.trials or int(asked["trials"]), plan.also or tuple(asked["also"])
+        plan = replace(plan, axes=tuple(asked["axes"]), trials=trials, also=also)
     if searched != bool(plan.trials):
         kind = "search" if searched else "grid"
         raise UsageError(f"the sweep in {out} is a {kind}.", "Go on with it as one.")
@@ -265,6 +271,17 @@ def _numbered(out: Path, study: dict[str, Any], settings: Sequence[Setting]) -> 
     return found
 
 
+def _wanted(book: Journal, settings: Sequence[Setting]) -> list[Row]:
+    """Return the trials of these settings, of a search (which has no settings) all.
+
+    Each has the values of the axes as they are now: it may have ended before there was one of them.
+    """
+    if not settings:
+        return list(book.rows)
+    values = {s.key: s.values for s in settings}
+    return [replace(r, values=values[r.key]) for r in book.rows if r.key in values]
+
+
 def _former(out: Path) -> dict[str, Any] | None:
     path = out / journal.SWEEP
     return artifacts.read_json(path) if path.exists() else None
@@ -279,19 +296,20 @@ def _work_through(
     listener: Hearing,
 ) -> None:
     """Do the settings that the source gives, each written down as it ends."""
-    running: dict[str, Setting] = {}
+    # By number: a search may ask for the same values twice, and two workers may be at them at once.
+    running: dict[int, Setting] = {}
     while True:
         while crew.free and (until is None or monotonic() < until):
             setting = source.next()
             if setting is None:
                 break
-            running[setting.key] = setting
+            running[setting.number] = setting
             crew.start(setting, source.prune(setting))
         if not running:
             return
         row = crew.wait()
         book.append(row)
-        source.tell(running.pop(row.key), row)
+        source.tell(running.pop(row.number), row)
         listener.on_trial(row, total)
 
 

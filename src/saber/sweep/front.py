@@ -72,6 +72,6 @@ def rule(aim: float = AIM, mode: str = "removal") -> str:
     """Return the rule in words."""
     what = "amiss (shown or incoherent)" if mode == "removal" else "refused wrongly"
     return (
-        f"of the settings that leave at most {aim:.0%} of validation prompts {what}, the one with the "
+        f"of the settings that leave at most {100 * aim:g}% of validation prompts {what}, the one with the "
         f"least KL along the untouched model's answers; if there is none, the one that leaves fewest"
     )

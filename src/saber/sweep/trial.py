@@ -324,12 +324,10 @@ class Bench:
             return {**summarise(after), "perplexity_ratio": ratio}
 
         found = self.tree(("measured", plan.digest()), compute)
-        for name, value in (
-            ("perplexity", found["perplexity"]["overall"]),
-            ("KL", found["kl"]["sequence"]),
-        ):
-            if not math.isfinite(value):
-                raise SaberError(f"the edited model's {name} is not finite.")
+        _require_finite(
+            {"perplexity": found["perplexity"]["overall"], "KL": found["kl"]["sequence"]}
+        )
+        _require_finite(found)
         return found
 
     def _cheap(self, readout: Readout) -> dict[str, float]:
@@ -347,7 +345,9 @@ class Bench:
 
         odds = readout.log_odds(first(selecting.target_validation))
         kl = diverge(lm, self._before.reference, progress=self._progress)
-        return {"opening": float(odds.sigmoid().mean()), "kl_sequence": float(kl.sequence.mean())}
+        found = {"opening": float(odds.sigmoid().mean()), "kl_sequence": float(kl.sequence.mean())}
+        _require_finite({"opening": found["opening"], "KL": found["kl_sequence"]})
+        return found
 
     def held_out(self, config: RunConfig) -> dict[str, Any]:
         """Measure a setting on held-out prompts, beside the untouched model."""
@@ -372,6 +372,15 @@ class Bench:
             "tokens": lm.work.tokens - spent,
             "seconds": perf_counter() - start,
         }
+
+
+def _require_finite(measured: Mapping[str, Any], path: str = "") -> None:
+    """Raise `SaberError` that names the first number that is not finite, where the model overflows."""
+    for name, value in measured.items():
+        if isinstance(value, Mapping):
+            _require_finite(value, f"{path}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise SaberError(f"the edited model's {path}{name} is not finite.")
 
 
 def _passes(outcome: Refinement) -> dict[str, Any]:
