@@ -522,6 +522,20 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_measure_that_is_not_finite_is_named(model_folder, few, tmp_path, monkeypatch):
+    whole = pipeline.summarise
+
+    def overflown(measured):
+        found = whole(measured)
+        return {**found, "kl_everyday": {**found["kl_everyday"], "sequence": float("inf")}}
+
+    monkeypatch.setattr(pipeline, "summarise", overflown)
+    with pytest.raises(NonFinite, match=r"the untouched model's kl_everyday\.sequence.*--dtype"):
+        run(str(model_folder), tmp_path / "out", small(data=few), force=True)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_a_finished_run(model_folder, tmp_path, monkeypatch, capsys):
     """Whatever an exporter comes to, one line says how to go on, and that works."""
 

@@ -21,6 +21,7 @@ from saber.errors import (
     ModelError,
     NoEdit,
     NoGain,
+    NonFinite,
     WeakBehaviour,
 )
 from saber.evaluation.baseline import baseline
@@ -29,6 +30,7 @@ from saber.evaluation.measure import (
     compare,
     examples,
     measure,
+    not_finite,
     summarise,
 )
 from saber.gathering import gather
@@ -204,6 +206,10 @@ def run(
             untouched=before,
             progress=listener.progress,
         )
+    shown = {"untouched": summarise(before), "edited": summarise(after)}
+    for which, measured in shown.items():
+        if name := not_finite(measured):
+            raise NonFinite(f"the {which} model's {name}")
     record = {
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
@@ -219,8 +225,8 @@ def run(
         "prompts": describe_data(data, watch.left_out),
         "seconds": {},
         "work": {},
-        "baseline": summarise(before),
-        "edited": summarise(after),
+        "baseline": shown["untouched"],
+        "edited": shown["edited"],
         "comparison": compare(before, after, seed=config.seed),
         **describe_passes(lm, outcome, config),
         "examples": examples(before, after),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -217,6 +218,17 @@ def measure(
 def check_all(battery: PromptSet, answers: Sequence[str]) -> tuple[bool, ...]:
     """Run each item's checker on its answer."""
     return tuple(check(p.checker or {}, a) for p, a in zip(battery, answers, strict=True))
+
+
+def not_finite(measured: Mapping[str, Any]) -> str:
+    """Return where the first NaN or infinity of a summary stands, as `kl.sequence`; empty where none is."""
+    for name, value in measured.items():
+        if isinstance(value, Mapping):
+            if within := not_finite(value):
+                return f"{name}.{within}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            return name
+    return ""
 
 
 def summarise(m: Measurement) -> dict[str, Any]:

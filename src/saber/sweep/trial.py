@@ -25,6 +25,7 @@ from saber.evaluation.measure import (
     Measurement,
     compare,
     measure,
+    not_finite,
     perplexity_ratio,
     summarise,
 )
@@ -374,13 +375,10 @@ class Bench:
         }
 
 
-def _require_finite(measured: Mapping[str, Any], path: str = "") -> None:
+def _require_finite(measured: Mapping[str, Any]) -> None:
     """Raise `SaberError` that names the first number that is not finite, where the model overflows."""
-    for name, value in measured.items():
-        if isinstance(value, Mapping):
-            _require_finite(value, f"{path}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise SaberError(f"the edited model's {path}{name} is not finite.")
+    if name := not_finite(measured):
+        raise SaberError(f"the edited model's {name} is not finite.")
 
 
 def _passes(outcome: Refinement) -> dict[str, Any]:
