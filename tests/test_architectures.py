@@ -20,7 +20,8 @@ from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
 from saber.lm.chat import encode
-from saber.lm.generate import Request, answer
+from saber.lm.forward import counts_from_zero, forward
+from saber.lm.generate import Request, answer, generate
 from saber.lm.inputs import plan_reading, read_inputs
 from saber.lm.layers import find_layers, stream
 from saber.lm.load import LoadSpec, load
@@ -130,6 +131,26 @@ def test_answers_beside_others_are_the_likeliest_tokens_of_whole_texts(family, p
         assert completion.ids == tuple(scores[encoded.answer_positions].argmax(-1).tolist())
 
 
+@pytest.mark.parametrize(
+    ("family", "told"), [("roberta-prelayernorm", False), ("xlm-roberta-xl", False), ("gpt2", True)]
+)
+def test_models_that_number_tokens_themselves_are_read_and_asked_as_they_are(family, told):
+    """Some count positions from behind the index of padding on."""
+    lm = language_model(family)
+    assert counts_from_zero(lm) == told
+    lm = replace(lm, told=told, pads=told)
+    prompts = ["Hi", "What is the time in Paris, please, right now?", "Say a word or two", "Hm"]
+    encoded = encode(lm, prompts, [c.ids for c in generate(lm, prompts, 5)])
+    wanted = [e.answer_positions for e in encoded]
+    for batch, _ in forward(lm, [e.ids for e in encoded], wanted):
+        for row, found in zip(batch.rows, batch.split(batch.logits), strict=True):
+            with torch.no_grad():
+                ids = torch.tensor([encoded[row].ids])
+                plain = lm.model(input_ids=ids, use_cache=False).logits[0, wanted[row]]
+            torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+            assert encoded[row].ids[-5:] == tuple(plain.argmax(-1).tolist())
+
+
 def test_a_float32_stream_beside_half_precision_weights():
     """Mamba 2 keeps one: what its layers write is rounded all the same."""
     lm = language_model("mamba2")
@@ -138,6 +159,24 @@ def test_a_float32_stream_beside_half_precision_weights():
     assert [w.weight for w in writers] == [
         f"backbone.layers.{i}.mixer.out_proj.weight" for i in range(4)
     ]
+
+
+def test_how_a_model_numbers_tokens_is_found_out_as_it_is_loaded(tmp_path):
+    for family, told in (("xlm-roberta-xl", False), ("llama", True)):
+        tiny.tiny_model(family).save_pretrained(tmp_path / family)
+        make_tokenizer().save_pretrained(tmp_path / family)
+        lm = load(str(tmp_path / family), LoadSpec(device="cpu"))
+        assert (lm.told, lm.pads) == (told, told)
+
+
+def test_a_window_that_the_cache_does_not_know_counts_no_padding():
+    lm = language_model("gpt_neo")  # with a window of 128 tokens
+    prompts = ["Say it: " + "a" * count for count in (1, 30, 118)]
+    for prompt, completion in zip(prompts, generate(lm, prompts, 8), strict=True):
+        (encoded,) = encode(lm, [prompt], [completion.ids])
+        with torch.no_grad():
+            scores = lm.model(input_ids=torch.tensor([encoded.ids]), use_cache=False).logits[0]
+        assert completion.ids == tuple(scores[encoded.answer_positions].argmax(-1).tolist())
 
 
 def weaken(lm, writers, share=1e-4):

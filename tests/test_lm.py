@@ -181,6 +181,33 @@ def test_a_template_that_leaves_the_prompt_out_is_one_clear_error():
     assert render(lm, " hello\n  there ") == "<s>hello there<bot>"
 
 
+def test_a_template_that_drops_thoughts_of_earlier_answers_goes_on():
+    said = (("system", "be\n brief"), ("user", "a?"), ("assistant", "<think>hm</think>b."))
+    lm = replace(make_lm("llama"), before=said)
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.content.split('</think>')[-1].split() | join(' ') }}"
+        "{% endfor %}<bot>"
+    )
+    assert render(lm, "x") == "<s>be brief<s>a?<s>b.<s>x<bot>"
+
+
+def test_a_template_that_takes_messages_in_parts_gets_them_so():
+    """As those of models that see images do."""
+    lm = make_lm("llama")
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}<s><user> {% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} <bot>"
+    )
+    assert render(replace(lm, before=(("system", "brief"),)), "x y") == "<s><user> brief<s><user> x y <bot>"
+    # A list that is written out is no prompt.
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] | string | replace('x y', '') }}<bot>"
+    with pytest.raises(ModelError, match="leaves out the user message"):
+        render(lm, "x y")
+    lm.tokenizer.chat_template = "{% set c = messages[-1]['content'] %}<s>{{ '' if c is string else c }}"
+    with pytest.raises(ModelError, match="leaves out the user message"):
+        render(lm, "x y")
+
+
 def test_a_doubled_bos_is_an_error():
     lm = make_lm("llama")
     lm.tokenizer.chat_template = "<s>" + CHAT_TEMPLATE

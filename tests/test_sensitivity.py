@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import make_lm
+from test_architectures import language_model
 from test_selective import moe
 
 from saber.errors import NonFinite
 from saber.linalg import unit
 from saber.lm.chat import Encoded
 from saber.lm.layers import stream, with_stream
+from saber.lm.substitution import streams_axis
 from saber.lm.tap import plain_experts
 from saber.sensitivity import RANGE, TEXTS, fisher, information, sample, weights
 
@@ -65,6 +67,39 @@ def test_it_is_the_curvature_of_the_divergence(make):
                 expected = by_differences(lm, text, layer, row.double())
                 assert abs(float(felt[:, i].mean()) - expected) < 4.5 * float(noise[i])
                 assert float(noise[i]) < 0.25 * expected
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma3n_text"])
+def test_what_moves_the_mean_of_several_streams_moves_each(family, monkeypatch):
+    drawn = 7
+    monkeypatch.setattr(
+        torch, "multinomial", lambda p, _n, generator: torch.full((len(p), 1), drawn)
+    )
+    lm = language_model(family)
+    lm.model.double()
+    text = Encoded((5, 9, 70, 33, 12), 4)  # one token that is predicted
+    (row,) = unit_rows(lm, 1, 0).double()
+    with plain_experts(lm):
+        axis = streams_axis(lm)
+
+    def after(token, change):
+        def add(_module, _inputs, output):
+            hidden = stream(output).clone()
+            by_streams = hidden.movedim(axis, 0)
+            by_streams[:, 0, token] += change * row
+            return with_stream(output, hidden)
+
+        hook = lm.layers[1].register_forward_hook(add)
+        with torch.no_grad(), plain_experts(lm):
+            logits = lm.model(input_ids=torch.tensor([text.ids]), use_cache=False).logits[0, 3]
+        hook.remove()
+        return float(logits.log_softmax(-1)[drawn])
+
+    slopes = [(after(t, 1e-4) - after(t, -1e-4)) / 2e-4 for t in range(len(text.ids))]
+    expected = sum(s**2 for s in slopes) / len(text.ids)
+    found = information(lm, {1: row[None]}, [text, Encoded((5, 9, 18), 1)])[1]
+    assert found.shape == (2, 1)
+    assert float(found[0]) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_median_text_decides_and_the_seed_the_draws(llama):

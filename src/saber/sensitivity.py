@@ -25,6 +25,7 @@ from saber.lm.chat import Encoded
 from saber.lm.forward import Progress, gathered_head, plan_batches, silent
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import streams_axis
 from saber.lm.tap import plain_experts
 
 TOKENS_PER_BATCH = 512
@@ -82,6 +83,8 @@ def information(
 
     def watch(layer: int) -> Any:
         def back(gradient: Tensor) -> None:
+            # What moves the mean of several streams moves each of them.
+            gradient = gradient.sum(axis) if axis is not None and gradient.ndim > 3 else gradient
             along = gradient.float() @ directions[layer].float().to(gradient.device).T
             found[layer][rows] = along.pow(2).sum(1).cpu().double()
 
@@ -93,6 +96,7 @@ def information(
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(plain_experts(lm))
+        axis = streams_axis(lm)
         stack.enter_context(_differentiable(lm))
         for layer in directions:
             handle = lm.layers[layer].register_forward_hook(watch(layer))

@@ -62,14 +62,36 @@ class Template:
 def render(lm: LanguageModel, prompt: str) -> str:
     """Return the templated text behind the messages that come `before`, ready for the answer.
 
-    A thinking model gets an empty thought, and a template that writes the date is told `TODAY`. Raises
+    A thinking model gets an empty thought, and a template that writes the date is told `TODAY`. One that
+    takes no plain texts gets them as parts of messages, as those of models with images do. Raises
     `ModelError` where the template fails, or leaves out a system prompt or the prompt itself.
     """
+    try:
+        text = _templated(lm, prompt, in_parts=False)
+    except ModelError:
+        try:
+            text = _templated(lm, prompt, in_parts=True)
+        except ModelError:
+            text = ""
+        # One that writes a list as it is does not take it.
+        if not text or "{'type':'text'" in _spaceless(text).replace('"', "'"):
+            raise
+    for opener, empty in EMPTY_THOUGHTS.items():
+        if text.rstrip().endswith(opener):
+            text = text.rstrip().removesuffix(opener) + empty
+    return text + lm.response_prefix
+
+
+def _templated(lm: LanguageModel, prompt: str, *, in_parts: bool) -> str:
+    """Return what the template makes of all messages; raises `ModelError` where it leaves one out."""
     messages = [*lm.before, ("user", prompt)]
     try:
         with patch.object(chat_template_utils, "datetime", _Calendar, create=True):
             text: str = lm.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
+                [
+                    {"role": role, "content": [{"type": "text", "text": t}] if in_parts else t}
+                    for role, t in messages
+                ],
                 add_generation_prompt=True,
                 tokenize=False,
                 enable_thinking=False,
@@ -80,21 +102,20 @@ def render(lm: LanguageModel, prompt: str) -> str:
             "Pass another with --chat-template"
             + (", or leave --system out." if lm.before else "."),
         ) from error
+    written = _spaceless(text)
     for role, content in lm.before:
-        if content.strip() not in text:
+        # Of earlier answers templates drop thoughts.
+        if role != "assistant" and _spaceless(content) not in written:
             raise ModelError(
                 f"the chat template of {lm.name!r} leaves out the {role} message.",
                 "Pass another with --chat-template, or leave --system out.",
             )
-    if _spaceless(prompt) not in _spaceless(text):
+    if _spaceless(prompt) not in written:
         raise ModelError(
             f"the chat template of {lm.name!r} leaves out the user message.",
             "Pass another with --chat-template.",
         )
-    for opener, empty in EMPTY_THOUGHTS.items():
-        if text.rstrip().endswith(opener):
-            text = text.rstrip().removesuffix(opener) + empty
-    return text + lm.response_prefix
+    return text
 
 
 def _spaceless(text: str) -> str:

@@ -19,6 +19,7 @@ from saber.lm.cache import is_plain
 from saber.lm.chat import common_prefix
 from saber.lm.device import is_out_of_memory
 from saber.lm.model import LanguageModel
+from saber.lm.substitution import random_tokens
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], str, int], Iterator[T]]
@@ -31,6 +32,10 @@ ACCELERATED = 8
 """How many times that on anything else, which larger ones keep busy."""
 HEAD_VALUES = 16_777_216
 """Weights of the output head that are held in float32 at a time."""
+COUNTED = 8
+"""Tokens by which it is found out how a model numbers them."""
+ALIKE, ROUNDED = 1e-3, 2e-2
+"""How far off logits may be where positions are the same, relative, and the same in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,11 @@ def cacheable(lm: LanguageModel) -> bool:
     """Whether a text can go through the model in pieces, by a cache of keys and values.
 
     Not where it keeps states in a way of its own, nor where the configuration counts other layers
-    than the decoder has, as then transformers builds a cache that does not fit.
+    than the decoder has, as then transformers builds a cache that does not fit, nor where it numbers
+    tokens itself: some count those behind a cache from another number on.
     """
+    if not lm.told:
+        return False
     counted = getattr(lm.text_config, "num_hidden_layers", len(lm.layers))
     return counted == len(lm.layers) and cache_name(lm) is not None
 
@@ -111,6 +119,25 @@ def carry(lm: LanguageModel, cache: Any) -> dict[str, Any]:
     """Return the keyword argument that hands a cache to the model; nothing without one."""
     name = cache_name(lm)
     return {} if cache is None or name is None else {name: cache}
+
+
+def placed(lm: LanguageModel, positions: Int[Tensor, "rows tokens"]) -> dict[str, Any]:
+    """Return the keyword argument that tells the model positions; nothing where it numbers them itself."""
+    return {"position_ids": positions} if lm.told else {}
+
+
+def counts_from_zero(lm: LanguageModel) -> bool:
+    """Whether the positions that the model gives tokens by itself are 0, 1, 2, ...
+
+    Some count from another number on, and are not to be told any.
+    """
+    ids = random_tokens(lm, COUNTED)
+    positions = torch.arange(COUNTED, device=ids.device)[None]
+    with torch.no_grad():
+        own = lm.model(input_ids=ids, use_cache=False).logits.float()
+        told = lm.model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    limit = ALIKE if lm.dtype.itemsize > 2 else ROUNDED
+    return not bool((told - own).norm() > limit * own.norm())
 
 
 def carried(lm: LanguageModel, out: Any) -> Any:
@@ -298,6 +325,7 @@ def forward(
         kept = extra(rows) if extra is not None else None
         if ready is not None:
             ready(rows, offset, width)
+        positions = torch.arange(offset, offset + width, device=lm.device)
         with (
             gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen,
             unrounded_head(lm),
@@ -308,10 +336,8 @@ def forward(
                 lm.model(
                     input_ids=ids.to(lm.device),
                     attention_mask=mask.to(lm.device),
-                    position_ids=torch.arange(offset, offset + width, device=lm.device).repeat(
-                        len(rows), 1
-                    ),
                     use_cache=cache is not None,
+                    **placed(lm, positions.repeat(len(rows), 1)),
                     **carry(lm, expanded(cache, len(rows))),
                 )
                 .logits[0]

@@ -23,6 +23,7 @@ from saber.lm.forward import (
     enlarged,
     expanded,
     gathered_head,
+    placed,
     prefix_cache,
     silent,
     within_reach,
@@ -198,8 +199,8 @@ def _run(
         out = lm.model(
             input_ids=ids,
             attention_mask=mask_of(state, mask, width),
-            position_ids=positions,
             use_cache=cache_name(lm) is not None,
+            **placed(lm, positions),
             **carry(lm, state),
         )
     # A token that goes through some layers counts as their share of one.

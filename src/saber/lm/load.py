@@ -30,6 +30,7 @@ from saber.lm.device import (
     is_out_of_memory,
     share_keys_on_cpu,
 )
+from saber.lm.forward import counts_from_zero
 from saber.lm.headers import gguf_dtype, main_dtype
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
@@ -156,10 +157,11 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         before=(("system", spec.system),) if spec.system else (),
         response_prefix=spec.response_prefix,
     )
+    if with_tokenizer:
+        lm = replace(lm, told=counts_from_zero(lm))
+        lm = replace(lm, pads=lm.told and ignores_padding(lm))
     if with_tokenizer and not spec.response_prefix:
         lm = replace(lm, response_prefix=empty_thought(lm))
-    if with_tokenizer:
-        lm = replace(lm, pads=ignores_padding(lm))
     return replace(lm, work=Work())
 
 

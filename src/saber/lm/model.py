@@ -52,6 +52,8 @@ class LanguageModel:
     """Text behind the chat template, in front of every answer: an empty thought, for instance."""
     pads: bool = True
     """Whether padding is nothing to the model: prompts of all lengths are answered together."""
+    told: bool = True
+    """Whether the model is told the tokens' positions, from 0 on; else it numbers them itself."""
     work: Work = field(default_factory=Work)
     """Forward work done so far."""
 
