@@ -21,11 +21,11 @@ import tiny
 
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
-from saber.checkpoint import plan_on_disk, save_merged, workers
+from saber.checkpoint import blocks, plan_on_disk, save_merged, workers
 from saber.checkpoint.apply import ApplySpec, apply_to_files
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
-from saber.checkpoint.provenance import Record
+from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.reading import _shards
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
 from saber.checkpoint.stage import Stage
@@ -910,12 +910,22 @@ def test_verify_finds_an_edit_that_is_not_the_plans(sharded, tmp_path):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-    from saber.checkpoint import blocks
-    from saber.checkpoint.provenance import FileMark
-
     mark = FileMark(blocks.sha256(path), path.stat().st_size)
     replace(made.record, files={**made.record.files, name: mark}).save(tmp_path / "out")
     assert failures(tmp_path / "out") == []
+    found = failures(tmp_path / "out", sharded.run, str(sharded.model))
+    assert found == ["base and plan give these very bits"]
+
+
+def test_verify_finds_a_shard_that_was_left_unedited(sharded, tmp_path):
+    """The base's own shard stands there, and the record says that it is none of those edited."""
+    made = sharded.apply(tmp_path / "out")
+    name = made.record.edited[0]
+    shutil.copyfile(sharded.model / name, tmp_path / "out" / name)
+    mark = FileMark(blocks.sha256(sharded.model / name), (sharded.model / name).stat().st_size)
+    record = replace(made.record, files={**made.record.files, name: mark})
+    replace(record, edited=made.record.edited[1:]).save(tmp_path / "out")
+    assert failures(tmp_path / "out", sharded.run) == []
     found = failures(tmp_path / "out", sharded.run, str(sharded.model))
     assert found == ["base and plan give these very bits"]
 

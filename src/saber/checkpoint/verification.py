@@ -11,7 +11,7 @@ from saber.checkpoint.apply import model_folder, plan_folder
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import FILE, Record, carried
 from saber.checkpoint.shards import fingerprint, read_source
-from saber.checkpoint.stream import write_shard
+from saber.checkpoint.stream import touched, write_shard
 from saber.errors import DataError, SaberError
 
 HUB = (".gitattributes", ".cache/")
@@ -158,10 +158,11 @@ def _against_base(
     if plan is None or record is None:
         return
     edits, factors = plan.edits(source), plan.open()
+    edited = touched(source, edits)  # by the plan: a record may leave shards out
     other = []
     for file in source.shards:
         mark = record.files.get(file)
-        if file in record.edited:
+        if file in edited:
             found = write_shard(source, file, None, edits, factors, origin).sha256
         else:
             found = blocks.sha256(source.shards[file].path)
