@@ -77,6 +77,10 @@ def loaded(folder, model):
 
 def saved(folder, model, shard="50GB"):
     model.save_pretrained(folder, max_shard_size=shard)
+    return saved_as_it_is(folder, model)
+
+
+def saved_as_it_is(folder, model):
     make_tokenizer().save_pretrained(folder)
     return loaded(folder, type(model).from_pretrained(folder, dtype="auto").eval())
 
@@ -131,6 +135,28 @@ def assert_same(folder, other):
     a, b = tensors(folder), tensors(other)
     assert a.keys() == b.keys()
     assert [k for k in a if not same_bits(a[k], b[k])] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_files_of_the_decoder_alone_lack_the_name_that_holds_it(family, tmp_path):
+    """As GPT-2's own on the hub: `h.0.attn...`, where the model has `transformer.h.0.attn...`."""
+    model = MODELS[family]()
+    model.save_pretrained(tmp_path / "base")
+    path, holder = tmp_path / "base" / "model.safetensors", f"{model.base_model_prefix}."
+    bare = {name.removeprefix(holder): value for name, value in load_file(path).items()}
+    save_file(bare, path, metadata={"format": "pt"})
+    lm = saved_as_it_is(tmp_path / "base", model)
+    save_plan(tmp_path / "run", lm, plan := plan_of(lm))
+    made = apply_to_files(tmp_path / "run", str(tmp_path / "base"), tmp_path / "out", HERE)
+    assert made.record.edited == ["model.safetensors"]
+    written = tensors(tmp_path / "out")
+    assert written.keys() == bare.keys()
+    apply(lm.model, plan)
+    edited = type(model).from_pretrained(tmp_path / "out").state_dict()
+    for name, value in lm.model.state_dict().items():
+        assert torch.equal(edited[name], value), name
+    found = verify(tmp_path / "out", tmp_path / "run", str(tmp_path / "base"))
+    assert found.passed, found.checks
 
 
 def contents(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,8 @@ class DiskPlan:
                         "together with others.",
                         "Use the run's merged model, or saber export RUN --format merged.",
                     )
-                present = [alias for alias in whole if all(p["name"] in names for p in alias)]
+                called = [*whole, *(_in_bare(alias, names) for alias in whole)]
+                present = [alias for alias in called if all(p["name"] in names for p in alias)]
                 if not present:
                     missing = next(p["name"] for p in whole[0] if p["name"] not in names)
                     if fp8.method(source.config):
@@ -215,6 +216,17 @@ class DiskPlan:
             ([name, axis, *(names.get(name) or ("", ""))], parts(name))
             for name, axis in sorted(self.meta["axes"].items())
         )
+
+
+def _in_bare(alias: Sequence[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
+    """Return pieces under their names in files of the decoder alone, as GPT-2's own on the hub are.
+
+    There what holds the decoder in memory (`transformer.`, `model.`) is in no name, and transformers adds it.
+    """
+    holders = {piece["name"].partition(".")[0] + "." for piece in alias}
+    if any(name.startswith(tuple(holders)) for name in names):
+        return list(alias)
+    return [{**piece, "name": piece["name"].partition(".")[2]} for piece in alias]
 
 
 def _places(parts: Mapping[str, Any]) -> dict[str, list[list[dict[str, Any]]]]:
