@@ -668,6 +668,18 @@ def test_a_damaged_journal_names_the_line(tmp_path):
         Journal(path)
 
 
+def test_who_reads_a_journal_leaves_half_a_line_to_who_writes_it(tmp_path):
+    path = tmp_path / journal.TRIALS
+    Journal(path).append(row(1, 0, 0.1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:9])
+    book = Journal(path)
+    assert path.read_bytes() == whole + whole[:9]
+    book.append(row(2, 0, 0.1))
+    book.append(row(3, 0, 0.1))
+    assert [r.number for r in Journal(path).rows] == [1, 2, 3]
+
+
 @pytest.mark.slow
 def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, capsys):
     config_of(texts)

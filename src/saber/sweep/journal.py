@@ -91,7 +91,7 @@ class Journal:
     """Finished trials in a file that only grows; each line is on the disk before it counts."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; half a line that a killed driver left at the end is cut off."""
+        """Read what is there, but for half a line at the end: of a killed driver, or of one at work."""
         self._path = path
         self.rows: list[Row] = []
         """In the order in which they ended."""
@@ -104,14 +104,16 @@ class Journal:
                 self.rows.append(Row(**row))
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(f"{path}, line {count}: no trial ({error}).") from error
-        if end < len(whole):
-            os.truncate(path, end)
+        self._torn = end if end < len(whole) else None
 
     def append(self, row: Row) -> None:
-        """Write a finished trial down; it is on the disk when this returns."""
+        """Write a finished trial down, in place of half a line; it is on the disk when this returns."""
         line = json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
         try:
             new = not self._path.exists()
+            if self._torn is not None:
+                os.truncate(self._path, self._torn)
+                self._torn = None
             with self._path.open("ab") as file:
                 file.write(line.encode("utf-8"))
                 file.flush()
