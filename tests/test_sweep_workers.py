@@ -315,10 +315,12 @@ def test_benches_find_the_untouched_models_activations_on_disk(world, tmp_path):
 
 
 DRIVER = """
+import signal
 import sys
 from types import SimpleNamespace as Some
 from saber.sweep.crew import Local
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 crew = Local(Some(base=Some(load=Some(device="cpu", device_map=""))), 1, 1)
 try:
     print("begins", flush=True)
@@ -349,3 +351,14 @@ def test_ctrl_c_while_workers_begin_ends_them_without_a_word(after):
     # To the end of all that hold it open: the server of workers and the workers too.
     _, said = driver.communicate(timeout=60)
     assert (driver.returncode, said) == (130, "")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_workers_ignore_ctrl_c_where_their_driver_does(ignored):
+    asked = "import signal\n"
+    asked += (
+        f"signal.signal(signal.SIGINT, signal.{'SIG_IGN' if ignored else 'default_int_handler'})\n"
+    )
+    asked += "import saber.sweep.quiet\nprint(signal.getsignal(signal.SIGINT).name)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("SIG_IGN" if ignored else "SIG_DFL")

@@ -17,6 +17,8 @@ from saber.errors import ModelError
 
 OWN = "saber."
 """Prefix of our metadata keys."""
+ALSO = {"mistral3": "llama"}
+"""An older architecture of llama.cpp that a model type was kept as before it got one of its name."""
 
 
 class GgufTensor(NamedTuple):

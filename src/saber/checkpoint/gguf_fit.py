@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saber.checkpoint.card import DROWNED
 from saber.checkpoint.gguf_file import (
+    ALSO,
     Change,
     GgufFile,
     fits,
@@ -58,8 +59,8 @@ def _samples(source: IO[bytes], change: Change) -> Float[Tensor, " samples"]:
 def require_architecture(file: GgufFile, model_type: str) -> None:
     """Raise `ModelError` when a model type of transformers is another architecture than the file's.
 
-    Types that llama.cpp keeps under another name (mistral, cohere; mistral3 but for the newest of them)
-    are left to shapes and weights.
+    Types that llama.cpp keeps under another name (mistral, cohere), or kept (`gguf_file.ALSO`), are left to
+    shapes and weights.
     """
     import gguf
 
@@ -67,8 +68,8 @@ def require_architecture(file: GgufFile, model_type: str) -> None:
         return name.lower().removesuffix("_text").replace("-", "").replace("_", "")
 
     known = {plain(name) for name in gguf.MODEL_ARCH_NAMES.values()}
-    pair = (plain(model_type), plain(file.architecture))
-    if pair[0] in known and pair[0] != pair[1] and pair != ("mistral3", "llama"):
+    ours, theirs = plain(model_type), plain(file.architecture)
+    if ours in known and theirs not in (ours, ALSO.get(ours)):
         raise ModelError(
             f"{file.path.name} is a {file.architecture!r} model, and the run was made on a "
             f"{model_type!r} one.",

@@ -18,6 +18,7 @@ from saber.lm.device import device_of_worker
 from saber.lm.forward import Progress, Share, silent
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
+from saber.sweep.quiet import end_without_a_word
 from saber.sweep.trial import Bench, Job, Prune
 
 MOST_DEATHS = 3
@@ -232,7 +233,7 @@ def _enter(job: Job, threads: int, device: str) -> None:
 
     global _job, _device
     _job, _device = job, device
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_without_a_word()
     torch.set_num_threads(threads)
     driver = parent_process()
     if driver is not None:
