@@ -74,8 +74,10 @@ def incoherent_without_adapter(config, monkeypatch):
     return label_all(named_judge("phrases"), texts, answers).count("incoherent") / len(texts)
 
 
-def test_the_main_job_takes_the_refusals_out(tmp_path, monkeypatch):
-    fewer = thinned(tmp_path / "prompts", 2)
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_the_main_job_takes_the_refusals_out(every, tmp_path, monkeypatch):
+    """On every third of the bundled prompts, and on all of them."""
+    fewer = thinned(tmp_path / "prompts", every) if every > 1 else {}
     config = override(preset("default"), {"data": {**fewer, "limit": 24, "battery": "half"}})
     usual = incoherent_without_adapter(config, monkeypatch)
     record = run("demo", tmp_path / "run", config, export=()).record

@@ -793,9 +793,11 @@ def test_everyday_requests_are_the_bundled_ones_or_a_files_or_none(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_everyday_requests_are_answered_with_is_preserved(model_folder):
+def test_what_everyday_requests_are_answered_with_is_preserved(model_folder, few):
     """An edit made with them moves their answers less than one made without."""
-    config, moved = small("default", edit={"lambda": 30.0, "sensitivity": 0.0}), []
+    sets = {name: few[name] for name in ("target", "neutral", "borderline")}
+    config = small("default", data=sets, edit={"lambda": 30.0, "sensitivity": 0.0})
+    moved = []
     subject = Subject.load(str(model_folder), config)
     for name in ("", "none"):
         selecting = gather(override(config, {"data": {"everyday": name}})).selecting
@@ -945,10 +947,11 @@ def test_prompts_that_show_the_behaviour_are_noise_to_means_and_not_to_a_fit(
 
 
 @pytest.mark.slow
-def test_settings_that_read_other_prompts_share_nothing_of_them(model_folder, monkeypatch):
+def test_settings_that_read_other_prompts_share_nothing_of_them(model_folder, few, monkeypatch):
     """An orthogonal and a selective edit of one sweep may leave out different prompts."""
+    refine = {"passes": 1, "max_q": 1, "stop": "never"}
     configs = [
-        small("default", refine={"passes": 1, "max_q": 1, "stop": "never"}, edit=edit)
+        small("default", data=few, refine=refine, edit=edit)
         for edit in ({"kind": "orthogonal"}, {"kind": "selective", "lambda": 30.0})
     ]
     selecting = gather(configs[0]).selecting
