@@ -2,7 +2,8 @@
 # make test   install what is needed and run every check
 # make fast   the fast part of the tests alone
 # make long   what takes long and adds cases: every edit `saber diff` knows in every family, twenty deaths
-#             of a sweep, the demo's exports in llama.cpp, everything on a device that is not the CPU (g++)
+#             of a sweep, the demo's exports in llama.cpp, everything on a device that is not the CPU (g++),
+#             the main job on all bundled prompts
 # make demo-adapter   train the demo model's adapter anew (an hour on two cores)
 # make gemma   teach a second model, a base Gemma 3 270M, to refuse, and edit it: runs/gemma
 
