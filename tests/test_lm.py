@@ -14,6 +14,7 @@ from saber.lm import device as devices
 from saber.lm import thought
 from saber.lm.chat import encode, render
 from saber.lm.generate import Completion
+from saber.lm.headers import main_dtype
 from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.model import fingerprint
 
@@ -343,6 +344,14 @@ def test_a_configuration_that_names_no_dtype_leaves_it_to_the_files(tmp_path, sh
     assert lm.stored_dtype == most
     save_merged(lm, EditPlan(), tmp_path / "out")
     assert load(str(tmp_path / "out"), LoadSpec(device="cpu")).stored_dtype == most
+
+
+def test_the_dtype_is_that_of_the_file_that_is_read_and_not_of_an_index_beside_it(tmp_path):
+    make_model("llama").to(torch.float16).save_pretrained(tmp_path / "old", max_shard_size="40KB")
+    make_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    for file in (tmp_path / "old").glob("*.safetensors*"):
+        file.rename(tmp_path / "m" / file.name)
+    assert main_dtype(str(tmp_path / "m")) == torch.bfloat16
 
 
 def test_files_that_cannot_be_read_for_their_dtype_are_told(model_folder):

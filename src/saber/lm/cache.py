@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,11 +108,16 @@ def is_plain(cache: Any) -> bool:
     return bool(layers) and all(type(layer) in plain for layer in layers)
 
 
-def reaches(cache: Any, longest: int) -> bool:
-    """Whether every layer of a cache sees all of up to `longest` tokens, none through a smaller window."""
+def narrowest(cache: Any, config: Any) -> float:
+    """Return the least window, tokens, that a cache's layers or the configuration tell of; infinity for none.
+
+    Not every cache knows the windows of its model, and the configuration calls some of them otherwise.
+    """
     layers: list[Any] = getattr(cache, "layers", None) or []
-    windows = (getattr(layer, "sliding_window", None) for layer in layers)
-    return all(window is None or longest < window for window in windows)
+    told = config.to_dict().items()
+    windows = [n for key, n in told if key.endswith(("window", "window_size"))]
+    windows += [getattr(layer, "sliding_window", None) for layer in layers]
+    return min((float(n) for n in windows if type(n) is int and n > 0), default=math.inf)
 
 
 def mask_of(cache: Any, mask: Int[Tensor, "rows width"], new: int) -> Int[Tensor, "rows _"]:

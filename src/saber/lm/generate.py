@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from saber.lm.cache import (
     join,
     make_room,
     mask_of,
-    reaches,
+    narrowest,
 )
 from saber.lm.chat import common_prefix, encode
 from saber.lm.device import memory_for_caches
@@ -208,20 +207,13 @@ def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], lab
     longest = max(len(ids) + row.left for ids, row in zip(sequences, rows, strict=True)) + left
     most = cached_tokens(lm, prefix)
     # Padding lies behind the prefix, which would thus leave a short text's window too early.
-    prefix = prefix if reaches(prefix, longest) and longest < _window(lm) else None
+    prefix = prefix if longest < narrowest(prefix, lm.text_config) else None
     offset = offset if prefix is not None else 0
     for row, ids in zip(rows, sequences, strict=True):
         row.text = ids[offset:]
     make_room(prefix, longest)
     for _ in progress(_finished(lm, rows, offset, prefix, longest, most), label, len(rows)):
         pass
-
-
-def _window(lm: LanguageModel) -> float:
-    """Return the least window that the configuration tells of, which not every model's cache knows."""
-    told = lm.text_config.to_dict().items()
-    windows = [n for key, n in told if key.endswith(("window", "window_size")) and type(n) is int]
-    return min((float(n) for n in windows if n > 0), default=math.inf)
 
 
 def _finished(

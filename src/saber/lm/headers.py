@@ -21,11 +21,11 @@ FLOATS = {
 
 def weight_files(location: str) -> list[str]:
     """Return the weights of a folder or hub id, which are fetched where they are not there yet."""
-    index = _file(location, SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        return list(get_checkpoint_shard_files(location, index)[0])
     whole = _file(location, SAFE_WEIGHTS_NAME)
-    return [] if whole is None else [whole]
+    if whole is not None:
+        return [whole]  # what transformers reads, whatever an index beside it says
+    index = _file(location, SAFE_WEIGHTS_INDEX_NAME)
+    return [] if index is None else list(get_checkpoint_shard_files(location, index)[0])
 
 
 def gguf_dtype(path: str) -> torch.dtype:
