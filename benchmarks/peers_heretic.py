@@ -1,6 +1,6 @@
 """Run heretic (heretic-llm, AGPL-3.0) as a separate program: its menus are answered line by line.
 
-It counts trials, not time: two trials tell what one costs, and "Run additional trials" of its own menu
+It counts trials, not time: two trials more tell what one costs, and "Run additional trials" of its own menu
 fills each budget in turn, so that one session serves all budgets. Two things that it would find out by
 itself in minutes are told to it, to leave it the time for trials: the batch size and that answers have no
 common prefix. Its share of random trials (60 of 200) is kept for the smallest budget.
@@ -31,6 +31,8 @@ from peers_common import (
 PACKAGE = "heretic-llm==1.4.0"
 BATCH = 32
 STARTUP_TRIALS, FIRST_TRIALS = 10, 2
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+"""What processor time is counted in, seconds."""
 _ASKS = ("Enter number: ", "folder:: ", "run?: ")
 WORDS = {"fewest": "fewest refusals", "balanced": "the least sum of refusal rate and KL"}
 _TRIAL = re.compile(
@@ -146,7 +148,7 @@ class Session:
         """Return its processor time so far, seconds."""
         stat = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
         user, system = stat.rpartition(")")[2].split()[11:13]
-        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return (int(user) + int(system)) * TICK
 
     def close(self) -> None:
         """End the program."""
@@ -172,10 +174,15 @@ def run(place: Workplace, budgets: Sequence[float], torch: str) -> Iterator[Outc
     try:
         session.ask()
         trials, start = FIRST_TRIALS, session.before_trials
+        asked = session.spent()
         for budget in sorted(budgets):
             while True:
                 spent = session.spent() - saving.cpu_seconds
-                more = more_trials(budget - spent, (spent - start) / trials)
+                # Idle at both ends, so exact; the first trials began while it ran and may be seen late.
+                later = trials - FIRST_TRIALS
+                per_trial = (spent - asked) / later if later else (spent - start) / trials
+                more = more_trials(budget - spent, max(per_trial, TICK))
+                more = more if later else min(more, FIRST_TRIALS)
                 if more == 0:
                     break
                 session.ask(len(menu_trials(session.text)) + 1)
