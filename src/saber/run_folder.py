@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +32,66 @@ from saber.strength import Shown, Trial
 STATE, PASSES = "state.json", "passes"
 
 
-def prepare_folder(out: Path, model: str = "", *, overwrite: bool, resume: bool) -> None:
-    """Make the run folder usable before any work is done; raises `OutputError` when it is not.
+@dataclass(frozen=True)
+class Files:
+    """What a kind of work writes to its folder."""
 
-    Only a folder that a run has marked as its own is gone on with or replaced, and none with `model` in it.
+    one: str
+    """What it is called, with its article."""
+    record: str
+    """The file that marks it as finished."""
+    state: str
+    """The file that marks it as begun."""
+    others: frozenset[str]
+    """All else, but for passes and plots."""
+
+    @property
+    def what(self) -> str:
+        """What it is called."""
+        return self.one.split()[1]
+
+    @property
+    def ours(self) -> frozenset[str]:
+        """Return the names of all of it."""
+        return self.others | {self.record, self.state, PASSES, "plots"}
+
+
+RUNS = Files("a run", RUN, STATE, frozenset({PLAN, "report.html", "README.md", *PLACES.values()}))
+AUDITS = Files("an audit", "audit.json", "audit-state.json", frozenset({"audit.md"}))
+
+
+def prepare_folder(
+    out: Path, model: str = "", *, overwrite: bool, resume: bool, files: Files = RUNS
+) -> None:
+    """Make the folder of a run, or of an audit, usable before any work is done; raises `OutputError`.
+
+    Only a folder that one has marked as its own is gone on with or replaced, and none with `model` in it.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out} is a file.", "Choose a folder.")
     if model:
         artifacts.require_apart(out, model)
     if out.is_dir() and any(not _is_part(p.name) for p in out.iterdir()):
-        finished, begun = _is_marked(out / RUN), _is_marked(out / STATE)
+        finished, begun = _is_marked(out / files.record), _is_marked(out / files.state)
         if not (finished or begun):
             raise OutputError(
-                f"--out {out} is not empty and holds no run{' to resume' if resume else ''}.",
-                "Choose another folder; --overwrite replaces runs alone.",
+                f"--out {out} is not empty and holds no {files.what}{' to resume' if resume else ''}.",
+                f"Choose another folder; --overwrite replaces {files.what}s alone.",
             )
         if resume and finished:
+            more = " What it lacks of exports, saber export writes." if files is RUNS else ""
             raise OutputError(
-                f"the run in {out} is finished.",
-                "There is nothing to resume. What it lacks of exports, saber export writes.",
+                f"the {files.what} in {out} is finished.", f"There is nothing to resume.{more}"
             )
         if not resume:
             if not overwrite:
                 what, ways = (
-                    ("a finished run", "--overwrite")
+                    (f"a finished {files.what}", "--overwrite")
                     if finished
-                    else ("an interrupted run", "--resume, or --overwrite")
+                    else (f"an interrupted {files.what}", "--resume, or --overwrite")
                 )
                 raise OutputError(f"--out {out} holds {what}.", f"Choose another, or {ways}.")
-            _remove_run(out)
+            _remove(out, files)
     artifacts.require_writable(out)
 
 
@@ -71,7 +101,7 @@ def _is_part(name: str) -> bool:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a file is a run's `run.json` or `state.json`, and not somebody else's."""
+    """Whether a file is one that marks a folder, such as `run.json`, and not somebody else's."""
     if not path.is_file():
         return False
     try:
@@ -92,42 +122,41 @@ def removed_if_empty(out: Path) -> Iterator[None]:
         raise
 
 
-def abandon(out: Path) -> None:
-    """Take away what a run has left that came to nothing, and the folder where it is empty then."""
+def abandon(out: Path, files: Files = RUNS) -> None:
+    """Take away what was needed to resume, and the folder where it is empty then."""
     shutil.rmtree(out / PASSES, ignore_errors=True)
-    (out / STATE).unlink(missing_ok=True)
+    (out / files.state).unlink(missing_ok=True)
     with suppress(OSError):  # of other files, which stay
         out.rmdir()
 
 
-def _remove_run(out: Path) -> None:
-    """Remove a former run's files; refuse a folder that holds anything that is not ours."""
-    ours = {RUN, STATE, PLAN, PASSES, "plots", "report.html", "README.md", *PLACES.values()}
+def _remove(out: Path, files: Files) -> None:
+    """Remove a former run's or audit's files; refuse a folder that holds anything that is not ours."""
     foreign = sorted(
-        p.name for p in out.iterdir() if p.name not in ours and not _is_part(p.name)
+        p.name for p in out.iterdir() if p.name not in files.ours and not _is_part(p.name)
     ) + artifacts.foreign_plots(out)
     if foreign:
         raise OutputError(
-            f"--out {out} holds files that are not a run's ({', '.join(foreign[:3])}).",
-            "Choose another folder; --overwrite replaces runs alone.",
+            f"--out {out} holds files that are not {files.one}'s ({', '.join(foreign[:3])}).",
+            f"Choose another folder; --overwrite replaces {files.what}s alone.",
         )
-    if (out / RUN).exists():
-        # What is left when this is cut off is an unfinished run's, and still marked as such.
-        os.replace(out / RUN, out / STATE)
-    for path in sorted(out.iterdir(), key=lambda p: p.name == STATE):
+    if (out / files.record).exists():
+        # What is left when this is cut off is an unfinished one's, and still marked as such.
+        os.replace(out / files.record, out / files.state)
+    for path in sorted(out.iterdir(), key=lambda p: p.name == files.state):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def resume_state(out: Path, identity: dict[str, Any]) -> list[Pass]:
-    """Return the finished passes of an interrupted run of the very same configuration."""
-    if not (out / STATE).exists():
+def resume_state(out: Path, identity: dict[str, Any], files: Files = RUNS) -> list[Pass]:
+    """Return the finished passes of an interrupted run or audit of the very same configuration."""
+    if not (out / files.state).exists():
         return []
-    state = artifacts.read_json(out / STATE)
+    state = artifacts.read_json(out / files.state)
     if state != identity:
         words = {"prompts": "set of prompts", "template": "chat template"}
         changed = [words.get(k, k) for k in identity if state.get(k) != identity[k]]
         raise UsageError(
-            f"the run in {out} was made with another {' and '.join(changed)}.",
+            f"the {files.what} in {out} was made with another {' and '.join(changed)}.",
             "Give the same arguments, or start anew with --overwrite.",
         )
     done: list[Pass] = []

@@ -30,7 +30,7 @@ from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
 from saber.lm.model import fingerprint
 from saber.record import describe_reporting, environment
-from saber.report import build, build_sweep, is_sweep, reading
+from saber.report import build, build_audit, build_sweep, is_audit, is_sweep, reading
 
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
@@ -200,7 +200,7 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """`saber report`."""
-    made = build_sweep(arguments.run) if is_sweep(arguments.run) else build(arguments.run)
+    made = _builder(arguments.run)(arguments.run)
     if arguments.json:
         print(
             json.dumps(
@@ -212,9 +212,13 @@ def report_command(arguments: argparse.Namespace) -> int:
             )
         )
     else:
-        page = f"report: {made.html}\nmodel card: " if made.html else "sweep: "
+        page = f"report: {made.html}\nmodel card: " if made.html else "page: "
         Console().print(f"{page}{made.card}")
     return 0
+
+
+def _builder(folder: Path) -> Any:
+    return build_sweep if is_sweep(folder) else build_audit if is_audit(folder) else build
 
 
 def slug(name: str) -> str:

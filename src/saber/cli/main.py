@@ -94,8 +94,8 @@ def _interrupted(interrupt: KeyboardInterrupt, arguments: argparse.Namespace) ->
 
 
 def _resumable(arguments: argparse.Namespace) -> bool:
-    out = arguments.out if arguments.command in ("run", "sweep") else None
-    marks = ("state.json", "study.json")
+    out = arguments.out if arguments.command in ("run", "sweep", "audit") else None
+    marks = ("state.json", "study.json", "audit-state.json")
     return out is not None and any((Path(out) / mark).exists() for mark in marks)
 
 
@@ -161,6 +161,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="run these tasks of lm-eval instead: YAML files, or names (--limit items of each)",
     )
     evaluate.set_defaults(handler=_eval)
+
+    audit = commands.add_parser(
+        "audit", help="measure how little takes a behaviour out; no edit is kept"
+    )
+    _model_options(audit)
+    _config_options(audit)
+    audit.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of the audit (default: runs/MODEL-audit)"
+    )
+    audit.add_argument("--overwrite", action="store_true", help="replace a former audit in --out")
+    audit.add_argument("--resume", action="store_true", help="go on with the audit in --out")
+    audit.add_argument(
+        "--force", action="store_true", help="go on even if the model hardly shows the behaviour"
+    )
+    audit.set_defaults(handler=_audit)
 
     inspect = commands.add_parser("inspect", help="list the residual writers and prove the list")
     _model_options(inspect, edits=False)
@@ -708,6 +723,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from saber.cli.sweep import sweep_command
 
     return sweep_command(arguments, read_config(arguments))
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from saber.cli.audit import audit_command
+
+    config = read_config(arguments)
+    require_used(config)
+    return audit_command(arguments, config)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """A finished run as plots, a page and a model card; reads run.json and never opens a model."""
 
+from saber.report.audit_page import build_audit, is_audit, read_audit
 from saber.report.build import Report, build, read_run
 from saber.report.card import model_card
 from saber.report.html import html_report
@@ -10,10 +11,13 @@ __all__ = [
     "PLOTS",
     "Report",
     "build",
+    "build_audit",
     "build_sweep",
     "html_report",
+    "is_audit",
     "is_sweep",
     "model_card",
+    "read_audit",
     "read_run",
     "read_sweep",
 ]

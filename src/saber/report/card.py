@@ -53,7 +53,7 @@ def model_card(run: Mapping[str, Any], *, repo_name: str | None = None) -> str:
         _measured(run),
         _usage(run, repo_name) if edited else "",
         f"## Configuration\n\n{_fenced(toml.dumps(run.get('config') or {}), 'toml')}",
-        _provenance(run),
+        provenance(run),
         limits(run),
         f"## Prior art\n\n{PRIOR_ART}",
     ]
@@ -254,7 +254,8 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
     return _fenced(code, "python")
 
 
-def _provenance(run: Run) -> str:
+def provenance(run: Run) -> str:
+    """What the numbers were made of and with, as a section of its own."""
     model, config = run.get("model") or {}, run.get("config") or {}
     environment = run.get("environment") or {}
     rows = [
