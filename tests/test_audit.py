@@ -51,6 +51,7 @@ def audited(pico, config, tmp_path_factory):
     return folder, audit(str(pico), folder, config, force=True)
 
 
+@pytest.mark.slow
 def test_an_audit_keeps_numbers_and_no_edit(audited, pico):
     folder, record = audited
     build_audit(folder)
@@ -86,6 +87,7 @@ def _vectors(value):
             yield from _vectors(one)
 
 
+@pytest.mark.slow
 def test_an_audit_that_was_cut_off_goes_on(audited, pico, config, tmp_path):
     _, record = audited
     out, seen = tmp_path / "cut", []
@@ -111,6 +113,7 @@ def test_an_audit_that_was_cut_off_goes_on(audited, pico, config, tmp_path):
         audit(str(pico), out, config, force=True)
 
 
+@pytest.mark.slow
 def test_only_an_audits_folder_is_replaced(audited, pico, config, tmp_path):
     _, record = audited
     run = tmp_path / "run"
@@ -347,6 +350,7 @@ def test_another_behaviour_is_called_by_its_name(record):
     assert changes(record).header[3] == "Flattery"
 
 
+@pytest.mark.slow
 def test_command_draws_page_and_plot_and_prints_json(pico, config, tmp_path, capsys, audited):
     folder = tmp_path / "own"
     folder.mkdir()

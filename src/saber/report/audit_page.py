@@ -55,11 +55,11 @@ def of_kind(record: Run, kind: str) -> list[Rung]:
 def name_of(record: Run, rung: Rung) -> str:
     """What a change is called in a table."""
     if rung["kind"] == "direction":
-        return f"one direction (layer {record['direction']['layer']}) out of all writers"
+        return f"one direction (layer {record['direction']['layer']})"
     names = {
         "untouched": "untouched",
         "edit": f"{share(rung)} of the edit",
-        "random": "the edit along random directions",
+        "random": "random directions",
     }
     return names[rung["kind"]]
 
@@ -224,8 +224,10 @@ def page(record: Run) -> str:
 
 
 SIZES = (
-    "*Size* is the norm of the change over that of the weights it changes (Frobenius). KL is from the "
-    "untouched model, along its own answers to held-out neutral prompts, nats a token."
+    "*Size* is the norm of the change over that of the weights it changes (Frobenius). *Random directions*: "
+    "the whole edit, which reads the same and writes as much along others. *One direction*: taken out of all "
+    "writers, the one that does most on validation prompts (Arditi et al. 2024, arXiv 2406.11717). KL is "
+    "from the untouched model, along its own answers to held-out neutral prompts, nats a token."
 )
 STARTS = (
     "The untouched model goes on behind the first tokens of what the edited one answers, on prompts on which "
