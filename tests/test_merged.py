@@ -329,6 +329,16 @@ def test_a_spread_model_is_cast_tensor_by_tensor(base, tmp_path):
     assert all(same_bits(found[name], value) for name, value in wanted.items())
 
 
+def test_what_is_too_large_for_16_bits_is_not_saved_as_infinity(base, tmp_path):
+    lm = replace(load(str(base), FLOAT32), name="of-no-files", stored_dtype=torch.float16)
+    with torch.no_grad():
+        lm.model.model.norm.weight[3] = 1e5
+    save_merged(lm, plan_of(lm), tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert found[KEPT][3] == 1e5
+    assert {t.dtype for name, t in found.items() if name != KEPT} == {torch.float16}
+
+
 def test_nothing_is_edited_in_memory_where_the_files_are_written(base, tmp_path):
     run, lm = ran(base, tmp_path / "run")
     mark = fingerprint(lm.model)

@@ -27,8 +27,8 @@ def as_in_files(lm: LanguageModel, plan: EditPlan) -> Iterator[None]:
     """Bring an edited model to its checkpoint's dtype, and tensors that its files hold wider to theirs.
 
     Those that the plan leaves alone get the very bits of the files, where these are what the model was
-    loaded from. Afterwards all are in the checkpoint's dtype. Each is cast where it lies: a spread model is
-    not cast whole.
+    loaded from. One that its dtype has no place for stays as it is. Afterwards all the others are in the
+    checkpoint's dtype. Each is cast where it lies: a spread model is not cast whole.
     """
     wide = {}
     if source := _source(lm):
@@ -45,11 +45,19 @@ def as_in_files(lm: LanguageModel, plan: EditPlan) -> Iterator[None]:
     }
     try:
         for key, tensor in kept.items():
-            tensor.data = wide[key] if key in wide else tensor.data.to(usual[key])
+            tensor.data = wide[key] if key in wide else _narrowed(tensor.data, usual[key])
         yield
     finally:
         for key, tensor in kept.items():
-            tensor.data = tensor.data.to(usual[key])
+            tensor.data = _narrowed(tensor.data, usual[key])
+
+
+def _narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in a dtype, or as they are where it has no place for the largest."""
+    cast = value.to(dtype)
+    if holds(dtype, value.dtype) or torch.equal(cast.isfinite(), value.isfinite()):
+        return cast
+    return value
 
 
 def _source(lm: LanguageModel) -> Source | None:
