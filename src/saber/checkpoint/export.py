@@ -148,21 +148,21 @@ def export(
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
     card = out.with_suffix(".md") if single else out / CARD
-    for path in (out, card):
-        if path.exists():
-            raise OutputError(f"{path} exists already.", "Choose another --out.")
+    _require_none(out, card)
     if single:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
-        try:
-            written = _gguf(run, kind, out, spec, progress)
-            artifacts.write_text(card, written.card)
-        except BaseException:  # a file and its card are there together, or neither is
-            for path in (out, card):
-                path.unlink(missing_ok=True)
-            raise
+        with artifacts.claimed(out):
+            _require_none(out, card)
+            try:
+                written = _gguf(run, kind, out, spec, progress)
+                artifacts.write_text(card, written.card)
+            except BaseException:  # a file and its card are there together, or neither is
+                for path in (out, card):
+                    path.unlink(missing_ok=True)
+                raise
     elif kind == "merged":
         written = _merged(run, out, spec, lm)
     else:
@@ -181,6 +181,13 @@ def export(
         written.notes,
         written.tensors,
     )
+
+
+def _require_none(*paths: Path) -> None:
+    """Raise `OutputError` for what is there already."""
+    for path in paths:
+        if path.exists():
+            raise OutputError(f"{path} exists already.", "Choose another --out.")
 
 
 def export_all(

@@ -101,6 +101,7 @@ def write_merged(
     )
     with stage.locked():
         try:
+            artifacts.require_free(out)
             record, _ = write_files(work, stage, STANDS_ALONE)
         except OutputError as error:
             raise OutputError(error.problem, "Free space or choose another --out.") from error
