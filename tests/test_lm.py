@@ -390,3 +390,17 @@ def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
     )
     with pytest.raises(ModelError, match="is or holds a LoRA adapter"):
         load("me/adapter")
+
+
+@pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
+def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(model_folder, monkeypatch, dtype, told):
+    """Some of transformers multiply float32 states by 16-bit ones, which torch does not."""
+
+    def mixed(_lm):
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16")
+
+    monkeypatch.setattr("saber.lm.load.ignores_padding", mixed)
+    with pytest.raises(ModelError if told else RuntimeError) as found:
+        load(str(model_folder), LoadSpec(device="cpu", dtype=dtype))
+    assert ("does not run in bfloat16" in str(found.value)) == told
+    assert ("Use --dtype float32." in str(found.value)) == told

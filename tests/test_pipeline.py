@@ -443,6 +443,14 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
         run("no-such-model", tmp_path / "file", small())
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_one_run_at_a_time_in_a_folder(tmp_path, options):
+    """A second one would go on with the first's passes, or remove them."""
+    with artifacts.claimed(tmp_path / "out"), pytest.raises(OutputError, match="another process"):
+        run("demo", tmp_path / "out", small(), **options)
+    assert not list(tmp_path.iterdir())
+
+
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

@@ -36,6 +36,7 @@ from saber.lm.forward import (
     placed,
     prefix_cache,
     silent,
+    unrounded_head,
     within_reach,
 )
 from saber.lm.model import LanguageModel
@@ -358,7 +359,9 @@ class _Batch:
         last = torch.arange(1, count + 1, device=lm.device) * new - 1
         # Of rows that have ended too, as all of them are read.
         reach = within_reach(lm, int(self.positions.max()) + 1)
-        with gathered_head(lm, last) as seen, reach, torch.no_grad():
+        # The same logits as of passes over drafts: rounded, close calls would go another way.
+        exact = unrounded_head(lm)
+        with gathered_head(lm, last) as seen, exact, reach, torch.no_grad():
             out = lm.model(
                 input_ids=self.ids,
                 attention_mask=mask_of(self.state, self.mask, new),

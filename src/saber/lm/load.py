@@ -158,11 +158,27 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         response_prefix=spec.response_prefix,
     )
     if with_tokenizer:
-        lm = replace(lm, told=counts_from_zero(lm))
-        lm = replace(lm, pads=lm.told and ignores_padding(lm))
+        with _runs(lm):
+            lm = replace(lm, told=counts_from_zero(lm))
+            lm = replace(lm, pads=lm.told and ignores_padding(lm))
     if with_tokenizer and not spec.response_prefix:
         lm = replace(lm, response_prefix=empty_thought(lm))
     return replace(lm, work=Work())
+
+
+@contextmanager
+def _runs(lm: LanguageModel) -> Iterator[None]:
+    """Raise `ModelError` where a model's own code mixes dtypes: some of transformers run in float32 alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lm.dtype.itemsize != 2 or is_out_of_memory(error):
+            raise
+        dtype = str(lm.dtype).removeprefix("torch.")
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{lm.name!r} does not run in {dtype}: {first}.", "Use --dtype float32."
+        ) from error
 
 
 def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:
