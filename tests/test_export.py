@@ -879,3 +879,14 @@ def test_what_a_killed_export_has_left_is_in_nobodys_way(made_gguf, tmp_path, na
     assert done.card.exists()
     assert "half" not in {p.name for p in tmp_path.rglob("*")}
     assert not list(tmp_path.glob(".o*"))
+
+
+@pytest.mark.parametrize("base", ["pico.gguf", "gone.gguf", "demo"])
+def test_verify_says_what_a_gguf_base_cannot_be_held_against(capsys, made_gguf, tmp_path, base):
+    run, file = made_gguf
+    export(Run.load(run), "gguf", tmp_path / "x.gguf")
+    base = file.with_name(base) if base != "demo" else base
+    code, said = failing(capsys, "verify", tmp_path / "x.gguf", "--base", base)
+    assert code == 2
+    assert "x.gguf carries no fingerprint that" in said
+    assert "Leave --base out; --run RUN holds" in said

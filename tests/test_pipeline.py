@@ -15,7 +15,7 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer, thinned
 from safetensors.torch import load_file
 
-from saber import editors, pipeline, prompts, refinement, subject
+from saber import artifacts, editors, pipeline, prompts, refinement, subject
 from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
 from saber.checkpoint.export import export_all
