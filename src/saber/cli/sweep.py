@@ -155,10 +155,10 @@ def build_trial(arguments: argparse.Namespace) -> int:
     if number is None:
         record = read_sweep(folder)
         best = record.get("best")
-        if best and not helps(record):
+        if best and not helps(record) and not arguments.force:
             raise DataError(
                 f"no trial of the sweep in {folder} leaves less amiss than the untouched model.",
-                f"--trial {best['number']} builds the best of them all the same.",
+                f"--force or --trial {best['number']} builds the best of them all the same.",
             )
         if not best:
             raise DataError(
