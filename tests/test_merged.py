@@ -369,6 +369,19 @@ def test_a_snapshot_of_the_hub_is_copied_through_its_links(base, tmp_path, monke
     assert "base_model: me/base" in done.card.read_text()
 
 
+def test_a_card_names_no_folder_of_the_hubs_cache(base, tmp_path, monkeypatch):
+    """As of a hub model that has pickled weights alone, which is saved from memory."""
+    run, lm = ran(base, tmp_path / "run")
+    (base / WEIGHTS).unlink()
+    monkeypatch.setattr(plan_on_disk, "hub_folder", lambda *_: base)
+    record = {**run.record, "model": {**run.model, "name": "me/base", "base": "me/base"}}
+    done = export(
+        replace(run, record=record), "merged", tmp_path / "out", lm=replace(lm, name="me/base")
+    )
+    assert any("me/base has neither" in note for note in done.notes)
+    assert str(tmp_path) not in done.card.read_text() + str(done.notes)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_is_known_in_whatever_dtype_it_is_loaded(base, tmp_path, dtype):
     """One tensor of it is stored in float32, which a model in bfloat16 rounds."""

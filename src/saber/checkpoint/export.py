@@ -25,6 +25,7 @@ from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
+from saber.checkpoint.plan_on_disk import files_folder
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
@@ -314,7 +315,9 @@ def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Fi
     try:
         return files_of(run.folder, name, revision, out, dtype), ""
     except SaberError as error:
-        return None, _placeless(error.problem, run.folder, out, Path(name))
+        folder = files_folder(name, revision)  # of a hub model somewhere in the cache
+        text = error.problem.replace(str(folder), name) if folder else error.problem
+        return None, _placeless(text, run.folder, out, Path(name))
 
 
 def _placeless(text: str, *paths: Path | None) -> str:
