@@ -312,7 +312,7 @@ def forward(
     times = enlarged(lm.device)
     limits = (times * TOKENS_PER_BATCH, times * LOGITS_PER_BATCH)
     groups = share.cut(plan_batches(lengths, [len(w) for w in wanted], vocab, *limits))
-    pad = lm.tokenizer.pad_token_id or 0
+    pad = lm.pad_id
     for rows in progress(groups, label, len(groups)):
         width = lengths[rows[0]]
         ids = torch.full((len(rows), width), pad)

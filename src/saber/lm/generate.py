@@ -331,7 +331,7 @@ class _Batch:
         """Line up texts that were not read yet behind their shared prefix."""
         device, count = lm.device, len(rows)
         width = max(len(row.text) for row in rows)
-        pad = lm.tokenizer.pad_token_id or 0
+        pad = lm.pad_id
         gaps = [width - len(row.text) for row in rows]
         ids = torch.tensor([[pad] * n + [*row.text] for n, row in zip(gaps, rows, strict=True)])
         real = torch.tensor([[0] * n + [1] * (width - n) for n in gaps])
