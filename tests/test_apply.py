@@ -631,6 +631,13 @@ def first_shard(folder):
     return sorted(folder.glob("*.safetensors"))[0]
 
 
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_place_without_a_name(sharded, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    refused(sharded, tmp_path, "has no name of its own", OutputError, out=Path(out))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_truncated_shard(sharded, damaged, tmp_path):
     data = first_shard(damaged).read_bytes()
     for length in (0, 5, 100, len(data) - 1):

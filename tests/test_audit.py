@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_lm, thinned
 
+from saber import artifacts
 from saber import audit as auditing
 from saber.ablation import EditPlan, Removal, applied, orthogonal
 from saber.audit import STARTS, _Ladder, at_random, audit, scaled, sizes
@@ -123,6 +124,8 @@ def test_only_an_audits_folder_is_replaced(audited, pico, config, tmp_path):
         with pytest.raises(OutputError, match="holds no audit"):
             audit(str(pico), run, config, **options)
     assert [p.name for p in run.iterdir()] == ["run.json"]
+    with artifacts.claimed(tmp_path / "x"), pytest.raises(OutputError, match="another process"):
+        audit(str(pico), tmp_path / "x", config)
     with pytest.raises(UsageError, match="no meaning in an audit"):
         audit(str(pico), tmp_path / "x", override(config, {"data": {"mode": "over-refusal"}}))
     with pytest.raises(WeakBehaviour):

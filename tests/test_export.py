@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import shlex
 import shutil
 import sys
@@ -32,7 +33,7 @@ from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, note_export, way_back
 from saber.checkpoint.sketch import take
 from saber.cli.main import main
-from saber.errors import ModelError, OutputError
+from saber.errors import ModelError, OutputError, SaberError
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
@@ -805,3 +806,87 @@ def test_embedding_and_vector_factors_have_a_place_or_a_name(tmp_path):
         assert abs(found[name] - wanted[name]).max() < 1e-5
     with pytest.raises(export_module.UsageError, match=r"blk\.0\.attn_norm\.weight"):
         export(run, "gguf-lora", tmp_path / "l.gguf")
+
+
+def during(monkeypatch, moment, work):
+    """Call `work` once in the middle of something; return the list that its errors come into."""
+    module, _, name = moment.rpartition(".")
+    real, said = getattr(pkgutil.resolve_name(module), name), []
+
+    def meanwhile(*args, **kwargs):
+        if not said:
+            said.append(None)
+            try:
+                work()
+            except SaberError as error:
+                said[0] = error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(moment, meanwhile)
+    return said
+
+
+@pytest.mark.parametrize("what", [what for what in STOPS if "card" not in STOPS[what][2]])
+def test_two_exports_at_once_to_one_place(made, made_gguf, tmp_path, monkeypatch, what):
+    """The second is refused, and takes nothing away from the first."""
+    kind, name, moment = STOPS[what]
+    run = Run.load((made_gguf if "gguf" in kind else made)[0])
+    spec, out = ExportSpec(partial=True), tmp_path / "at once" / name
+    alone = export(run, kind, tmp_path / "alone" / name, spec)
+    said = during(monkeypatch, moment, lambda: export(run, kind, out, spec))
+    done = export(run, kind, out, spec)
+    assert isinstance(said[0], OutputError)
+    assert "another process is writing" in str(said[0])
+    assert done.bytes == alone.bytes
+    assert sorted(p.name for p in out.parent.rglob("*")) == sorted(
+        p.name for p in (tmp_path / "alone").rglob("*")
+    )
+
+
+@pytest.mark.parametrize("name", ["o", "o.gguf"])
+def test_an_export_that_comes_late_leaves_what_another_has_written(
+    made_gguf, tmp_path, monkeypatch, name
+):
+    """The place was free when it began, and it had work to do before it came to write."""
+    run, out, first = Run.load(made_gguf[0]), tmp_path / name, []
+    real = artifacts.claimed
+
+    def late(*args):
+        if not first:
+            first.append(None)
+            first[0] = export(run, "gguf", out)
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("saber.artifacts.claimed", late)
+        with pytest.raises(OutputError, match="exists already"):
+            export(run, "gguf", out)
+    files = {out, first[0].card} if out.is_file() else set(out.iterdir())
+    assert sum(p.stat().st_size for p in files) >= first[0].bytes > 0
+
+
+@pytest.mark.parametrize("name", ["o", "o.gguf"])
+def test_what_a_killed_export_has_left_is_in_nobodys_way(made_gguf, tmp_path, name):
+    out = tmp_path / name
+    if out.suffix:
+        (tmp_path / ".o.gguf.part").write_bytes(b"half")
+        (tmp_path / ".o.gguf.lock").touch()
+    else:
+        (tmp_path / ".o.part" / "files").mkdir(parents=True)
+        for left in ("lock", "half", "files/half"):
+            (tmp_path / ".o.part" / left).touch()
+    done = export(Run.load(made_gguf[0]), "gguf", out)
+    assert done.card.exists()
+    assert "half" not in {p.name for p in tmp_path.rglob("*")}
+    assert not list(tmp_path.glob(".o*"))
+
+
+@pytest.mark.parametrize("base", ["pico.gguf", "gone.gguf", "demo"])
+def test_verify_says_what_a_gguf_base_cannot_be_held_against(capsys, made_gguf, tmp_path, base):
+    run, file = made_gguf
+    export(Run.load(run), "gguf", tmp_path / "x.gguf")
+    base = file.with_name(base) if base != "demo" else base
+    code, said = failing(capsys, "verify", tmp_path / "x.gguf", "--base", base)
+    assert code == 2
+    assert "x.gguf carries no fingerprint that" in said
+    assert "Leave --base out; --run RUN holds" in said

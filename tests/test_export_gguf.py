@@ -61,7 +61,9 @@ def test_file_holds_the_merged_models_weights(family, tmp_path):
     ("kind", "stored"),
     [("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("Q8_0", "float16")],
 )
-def test_a_file_is_saved_as_it_is_stored_and_in_float16_where_that_is_quantised(kind, stored, tmp_path):
+def test_a_file_is_saved_as_it_is_stored_and_in_float16_where_that_is_quantised(
+    kind, stored, tmp_path
+):
     path = ggufs.write(build("llama"), tmp_path / "base.gguf", kind)
     lm = load(str(path), LoadSpec(device="cpu"), tokenizer=False)
     assert lm.stored_dtype == getattr(torch, stored)
@@ -428,3 +430,38 @@ def test_a_plan_with_nan_is_not_written(tmp_path):
     file = open_gguf(ggufs.write(model, tmp_path / "b.gguf"))
     with pytest.raises(ModelError, match="NaN or infinity"):
         rewrite(file, tmp_path / "o.gguf", choose(file, changes(file, plan), "keep"), META)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "value", "ways"),
+    [
+        ("BF16", "f16", 1e5, "--type bf16"),
+        ("F32", "q8_0", 1e9, "--type bf16"),
+        ("F32", "q4_0", 1e9, "--type bf16"),
+        ("F32", "bf16", 3.4028e38, "--type f32"),
+    ],
+)
+def test_values_too_large_for_a_type_are_not_stored_as_infinity(
+    kind, wanted, value, ways, tmp_path
+):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 5] = value
+    file = open_gguf(ggufs.write(model, tmp_path / "base.gguf", kind))
+    found = changes(file, random_plan(model))
+    with pytest.raises(ModelError, match=f"attn_output.*too large for {wanted.upper()}.*{ways}"):
+        rewrite(file, tmp_path / "out.gguf", choose(file, found, wanted), META)
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+    # A type that holds them is taken by itself.
+    rewrite(file, tmp_path / "out.gguf", choose(file, found, "auto"), META)
+    assert all(np.isfinite(t).all() for t in ggufs.weights(tmp_path / "out.gguf").values())
+
+
+def test_a_base_file_with_infinity_is_named_as_such(tmp_path):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[3, 5] = float("inf")
+    file = open_gguf(ggufs.write(model, tmp_path / "base.gguf"))
+    typed = choose(file, changes(file, random_plan(model)), "keep")
+    with pytest.raises(ModelError, match="of the base file holds NaN or infinity"):
+        rewrite(file, tmp_path / "out.gguf", typed, META)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from unittest.mock import Mock
 
+import ggufs
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
@@ -13,7 +14,7 @@ from saber.errors import ModelError, UsageError
 from saber.lm import device as devices
 from saber.lm import thought
 from saber.lm.chat import encode, render
-from saber.lm.generate import Completion
+from saber.lm.generate import Completion, generate
 from saber.lm.headers import main_dtype
 from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.model import fingerprint
@@ -390,3 +391,52 @@ def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
     )
     with pytest.raises(ModelError, match="is or holds a LoRA adapter"):
         load("me/adapter")
+
+
+@pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
+def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(model_folder, monkeypatch, dtype, told):
+    """Some of transformers multiply float32 states by 16-bit ones, which torch does not."""
+
+    def mixed(_lm):
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16")
+
+    monkeypatch.setattr("saber.lm.load.ignores_padding", mixed)
+    with pytest.raises(ModelError if told else RuntimeError) as found:
+        load(str(model_folder), LoadSpec(device="cpu", dtype=dtype))
+    assert ("does not run in bfloat16" in str(found.value)) == told
+    assert ("Use --dtype float32." in str(found.value)) == told
+
+
+def with_more_tokens(folder, **special):
+    """Give a checkpoint's tokenizer tokens that its embeddings have no row of."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(400 - len(tokenizer))])
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_padding_token_without_an_embedding_does_no_harm(model_folder):
+    """As in models that a padding token was added to, and never trained."""
+    plain = load(str(model_folder), LoadSpec(device="cpu"))
+    assert with_more_tokens(model_folder, pad_token="<outside>").pad_token_id == 400
+    lm = load(str(model_folder), LoadSpec(device="cpu"))
+    assert lm.pad_id == 0
+    prompts = ["a", "a much longer one"]
+    assert [c.ids for c in generate(lm, prompts, 4)] == [c.ids for c in generate(plain, prompts, 4)]
+
+
+def test_a_tokenizer_of_another_model_is_told(model_folder):
+    tokenizer = with_more_tokens(model_folder, additional_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = "<|im_start|>" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(model_folder)
+    with pytest.raises(ModelError, match=r"writes '<\|im_start\|>' as token 400, and the model has 400"):
+        load(str(model_folder), LoadSpec(device="cpu"))
+
+
+@pytest.mark.parametrize("length", [0, 4, 23, 24, 40, 200, 2000, -5000, -1])
+def test_a_gguf_file_that_is_cut_off_is_one_line(tmp_path, length):
+    whole = ggufs.write(ggufs.dense_model("llama"), tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(whole[:length])
+    with pytest.raises(ModelError, match=r"cannot read .*x\.gguf"):
+        load(str(tmp_path / "x.gguf"), LoadSpec(device="cpu"), tokenizer=False)

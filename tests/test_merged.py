@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_apply import assert_same, plan_of, same_bits, tensors
+from test_apply import MODELS, assert_same, plan_of, same_bits, tensors
 from test_export import MEASURED
 
 from saber import artifacts
@@ -26,6 +27,7 @@ from saber.checkpoint.shards import WEIGHTS
 from saber.checkpoint.verification import verify
 from saber.config import RunConfig
 from saber.errors import OutputError
+from saber.lm.disk import disk_names
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint, is_of
 from saber.notices import WARNING
@@ -192,6 +194,41 @@ def test_what_cannot_be_written_off_the_files_is_saved_from_memory(base, tmp_pat
     assert_same(tmp_path / "out", wanted)
 
 
+MIXED = {"llama": "norm", "gpt2": "wte", "mixtral": r"gate\.|experts\.1\."}
+"""By family: tensors that its files hold in float32. Norms, tied embeddings that come first, and routers and
+one expert, which lies with the others in one parameter."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", MIXED)
+def test_what_files_hold_wider_keeps_its_bits_from_memory(tmp_path, family, dtype):
+    """Float32 tensors beside 16 bits, whether the model computes in one or in the other."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    MODELS[family]().to(torch.bfloat16).save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    held = load_file(base / WEIGHTS)
+    wide = {name for name in held if re.search(MIXED[family], name)}
+    assert wide
+    held |= {name: held[name].float() * (1 + 1e-4) for name in wide}
+    save_file(held, base / WEIGHTS, metadata={"format": "pt"})
+    lm = load(str(base), LoadSpec(device="cpu", dtype=dtype))
+    plan = plan_of(lm)
+    save_merged(lm, plan, out)
+    found = tensors(out)
+    changed = {name for name in held if not torch.equal(held[name].float(), found[name].float())}
+    parts = [f.weight or f"{name}.weight" for name, f in plan.factors.items()]
+    parts += [
+        f.bias_name or f"{name}.bias" for name, f in plan.factors.items() if f.bias is not None
+    ]
+    assert changed <= {name for part in parts for name in disk_names(lm.model, part)}
+    assert wide - changed
+    assert all(found[name].dtype == torch.float32 for name in wide - changed)
+    assert artifacts.read_json(out / "config.json")["dtype"] == "bfloat16"
+    assert load(str(out), FLOAT32).stored_dtype == torch.bfloat16
+    # The model in memory is of one dtype again.
+    assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
+
+
 def test_a_model_folder_around_the_run_does_not_go_into_its_own_copy(base):
     run, lm = ran(base, base / "runs" / "mine")
     done = export(run, "merged", base / "runs" / "mine" / "model", lm=lm)
@@ -286,9 +323,20 @@ def test_a_spread_model_is_cast_tensor_by_tensor(base, tmp_path):
     wanted = tensors(from_memory(base, tmp_path / "whole"))
     lm.model.hf_device_map = {"": 0}
     save_merged(lm, plan_of(lm), tmp_path / "out")
-    found = tensors(tmp_path / "out")
-    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    found, stored = tensors(tmp_path / "out"), tensors(base)
+    assert {name: t.dtype for name, t in found.items()} == {n: stored[n].dtype for n in found}
+    assert {t.dtype for name, t in found.items() if name != KEPT} == {torch.bfloat16}
     assert all(same_bits(found[name], value) for name, value in wanted.items())
+
+
+def test_what_is_too_large_for_16_bits_is_not_saved_as_infinity(base, tmp_path):
+    lm = replace(load(str(base), FLOAT32), name="of-no-files", stored_dtype=torch.float16)
+    with torch.no_grad():
+        lm.model.model.norm.weight[3] = 1e5
+    save_merged(lm, plan_of(lm), tmp_path / "out")
+    found = tensors(tmp_path / "out")
+    assert found[KEPT][3] == 1e5
+    assert {t.dtype for name, t in found.items() if name != KEPT} == {torch.float16}
 
 
 def test_nothing_is_edited_in_memory_where_the_files_are_written(base, tmp_path):
@@ -319,6 +367,19 @@ def test_a_snapshot_of_the_hub_is_copied_through_its_links(base, tmp_path, monke
         assert not path.is_symlink()
     assert IGNORED in tensors(tmp_path / "out")
     assert "base_model: me/base" in done.card.read_text()
+
+
+def test_a_card_names_no_folder_of_the_hubs_cache(base, tmp_path, monkeypatch):
+    """As of a hub model that has pickled weights alone, which is saved from memory."""
+    run, lm = ran(base, tmp_path / "run")
+    (base / WEIGHTS).unlink()
+    monkeypatch.setattr(plan_on_disk, "hub_folder", lambda *_: base)
+    record = {**run.record, "model": {**run.model, "name": "me/base", "base": "me/base"}}
+    done = export(
+        replace(run, record=record), "merged", tmp_path / "out", lm=replace(lm, name="me/base")
+    )
+    assert any("me/base has neither" in note for note in done.notes)
+    assert str(tmp_path) not in done.card.read_text() + str(done.notes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

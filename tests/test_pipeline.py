@@ -15,7 +15,7 @@ import torch
 from conftest import SHARED_CACHE, make_tokenizer, thinned
 from safetensors.torch import load_file
 
-from saber import editors, pipeline, prompts, refinement, subject
+from saber import artifacts, editors, pipeline, prompts, refinement, subject
 from saber.ablation import EditPlan, applied
 from saber.checkpoint.apply import apply_to_files
 from saber.checkpoint.export import export_all
@@ -441,6 +441,14 @@ def test_out_is_checked_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         run("no-such-model", tmp_path / "file", small())
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"resume": True}])
+def test_one_run_at_a_time_in_a_folder(tmp_path, options):
+    """A second one would go on with the first's passes, or remove them."""
+    with artifacts.claimed(tmp_path / "out"), pytest.raises(OutputError, match="another process"):
+        run("demo", tmp_path / "out", small(), **options)
+    assert not list(tmp_path.iterdir())
 
 
 def contents(folder):

@@ -618,6 +618,11 @@ def test_what_rounding_alone_moves_stands_in_the_base_column() -> None:
     assert base() == ["0", "0", "0"]
     run["baseline"]["kl"].update(first_token=0.0017, sequence=0.0012, sequence_median=0.001)
     assert base() == [f"{x} (rounding alone)" for x in ("0.0017", "0.0012", "0.001")]
+    for which, moved in (("baseline", 0.0003), ("edited", 0.02)):
+        run[which]["kept"] = {"mine/heldout": {"kl": {"sequence": moved}}}
+    assert base()[0] == "0.0003 (rounding alone)"
+    run["baseline"]["kept"]["mine/heldout"]["kl"]["sequence"] = 0.0
+    assert base()[0] == "0"
 
 
 def test_prompts_that_were_left_out_are_told() -> None:

@@ -696,6 +696,16 @@ def test_a_stated_aim_that_is_missed_ends_with_3(texts, model_folder, tmp_path, 
     record = json.loads(capsys.readouterr().out)
     assert record["trials"][0]["amiss"]["rate"] == 1
     assert record["best"]["reached"] is False
+    # It is said that nothing was gained, and no trial is proposed.
+    assert record["best"]["helps"] is False
+    assert record["best"]["amiss"]["untouched"]["rate"] == 1
+    assert main([*(a for a in arguments if a != "--json"), "--overwrite", "--aim", "0"]) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No setting helps: the untouched model leaves 100.0% of" in said
+    assert "build it" not in said
+    assert "**No setting helps: " in (tmp_path / "s" / "README.md").read_text()
+    assert main(["run", str(model_folder), "--from-sweep", str(tmp_path / "s")]) == 2
+    assert "leaves less amiss than the untouched model" in capsys.readouterr().err
 
 
 def test_bad_input_of_the_command(capsys, tmp_path):

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,8 @@ from saber.errors import DataError, OutputError
 
 SCHEMA = 1
 TENSORS, META = "tensors.safetensors", "meta.json"
+FILES, LOCK = "files", "lock"
+"""In the folder in which another comes into being: what will be moved, and who is at work there."""
 DAMAGED = "It is damaged or incomplete: copy it anew, or make it again."
 """How to mend a file that is not what it should be."""
 
@@ -150,21 +152,94 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `final`; move it there when the block ends well, else remove it."""
+    """Give a folder to fill beside `final`; move it there when the block ends well, else remove it.
+
+    Raises `OutputError` where another process is filling one, and where `final` is there and not empty.
+    """
     part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    with claimed(final, part / LOCK):
+        try:
+            for path in part.iterdir():  # what a process that was killed has left
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (part / FILES).mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot create {part}: {error.strerror}.") from error
+        try:
+            require_free(final)
+            yield part / FILES
+            require_free(final)
+            if final.exists():
+                final.rmdir()
+            os.replace(part / FILES, final)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"cannot write {final}: {error}.", "Free space or choose another --out."
+            ) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def require_free(out: Path) -> None:
+    """Raise `OutputError` for what is there already, but for an empty folder."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise OutputError(f"{out} exists already.", "Choose another --out.")
+
+
+@contextmanager
+def claimed(out: Path, lock: Path | None = None) -> Iterator[None]:
+    """Hold `out` against another process that would write it too, by a lock file that is removed afterwards.
+
+    `lock` is that file; None takes one beside `out`. A process that was killed holds nothing, whatever it
+    has left. Raises `OutputError` where another one holds it.
+    """
+    if lock is None:
+        whole = Path(os.path.abspath(out))
+        lock = whole.with_name(f".{whole.name}.lock") if whole.name else whole / LOCK
     try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot create {part}: {error.strerror}.") from error
-    try:
-        yield part
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-    except (OSError, SafetensorError) as error:
+        file = _held(lock)
+    except BlockingIOError as error:
         raise OutputError(
-            f"cannot write {final}: {error}.", "Free space or choose another --out."
+            f"another process is writing {out}.", "Wait for it, or choose another --out."
         ) from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {lock.parent}: {error.strerror or error}.", "Choose another --out."
+        ) from error
+    try:
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if file is not None:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+            file.close()
+
+
+def _held(lock: Path) -> IO[bytes] | None:
+    """Return the open lock file, which nobody else holds; None where the system has no such locks.
+
+    Raises `BlockingIOError` where another process holds it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        try:
+            file = lock.open("ab")
+        except FileNotFoundError:  # who held it has just removed the folder
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except BlockingIOError:
+            file.close()
+            raise
+        except FileNotFoundError:
+            pass  # who held it has just removed it
+        except OSError:
+            return file  # a file system without them
+        file.close()

@@ -104,6 +104,24 @@ def audit(
     Raises children of `SaberError`; `WeakBehaviour` when the model hardly shows the behaviour and `force`
     is not set. A behaviour that no edit takes out is a finding and no error.
     """
+    with artifacts.claimed(out):
+        return _audit(
+            model, out, config, overwrite=overwrite, resume=resume, force=force, command=command,
+            listener=listener,
+        )  # fmt: skip
+
+
+def _audit(
+    model: str,
+    out: Path,
+    config: RunConfig,
+    *,
+    overwrite: bool,
+    resume: bool,
+    force: bool,
+    command: str,
+    listener: Listener,
+) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.timezone.utc), Stopwatch()
     if config.data.mode != "removal":
         raise UsageError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ParamSpec
 
 from saber import __version__, artifacts
 from saber.ablation import EditPlan, applied, originals_kept
@@ -48,6 +50,8 @@ from saber.run_folder import (
 )
 from saber.stopwatch import Stopwatch
 from saber.subject import Subject, Watch, refined
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,19 @@ class Listener:
     """Told of the run folder once all but the exports is there."""
 
 
+def _alone(work: Callable[P, RunResult]) -> Callable[P, RunResult]:
+    """Let one process at a time work in the folder `out`; another is refused with an `OutputError`."""
+
+    @wraps(work)
+    def held(*args: P.args, **kwargs: P.kwargs) -> RunResult:
+        out: Path = signature(work).bind(*args, **kwargs).arguments["out"]
+        with artifacts.claimed(out):
+            return work(*args, **kwargs)
+
+    return held
+
+
+@_alone
 def run(
     model: str,
     out: Path,

@@ -113,7 +113,7 @@ def information(
 def _one(lm: LanguageModel, batch: Sequence[Encoded], generator: torch.Generator) -> None:
     """Go forward, draw the answers' tokens anew, and go back from their log-probability."""
     rows = [torch.tensor(e.ids) for e in batch]
-    ids = pad_sequence(rows, batch_first=True, padding_value=lm.tokenizer.pad_token_id or 0)
+    ids = pad_sequence(rows, batch_first=True, padding_value=lm.pad_id)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     flat = [i * ids.shape[1] + p for i, e in enumerate(batch) for p in e.answer_positions]
     with torch.enable_grad(), gathered_head(lm, torch.tensor(flat, dtype=torch.long)):

@@ -116,6 +116,8 @@ def apply_to_files(
     fit it or is damaged, `OutputError` for a place that cannot be written.
     """
     begun = perf_counter()
+    if not out.name:  # . or /, beside which nothing can be prepared
+        raise OutputError(f"--out {out} has no name of its own.", "Choose a folder in it.")
     plan = DiskPlan.read(plan_folder(run))
     folder = model_folder(model)
     stage = Stage(out, out.with_name(f".{out.name}.part"), spec.sync)

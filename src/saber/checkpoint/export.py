@@ -25,6 +25,7 @@ from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
+from saber.checkpoint.plan_on_disk import files_folder
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
@@ -148,21 +149,21 @@ def export(
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
     card = out.with_suffix(".md") if single else out / CARD
-    for path in (out, card):
-        if path.exists():
-            raise OutputError(f"{path} exists already.", "Choose another --out.")
+    _require_none(out, card)
     if single:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
-        try:
-            written = _gguf(run, kind, out, spec, progress)
-            artifacts.write_text(card, written.card)
-        except BaseException:  # a file and its card are there together, or neither is
-            for path in (out, card):
-                path.unlink(missing_ok=True)
-            raise
+        with artifacts.claimed(out):
+            _require_none(out, card)
+            try:
+                written = _gguf(run, kind, out, spec, progress)
+                artifacts.write_text(card, written.card)
+            except BaseException:  # a file and its card are there together, or neither is
+                for path in (out, card):
+                    path.unlink(missing_ok=True)
+                raise
     elif kind == "merged":
         written = _merged(run, out, spec, lm)
     else:
@@ -181,6 +182,13 @@ def export(
         written.notes,
         written.tensors,
     )
+
+
+def _require_none(*paths: Path) -> None:
+    """Raise `OutputError` for what is there already."""
+    for path in paths:
+        if path.exists():
+            raise OutputError(f"{path} exists already.", "Choose another --out.")
 
 
 def export_all(
@@ -307,7 +315,9 @@ def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Fi
     try:
         return files_of(run.folder, name, revision, out, dtype), ""
     except SaberError as error:
-        return None, _placeless(error.problem, run.folder, out, Path(name))
+        folder = files_folder(name, revision)  # of a hub model somewhere in the cache
+        text = error.problem.replace(str(folder), name) if folder else error.problem
+        return None, _placeless(text, run.folder, out, Path(name))
 
 
 def _placeless(text: str, *paths: Path | None) -> str:

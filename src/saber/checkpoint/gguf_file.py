@@ -204,7 +204,8 @@ def decode(raw: bytes, kind: str, columns: int) -> Float32[np.ndarray, "rows col
 
     stored = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, row_bytes(kind, columns))
     try:
-        return np.asarray(quants.dequantize(stored, _type(kind)), np.float32)
+        with np.errstate(invalid="ignore"):  # an infinite scale, which is told where it is written
+            return np.asarray(quants.dequantize(stored, _type(kind)), np.float32)
     except NotImplementedError as error:
         raise ModelError(
             f"tensors of the type {kind} cannot be read by the gguf package.",

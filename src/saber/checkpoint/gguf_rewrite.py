@@ -97,7 +97,8 @@ def rewrite(
 
     `edits` holds the change and the type to store it in by tensor; every other tensor is copied byte
     for byte, and so are the metadata, to which `metadata` is added under `saber.`. Memory stays at a
-    few blocks of `BLOCK` values. The file appears whole or not at all. Raises `OutputError`.
+    few blocks of `BLOCK` values. The file appears whole or not at all. Raises `OutputError`, and
+    `ModelError` for values that a type is too narrow for.
     """
     with (
         artifacts.staged_file(out) as part,
@@ -128,6 +129,7 @@ def _write(
             sums = torch.zeros(4, dtype=torch.float64)
             for block in blocks(tensor):
                 stored, part = changed_rows(source, change, kind, block)
+                _require_finite(tensor, kind, part)
                 target.write(stored)
                 sums += part
             report.append(rounding(change, kind, sums))
@@ -136,6 +138,22 @@ def _write(
         _pad(target, alignment)
         each(tensor)
     return report
+
+
+def _require_finite(tensor: GgufTensor, kind: str, sums: Tensor) -> None:
+    """Raise `ModelError` where the sums of `changed_rows` show NaN or infinity in what is stored."""
+    if bool(torch.isfinite(sums).all()):
+        return
+    if not bool(torch.isfinite(sums[0])):
+        raise ModelError(
+            f"{tensor.name} of the base file holds NaN or infinity.",
+            "Download or convert it again.",
+        )
+    wider = "f32" if kind == "BF16" else "bf16"
+    raise ModelError(
+        f"{tensor.name} holds values that are too large for {kind}, and would be stored as infinity.",
+        f"Use --type {wider}.",
+    )
 
 
 def _head(

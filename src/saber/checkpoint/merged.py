@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,8 +19,9 @@ from saber.ablation import EditPlan, apply
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import ApplySpec, Work, plan_folder, write_files
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
-from saber.checkpoint.shards import DTYPES, Source, fingerprint, read_source
+from saber.checkpoint.shards import CONFIG, DTYPES, Source, fingerprint, read_source
 from saber.checkpoint.stage import Stage
+from saber.checkpoint.wider import as_in_files
 from saber.errors import ModelError, OutputError
 from saber.lm.device import holds
 from saber.lm.model import LanguageModel
@@ -101,6 +101,7 @@ def write_merged(
     )
     with stage.locked():
         try:
+            artifacts.require_free(out)
             record, _ = write_files(work, stage, STANDS_ALONE)
         except OutputError as error:
             raise OutputError(error.problem, "Free space or choose another --out.") from error
@@ -119,16 +120,18 @@ def save_merged(
     """Apply the plan for good, and save model, tokenizer and generation config to `folder`.
 
     The edit is made in float32 and rounded once, to the compute dtype, before the cast to the
-    checkpoint's own. `metadata` goes into the `__metadata__` of the weights; `added` are further text
-    files by name, such as a card. The folder appears whole or not at all. The model in memory stays
-    edited. Raises `OutputError` when the disk is or would be full.
+    checkpoint's own; tensors that the files hold in a wider one stay in it (`wider`). `metadata` goes into
+    the `__metadata__` of the weights; `added` are further text files by name, such as a card. The folder
+    appears whole or not at all. The model in memory stays edited. Raises `OutputError` when the disk is
+    or would be full.
     """
     _require_room(lm, folder)
     apply(lm.model, plan)
-    _cast(lm)
     try:
         with artifacts.staged_folder(folder) as part, _without_bars():
-            lm.model.save_pretrained(part)
+            with as_in_files(lm, plan):
+                lm.model.save_pretrained(part)
+            _name_dtype(part, lm.stored_dtype)
             lm.tokenizer.save_pretrained(part)
             for file in sorted(part.glob("*.safetensors")) if metadata else []:
                 stamp(file, metadata or {})
@@ -158,13 +161,12 @@ def _require_room(lm: LanguageModel, folder: Path) -> None:
     blocks.require_room(folder, needed)
 
 
-def _cast(lm: LanguageModel) -> None:
-    """Bring the weights to the checkpoint's dtype, each where it lies: a spread model is not cast whole."""
-    if lm.dtype == lm.stored_dtype:
-        return
-    for tensor in chain(lm.model.parameters(), lm.model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(lm.stored_dtype)
+def _name_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Let a saved configuration name the dtype of most weights: transformers takes that of the first."""
+    config = artifacts.read_json(folder / CONFIG)
+    name = str(dtype).removeprefix("torch.")
+    if config.get("dtype", name) != name:
+        artifacts.write_json(folder / CONFIG, {**config, "dtype": name})
 
 
 def stamp(file: Path, metadata: Mapping[str, str]) -> None:

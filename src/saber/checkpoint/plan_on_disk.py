@@ -166,7 +166,7 @@ class DiskPlan:
                         "together with others.",
                         "Use the run's merged model, or saber export RUN --format merged.",
                     )
-                called = [*whole, *(_in_bare(alias, names) for alias in whole)]
+                called = [*whole, *(in_bare(alias, names) for alias in whole)]
                 present = [alias for alias in called if all(p["name"] in names for p in alias)]
                 if not present:
                     missing = next(p["name"] for p in whole[0] if p["name"] not in names)
@@ -218,7 +218,7 @@ class DiskPlan:
         )
 
 
-def _in_bare(alias: Sequence[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
+def in_bare(alias: Sequence[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
     """Return pieces under their names in files of the decoder alone, as GPT-2's own on the hub are.
 
     There what holds the decoder in memory (`transformer.`, `model.`) is in no name, and transformers adds it.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from saber import artifacts
 from saber.checkpoint import blocks, provenance
@@ -17,7 +17,7 @@ from saber.checkpoint.shards import Source
 from saber.checkpoint.workers import Done, Job
 from saber.errors import OutputError, SaberError
 
-STATE, MARKS, FILES = "state.json", "marks", "files"
+STATE, MARKS = "state.json", "marks"
 
 
 def in_use(out: Path) -> OutputError:
@@ -44,28 +44,12 @@ class Stage:
     @property
     def files(self) -> Path:
         """Where the files of --out are."""
-        return self.folder / FILES
+        return self.folder / artifacts.FILES
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against another process that would write the same --out."""
-        with blocks.writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock: IO[str] = (self.folder / "lock").open("w")
-        with lock:
-            try:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                pass  # a system without such locks
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another process is writing {self.out}.",
-                    "Wait for it, or choose another --out.",
-                ) from error
-            except OSError:
-                pass  # a file system without them
+        with artifacts.claimed(self.out, self.folder / artifacts.LOCK):
             try:
                 yield
             except SaberError:
@@ -82,7 +66,7 @@ class Stage:
         ) == identity
         if same and not self.files.exists() and (self.out / provenance.FILE).exists():
             record = Record.load(self.out)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return record
         raise in_use(self.out)
 
@@ -138,4 +122,4 @@ class Stage:
             os.replace(self.files, self.out)
             if self.sync:
                 artifacts.sync_folder(self.out.parent)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)

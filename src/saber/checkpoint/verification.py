@@ -143,6 +143,12 @@ def _against_base(
     plan: DiskPlan | None,
     origin: Mapping[str, str],
 ) -> Iterator[Check]:
+    if base == "demo" or base.endswith(".gguf"):
+        raise DataError(
+            f"{path} carries no fingerprint that {base} could be held against: a base is known by its "
+            "folder of safetensors files, or by the model in memory.",
+            "Leave --base out; --run RUN holds plan, seed and model against the run's.",
+        )
     source = read_source(model_folder(base))
     # Adapters and GGUF files carry the fingerprint of the model in memory alone; its files' is the run's.
     wanted = origin.get("base_checkpoint") or (plan.checkpoint if plan else None)

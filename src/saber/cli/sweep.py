@@ -24,7 +24,7 @@ from saber.errors import DataError, UsageError
 from saber.lm.device import keep_freed_memory
 from saber.pipeline import Listener, Origin
 from saber.report import build_sweep, read_sweep
-from saber.report.sweep_card import columns, shrinkage
+from saber.report.sweep_card import columns, helps, shrinkage, vain
 from saber.sweep.drive import Hearing, Plan, sweep
 from saber.sweep.front import AIM
 from saber.sweep.grid import changed
@@ -97,6 +97,8 @@ def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
             out.print(
                 f"build it: saber run {arguments.model} --from-sweep {result.folder} "
                 f"--trial {best['number']}"
+                if helps(result.record)
+                else f"[yellow]note[/]: {vain(result.record)}"
             )
         out.print(f"table and plots: {made.card}")
     missed = arguments.aim is not None and best is not None and not best["reached"]
@@ -151,7 +153,13 @@ def build_trial(arguments: argparse.Namespace) -> int:
     study, rows = read_study(folder), Journal(folder / TRIALS).rows
     number = arguments.trial
     if number is None:
-        best = read_sweep(folder).get("best")
+        record = read_sweep(folder)
+        best = record.get("best")
+        if best and not helps(record) and not arguments.force:
+            raise DataError(
+                f"no trial of the sweep in {folder} leaves less amiss than the untouched model.",
+                f"--force or --trial {best['number']} builds the best of them all the same.",
+            )
         if not best:
             raise DataError(
                 f"the sweep in {folder} has not chosen a trial yet.",

@@ -198,7 +198,8 @@ def diverge(
         _add_losses(scores, batch, sequences)
         pairs = zip(untouched.split(KL_ROWS), batch.logits.split(KL_ROWS), strict=True)
         kl = torch.cat([kl_divergence(p, q) for p, q in pairs]).cpu().double()
-        chosen = batch.logits.argmax(-1).cpu()
+        # Rounded as those are that answers are written by.
+        chosen = batch.logits.to(lm.dtype).argmax(-1).cpu()
         pieces = zip(batch.rows, batch.split(kl), batch.split(chosen), strict=True)
         for row, piece, tokens in pieces:
             divergences[row] = piece.numpy()

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -51,18 +52,21 @@ class Layout:
     """The model in memory, as it was loaded."""
     _known: dict[tuple[object, ...], tuple[Piece, ...]] = field(default_factory=dict)
     _names: dict[int, list[str]] = field(default_factory=dict)
+    _held: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        self._held = dict(chain(parameters, self.model.named_buffers(remove_duplicate=False)))
+        for name, parameter in self._held.items():
             self._names.setdefault(id(parameter), []).append(name)
 
     def pieces(self, name: str) -> tuple[tuple[Piece, ...], ...]:
-        """Return the pieces of a parameter under each of its names; several where weights are tied.
+        """Return the pieces of a parameter or buffer under each of its names; several where weights are tied.
 
         A name under which the files weave the parameter together with others, or cut it in no plain
         way, has no pieces.
         """
-        parameter = self.model.get_parameter(name)
+        parameter = self._held[name]
         shape = tuple(parameter.shape)
         return tuple(self._pieces(alias, shape) for alias in self._names[id(parameter)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -287,14 +287,16 @@ def forward(
     earliest: int | None = None,
     ready: Callable[[list[int], int, int], None] | None = None,
     share: Share = WHOLE,
+    exact: bool = True,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Run sequences through the model; yield each batch with its logits at the wanted positions.
 
     `extra(rows)` gives kept head inputs (n, d) whose logits come as the second item; with `heads`
     the second item is instead this model's own head inputs at the wanted positions. Hooks that the
     caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
-    is at most `earliest`. Logits are float32 ones, whatever the model computes in. Of the batches that
-    all sequences make, those of `share` run. Raises ValueError for a wanted position below 0.
+    is at most `earliest`. Logits are float32 ones, whatever the model computes in; unless `exact` they are
+    rounded as the model rounds its own. Of the batches that all sequences make, those of `share` run.
+    Raises ValueError for a wanted position below 0.
     """
     if not sequences:
         return
@@ -312,7 +314,7 @@ def forward(
     times = enlarged(lm.device)
     limits = (times * TOKENS_PER_BATCH, times * LOGITS_PER_BATCH)
     groups = share.cut(plan_batches(lengths, [len(w) for w in wanted], vocab, *limits))
-    pad = lm.tokenizer.pad_token_id or 0
+    pad = lm.pad_id
     for rows in progress(groups, label, len(groups)):
         width = lengths[rows[0]]
         ids = torch.full((len(rows), width), pad)
@@ -328,7 +330,7 @@ def forward(
         positions = torch.arange(offset, offset + width, device=lm.device)
         with (
             gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen,
-            unrounded_head(lm),
+            unrounded_head(lm) if exact else nullcontext(),
             within_reach(lm, offset + width),
             torch.no_grad(),
         ):

@@ -80,7 +80,7 @@ def plan_reading(
     offset = offset if cache is not None else 0
     gates = find_gates(lm, writers)
     tails = sorted((list(ids[offset:]) for ids in sequences), key=len)
-    pad = lm.tokenizer.pad_token_id or 0
+    pad = lm.pad_id
     batches: list[tuple[Tensor, tuple[int, ...]]] = []
     most = tokens_per_batch or enlarged(lm.device) * TOKENS_PER_BATCH
     while tails:

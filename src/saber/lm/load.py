@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 
 from saber.errors import ModelError
 from saber.lm import demo
+from saber.lm.chat import encode
 from saber.lm.device import (
     MORE_ROOM,
     DtypeName,
@@ -158,11 +160,41 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         response_prefix=spec.response_prefix,
     )
     if with_tokenizer:
-        lm = replace(lm, told=counts_from_zero(lm))
-        lm = replace(lm, pads=lm.told and ignores_padding(lm))
+        _require_embeddings(lm)
+        with _runs(lm):
+            lm = replace(lm, told=counts_from_zero(lm))
+            lm = replace(lm, pads=lm.told and ignores_padding(lm))
     if with_tokenizer and not spec.response_prefix:
         lm = replace(lm, response_prefix=empty_thought(lm))
     return replace(lm, work=Work())
+
+
+def _require_embeddings(lm: LanguageModel) -> None:
+    """Raise `ModelError` where the tokenizer writes a prompt in tokens that the model does not have."""
+    rows = lm.model.get_input_embeddings().weight.shape[0]
+    beyond = [token for token in encode(lm, ["Name a fruit."])[0].ids if token >= rows]
+    if beyond:
+        written = lm.tokenizer.convert_ids_to_tokens(beyond[0])
+        raise ModelError(
+            f"the tokenizer of {lm.name!r} writes {written!r} as token {beyond[0]}, and the model has "
+            f"{rows}.",
+            "Take the tokenizer of these very weights, or another --chat-template.",
+        )
+
+
+@contextmanager
+def _runs(lm: LanguageModel) -> Iterator[None]:
+    """Raise `ModelError` where a model's own code mixes dtypes: some of transformers run in float32 alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lm.dtype.itemsize != 2 or is_out_of_memory(error):
+            raise
+        dtype = str(lm.dtype).removeprefix("torch.")
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{lm.name!r} does not run in {dtype}: {first}.", "Use --dtype float32."
+        ) from error
 
 
 def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]) -> Any:
@@ -347,6 +379,10 @@ _LOAD_ERRORS = (
     ImportError,
     TypeError,
     AttributeError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    struct.error,
     SafetensorError,
 )
 

@@ -110,6 +110,12 @@ class LanguageModel:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     @property
+    def pad_id(self) -> int:
+        """Token id that fills up shorter texts: the tokenizer's, or 0 where the model has none of it."""
+        own = self.tokenizer.pad_token_id or 0
+        return own if own < self.model.get_input_embeddings().weight.shape[0] else 0
+
+    @property
     def flops(self) -> float:
         """Work so far, in FLOP: 2 x parameters x tokens, layers and head apart, and second moments."""
         in_layers = sum(p.numel() for p in self.layers.parameters())

@@ -118,6 +118,22 @@ def _divergence(kl: Mapping[str, Any]) -> str:
     return f"{text} ({fixed(kl['sequence_low'], 4)}-{fixed(kl['sequence_high'], 4)})"
 
 
+def helps(record: Mapping[str, Any]) -> bool:
+    """Whether the chosen setting leaves less amiss than the untouched model; older sweeps do not say."""
+    return bool(record["best"].get("helps", True))
+
+
+def vain(record: Mapping[str, Any]) -> str:
+    """What to say where no setting leaves less amiss than the untouched model."""
+    best = record["best"]
+    was, seen = best["amiss"]["untouched"], best["amiss"]["validation"]
+    return (
+        f"No setting helps: the untouched model leaves {percent(was['rate'], 1)} of {was['n']} validation "
+        f"prompts amiss, and the best setting, {best['number']}, {percent(seen['rate'], 1)}. "
+        "Try other values, or more or other prompts."
+    )
+
+
 def shrinkage(record: Mapping[str, Any]) -> str:
     """What the chosen setting's numbers became on held-out prompts, in a sentence."""
     best = record["best"]
@@ -163,8 +179,10 @@ def page(record: Mapping[str, Any]) -> str:
     if best:
         pairs = ((axis_name(k), _value(v)) for k, v in best["values"].items())
         settings = cell(", ".join(f"{name} {value}" for name, value in pairs))
+        lines += [] if helps(record) else [f"**{vain(record)}**", ""]
+        what = "Chosen" if helps(record) else "Least amiss"
         lines += [
-            f"**Chosen: setting {best['number']}** ({settings}). Rule: {record['rule']}. Held-out "
+            f"**{what}: setting {best['number']}** ({settings}). Rule: {record['rule']}. Held-out "
             "prompts had no say in it.",
             "",
             f"On held-out prompts: {cell(shrinkage(record))}",

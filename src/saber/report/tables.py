@@ -83,7 +83,8 @@ def results(run: Run) -> Table:
         add(f"{name}, kept prompts ({title})", proportion, points, "kept", kept, "refusal")
         kl = dig(run, "edited", "kept", kept, "kl", "sequence")
         if known(kl) is not None:
-            rows.append((f"· KL(base ‖ edited) per token, {title}, nats", "0", number(kl), ""))
+            alone = _alone(dig(run, "baseline", "kept", kept, "kl") or {}, "sequence")
+            rows.append((f"· KL(base ‖ edited) per token, {title}, nats", alone, number(kl), ""))
     add("perplexity, battery reference answers", number, relative, "perplexity", "overall")
     for name in categories(run, "perplexity", "by_category"):
         add(f"· {plain(name)}", number, relative, "perplexity", "by_category", name)
@@ -102,16 +103,9 @@ def results(run: Run) -> Table:
 
 
 def _divergence(kl: Any, base: Any, where: str) -> list[tuple[str, ...]]:
-    """Return the rows of a divergence, none where it was not measured.
-
-    In 16 bits rounding alone makes the base diverge from itself.
-    """
+    """Return the rows of a divergence, none where it was not measured."""
     if kl is None:
         return []
-
-    def alone(name: str) -> str:
-        found = known(base.get(name))
-        return f"{number(found)} (rounding alone)" if found else "0"
 
     def mean_of(name: str) -> str:
         low, high = known(kl.get(f"{name}_low")), known(kl.get(f"{name}_high"))
@@ -121,7 +115,7 @@ def _divergence(kl: Any, base: Any, where: str) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         (
             f"KL(base ‖ edited), first token{where}, nats",
-            alone("first_token"),
+            _alone(base, "first_token"),
             mean_of("first_token"),
             "",
         )
@@ -130,11 +124,17 @@ def _divergence(kl: Any, base: Any, where: str) -> list[tuple[str, ...]]:
     tail = [f"{name} {number(kl[key])}" for name, key in ends if known(kl.get(key)) is not None]
     mean = mean_of("sequence") + (f" ({', '.join(tail)})" if tail else "")
     label = f"KL(base ‖ edited), per token of the base's answers{where}, nats"
-    rows.append((label, alone("sequence"), mean, ""))
+    rows.append((label, _alone(base, "sequence"), mean, ""))
     if known(kl.get("sequence_median")) is not None:
-        median = alone("sequence_median")
+        median = _alone(base, "sequence_median")
         rows.append(("· median prompt", median, number(kl["sequence_median"]), ""))
     return rows
+
+
+def _alone(base: Any, name: str) -> str:
+    """Return what the base diverges from itself: in 16 bits rounding alone makes it."""
+    found = known(base.get(name))
+    return f"{number(found)} (rounding alone)" if found else "0"
 
 
 def _accuracy(value: Any) -> str:

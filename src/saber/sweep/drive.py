@@ -369,12 +369,14 @@ def _best(
         looks += 1
     assert chosen.measured is not None
     seen, now = front.amiss(chosen.measured, mode), front.amiss(held["edited"], mode)
+    was = front.amiss(before, mode)
     return {
         "number": chosen.number,
         "values": dict(chosen.values),
         "plan": chosen.plan,
         "reached": seen.rate <= plan.aim,
-        "amiss": {"validation": asdict(seen), "heldout": asdict(now)},
+        "helps": seen.rate < was.rate,
+        "amiss": {"untouched": asdict(was), "validation": asdict(seen), "heldout": asdict(now)},
         "validation": chosen.measured,
         "heldout": held,
         "looks": looks,
