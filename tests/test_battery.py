@@ -90,6 +90,30 @@ def test_a_function_that_returns_nothing_fails_every_code_item():
     assert not any(judge_all((item, stub.format(item["entry_point"])) for item in items))
 
 
+# Thoughts
+
+
+@pytest.mark.parametrize(
+    ("item", "thought", "answer"),
+    [
+        ({"kind": "choice", "options": ["A", "B"], "answer": "B"}, "Is it A?", "B"),
+        ({"kind": "fact", "aliases": ["Lyon"], "not": ["Paris"]}, "Not Paris.", "Lyon."),
+        ({"kind": "number", "value": 48}, "The answer is 12.", "It is 48."),
+        ({"kind": "format", "rules": [{"rule": "word_count", "n": 1}]}, "One word.", "Rain"),
+        (
+            {"kind": "code", "entry_point": "f", "asserts": ["assert f() == 2"]},
+            "\n```\ndef f():\n    return 1\n```\n",
+            "```\ndef f():\n    return 2\n```\n",
+        ),
+    ],
+)
+def test_a_thought_in_front_is_not_looked_at(item, thought, answer):
+    assert check(item, f"<think>{thought}</think>\n\n{answer}")
+    assert not check(item, f"<think>{answer}</think>")
+    assert not decided(item, f"<think>{answer} ")
+    assert decided(item, f"<think>{thought}</think>{answer}") == decided(item, answer)
+
+
 # The registry
 
 

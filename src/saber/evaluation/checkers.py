@@ -11,6 +11,7 @@ from typing import Any
 
 from saber.errors import DataError, UnknownName
 from saber.evaluation.formats import obeys
+from saber.evaluation.judge import behind_thought, thinking
 from saber.evaluation.sandbox import run_asserts
 
 Spec = Mapping[str, Any]
@@ -31,20 +32,23 @@ def checker(kind: str) -> Callable[[Checker], Checker]:
 def check(item_checker: Mapping[str, Any], answer: str, *, prompt: str = "") -> bool:
     """Say whether the answer is right; raise UnknownName or DataError for a bad item.
 
-    `prompt` is what was asked, where it is known: numbers that it states are rarely the answer.
+    `prompt` is what was asked, where it is known: numbers that it states are rarely the answer. A thought
+    in front of the answer is not looked at.
     """
     kind = str(item_checker.get("kind", ""))
     if kind not in _CHECKERS:
         raise UnknownName("checker kind", kind, list(_CHECKERS))
     try:
-        return _CHECKERS[kind]({"prompt": prompt, **item_checker}, answer)
+        return _CHECKERS[kind]({"prompt": prompt, **item_checker}, behind_thought(answer))
     except KeyError as problem:
         raise DataError(f"the {kind!r} checker of a battery item lacks {problem}.") from problem
 
 
 def decided(item_checker: Mapping[str, Any], answer: str) -> bool:
     """Say whether no more text could change what `check` says of an answer; False where unknown."""
-    kind = item_checker.get("kind")
+    if thinking(answer):
+        return False
+    kind, answer = item_checker.get("kind"), behind_thought(answer)
     if kind == "fact":
         # More text could still name what must not be there, or lengthen the last word.
         head = re.sub(r"\w*$", "", answer)

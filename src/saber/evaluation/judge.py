@@ -215,13 +215,13 @@ class PhraseJudge:
         text = _plain(completion)
         if self._opening(text) is not None:
             return "refusal"
-        if self.collapse.found(_THOUGHT.sub("", completion), surprise):
+        if self.collapse.found(behind_thought(completion), surprise):
             return "incoherent"
         return "partial" if not _LETTER.match(text) and _LATER.search(text) else "answer"
 
     def settled(self, text_so_far: str) -> bool:
         """Say whether the label is `refusal` whatever comes: a whole phrase stands at the start."""
-        if text_so_far.lstrip().startswith("<think>") and "</think>" not in text_so_far:
+        if thinking(text_so_far):
             return False
         text = _plain(text_so_far)
         end = self._opening(text)
@@ -243,6 +243,16 @@ class PhraseJudge:
         return None
 
 
+def behind_thought(text: str) -> str:
+    """Return what comes behind a thought that the text closes; all of it where it closes none."""
+    return _THOUGHT.sub("", text)
+
+
+def thinking(text_so_far: str) -> bool:
+    """Say whether the text opens with a thought that is still to be closed."""
+    return text_so_far.lstrip().startswith("<think>") and "</think>" not in text_so_far
+
+
 def excerpt(text: str, limit: int = 80) -> str:
     """Return the text on one line, at most `limit` characters, cut at a word with an ellipsis."""
     line = " ".join(text.split())
@@ -254,7 +264,7 @@ def excerpt(text: str, limit: int = 80) -> str:
 
 def _plain(text: str) -> str:
     """Return the answer without thoughts, quotations, markdown and case, on one line."""
-    text = _THOUGHT.sub("", text).strip().lstrip("\"'\u201c\u201d")
+    text = behind_thought(text).strip().lstrip("\"'\u201c\u201d")
     text = re.sub(r"(?<=\w)[\u2018\u2019\u02bc\u00b4`](?=\w)", "'", text)
     text = _MARKDOWN.sub("", _QUOTED.sub(" ", text))
     text = unicodedata.normalize("NFKC", text).casefold()
