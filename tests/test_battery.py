@@ -375,6 +375,8 @@ DEFINITION = "def one():\n    return 1"
         f"Example:\n```\nprint(one() + two)\n```\nCode:\n```py\n{DEFINITION}\n```",
         "1. Do this:\n   ```python\n   def one():\n       return 1\n   ```",
         f"import math\nX = 1\n\n{DEFINITION}\n\nprint(one())\nIt prints 1.",
+        "Here it is:\n\n    import math\n\n    def one():\n        return 1\n\nIt returns 1.",
+        "\tdef one():\n\t\treturn 1",
     ],
 )
 def test_code_is_found_in_its_usual_wrappings(answer):

@@ -235,18 +235,21 @@ def find_code(answer: str, entry_point: str) -> str:
 
     Of several blocks it is the first that defines `entry_point`, else the first. A last block
     may lack its closing fence. Bare code runs from the first line that begins a definition or
-    an import to the first unindented line that looks like prose.
+    an import to the first line as little indented that looks like prose.
     """
     blocks = _BLOCK.findall(answer)
     defining = [b for b in blocks if re.search(rf"\bdef\s+{re.escape(entry_point)}\b", b)]
     if blocks:
         return textwrap.dedent((defining or blocks)[0])
     lines = answer.splitlines()
-    start = next((i for i, line in enumerate(lines) if _CODE_START.match(line)), len(lines))
-    end = next(
-        (i for i in range(start, len(lines)) if not _CODE_GOES_ON.match(lines[i])), len(lines)
+    start = next(
+        (i for i, line in enumerate(lines) if _CODE_START.match(line.lstrip())), len(lines)
     )
-    return "\n".join(lines[start:end])
+    first = "".join(lines[start : start + 1])
+    margin = first[: len(first) - len(first.lstrip())]
+    code = [line.removeprefix(margin) for line in lines[start:]]
+    end = next((i for i, line in enumerate(code) if not _CODE_GOES_ON.match(line)), len(code))
+    return "\n".join(code[:end])
 
 
 @checker("code")
