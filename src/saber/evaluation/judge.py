@@ -156,8 +156,8 @@ class Collapse:
     does not end in the loop: it got out."""
     stuck_key: int = 13
     """One letter or digit this many times in a row is collapse; `same_run` times in a narrower text."""
-    stuck_symbol: int = 10
-    """So is one symbol or emoji, where there are no letters and digits."""
+    stuck_symbol: int = 6
+    """So is one symbol or emoji, where there are no letters and digits; ratings have five stars at most."""
     same_run: int = 20
     """One token this many times in a row is collapse wherever it stands (rules and dots apart)."""
     fewest_distinct: int = 6
