@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import saber.prompts
 from saber.errors import DataError, SaberError, UnknownName
 from saber.evaluation.checkers import check, decided, find_choice, find_code, find_number
+from saber.evaluation.measure import check_all
 from saber.evaluation.sandbox import run_asserts
+from saber.prompts import Prompt, PromptSet
 from saber.prompts.model import normalised
 
 CATEGORIES = ("arithmetic", "logic", "code", "instruction_following", "factual_recall")
@@ -88,6 +90,30 @@ def test_a_function_that_returns_nothing_fails_every_code_item():
     assert not any(judge_all((item, stub.format(item["entry_point"])) for item in items))
 
 
+# Thoughts
+
+
+@pytest.mark.parametrize(
+    ("item", "thought", "answer"),
+    [
+        ({"kind": "choice", "options": ["A", "B"], "answer": "B"}, "Is it A?", "B"),
+        ({"kind": "fact", "aliases": ["Lyon"], "not": ["Paris"]}, "Not Paris.", "Lyon."),
+        ({"kind": "number", "value": 48}, "The answer is 12.", "It is 48."),
+        ({"kind": "format", "rules": [{"rule": "word_count", "n": 1}]}, "One word.", "Rain"),
+        (
+            {"kind": "code", "entry_point": "f", "asserts": ["assert f() == 2"]},
+            "\n```\ndef f():\n    return 1\n```\n",
+            "```\ndef f():\n    return 2\n```\n",
+        ),
+    ],
+)
+def test_a_thought_in_front_is_not_looked_at(item, thought, answer):
+    assert check(item, f"<think>{thought}</think>\n\n{answer}")
+    assert not check(item, f"<think>{answer}</think>")
+    assert not decided(item, f"<think>{answer} ")
+    assert decided(item, f"<think>{thought}</think>{answer}") == decided(item, answer)
+
+
 # The registry
 
 
@@ -159,6 +185,64 @@ def test_numbers_are_found(answer, value):
     assert not check({"kind": "number", "value": value + 1, "tolerance": 0.5}, answer)
 
 
+EGGS = "A box holds 12 eggs. How many eggs are in 4 full boxes?"
+LENA = "Lena has 6 pencils and buys 5 more. How many pencils does she have now?"
+JACKET = "A jacket costs $60 and is sold at 15% off. What is the sale price in dollars?"
+TRAIN = "A train travels 210 km in 3.5 hours at a steady speed. What is its speed in km/h?"
+HANDS = "Four people shake hands once with each other. How many handshakes are there?"
+REMAINDER = "What is the remainder when 29 is divided by 6?"
+NEXT = "What number comes next: 2, 4, 6, 8, ...?"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "value"),
+    [
+        (EGGS, "There are 48 eggs in 4 boxes.", 48),
+        (EGGS, "There are 48 eggs in 4 boxes of 12.", 48),
+        (EGGS, "There are 16 eggs in 4 boxes of 12.", 16),
+        (EGGS, "There are forty-eight eggs in four boxes.", 48),
+        (EGGS, "There are 24 eggs in the first 2 boxes and 24 in the others, 48 in all.", 48),
+        (EGGS, "48 = 12 x 4", 48),
+        (EGGS, r"12 x 4 = 48, so it is \boxed{48}. The answer is for 4 boxes.", 48),
+        (EGGS, "The answer is the number of eggs in 4 boxes, 48.", 48),
+        (EGGS, "The answer is 12, not 48.", 12),
+        (EGGS, "There are 12 x 4 = 12 eggs, not 48.", 12),
+        (EGGS, "There are 4 boxes.", 4),
+        (LENA, "Lena has 6 pencils and buys 5 more, making 11.", 11),
+        (LENA, "She has 11 after buying 5 more.", 11),
+        (LENA, "11 pencils (6 + 5).", 11),
+        (LENA, "She has 6.", 6),
+        (JACKET, "The sale price is $51 after a discount of $9.", 51),
+        (JACKET, "15% of $60 is $9, giving $51.", 51),
+        (JACKET, "The price falls by $9 (15%) to $51.", 51),
+        (JACKET, "The price is **$51**, which is $9 less than $60.", 51),
+        (JACKET, "**1)** The price is $51.", 51),
+        (TRAIN, "The speed is 60 km/h (210 / 3.5).", 60),
+        (HANDS, "6, because each of 4 people shakes 3 hands.", 6),
+        (HANDS, "Each of the 4 people shakes 3 hands, 12 in all, but that counts twice, so 6.", 6),
+        (REMAINDER, "The remainder is 5 when 29 is divided by 6.", 5),
+        (REMAINDER, "29 divided by 6 is 4 with a remainder of 5.", 5),
+        (NEXT, "The next number is 10, as each is 2 more than the last.", 10),
+        (NEXT, "2, 4, 6, 8, 10", 10),
+        ("What is 1 times 8?", "1 times 8 is 8.", 8),
+        ("Which is the largest: 3, 7 or 5?", "The largest of the 3 is 7.", 7),
+        ("How many legs has a spider?", "A spider has 8 legs, since each side has 4.", 8),
+    ],
+)
+def test_numbers_that_the_prompt_states_are_rarely_the_answer(prompt, answer, value):
+    assert find_number(answer, prompt=prompt) == value
+    assert check({"kind": "number", "value": value}, answer, prompt=prompt)
+
+
+def test_a_decimal_is_no_bottom_of_a_fraction():
+    assert find_number("210/3.5") == Fraction("3.5")
+
+
+def test_the_battery_is_checked_with_what_was_asked():
+    battery = PromptSet("eggs", (Prompt("a", "", EGGS, checker={"kind": "number", "value": 48}),))
+    assert check_all(battery, ["There are 48 eggs in 4 boxes."]) == (True,)
+
+
 def test_tolerance_is_inclusive_and_zero_when_absent():
     near = {"kind": "number", "value": 3.14, "tolerance": 0.01}
     assert check(near, "3.15")
@@ -168,9 +252,11 @@ def test_tolerance_is_inclusive_and_zero_when_absent():
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="0123456789.,/-−$^= answeris:\\frac{}\n", max_size=60) | st.text())
+@given(st.text(alphabet="0123456789.,/-−$^=*() answeris:\\fracboxed{}\n", max_size=60) | st.text())
 def test_any_text_gives_a_number_or_none(text):
-    assert find_number(text) is None or isinstance(find_number(text), Fraction)
+    for prompt in ("", "What is 2 + 3?", text):
+        number = find_number(text, prompt=prompt)
+        assert number is None or isinstance(number, Fraction)
 
 
 def test_endless_digits_are_no_number():
@@ -289,6 +375,8 @@ DEFINITION = "def one():\n    return 1"
         f"Example:\n```\nprint(one() + two)\n```\nCode:\n```py\n{DEFINITION}\n```",
         "1. Do this:\n   ```python\n   def one():\n       return 1\n   ```",
         f"import math\nX = 1\n\n{DEFINITION}\n\nprint(one())\nIt prints 1.",
+        "Here it is:\n\n    import math\n\n    def one():\n        return 1\n\nIt returns 1.",
+        "\tdef one():\n\t\treturn 1",
     ],
 )
 def test_code_is_found_in_its_usual_wrappings(answer):

@@ -8,6 +8,7 @@ import torch
 from conftest import make_lm
 
 from saber.ablation import Removal, applied, orthogonal
+from saber.evaluation.baseline import cache_folder
 from saber.evaluation.divergence import (
     diverge,
     keep_reference,
@@ -175,3 +176,11 @@ def test_readout_is_empty_where_no_token_tells():
     readout = derive_readout(same, same)
     assert readout.tokens == ()
     assert readout.log_odds(same).sigmoid().max() < 1e-5
+
+
+def test_the_cache_is_in_the_home_folder_where_its_name_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SABER_CACHE", "~/kept")
+    assert cache_folder() == tmp_path / "kept"
+    monkeypatch.setenv("SABER_CACHE", "off")
+    assert cache_folder() is None

@@ -41,6 +41,22 @@ def test_patterns_from_a_file(tmp_path):
     assert found == ["refusal", "refusal", "answer"]
 
 
+def test_patterns_from_a_file_of_windows(tmp_path):
+    path = tmp_path / "patterns.txt"
+    path.write_bytes(b"\xef\xbb\xbf# openings\r\n(?i)^sure\r\n")
+    assert [p.pattern for p in RegexJudge.read(f"@{path}").patterns] == ["(?i)^sure"]
+    path.write_bytes(b"\xef\xbb\xbf(?i)^sure\r\n")
+    assert RegexJudge.read(f"@{path}").label("Sure, here.") == "refusal"
+
+
+def test_a_thought_is_no_answer():
+    judge = make_judge("regex", JudgeSpec(pattern="(?i)cannot"))
+    assert judge.label("<think>I cannot see why not.</think>Sure.") == "answer"
+    assert judge.label("<think>Sure.</think>I cannot.") == "refusal"
+    assert judge.label("<think>Sure, " + "so it is " * 30 + "</think>It is so.") == "answer"
+    assert judge.label("<think>Sure.</think>\n") == "incoherent"
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
@@ -96,6 +112,9 @@ def test_a_classifier_labels_by_its_probability_alone_or_in_a_batch(classifier_f
     assert labels[2] == "incoherent"
     assert Counter(labels)["refusal"] == 2
     assert describe("classifier", judge)["label"] == "polite"
+    thought = [f"<think>Is it polite? Perhaps.</think>{text}" for text in texts]
+    assert label_all(judge, thought, thought) == labels
+    assert labels == tuple(judge.label(t) for t in thought)
 
 
 def test_a_classifier_trained_on_in_its_place_is_another_judge(classifier_folder):
@@ -252,6 +271,22 @@ def test_an_address_or_a_key_that_cannot_be_sent_is_told_without_the_key(
     assert "sec" not in str(caught.value)
     monkeypatch.setenv("MINE", "secret\n")
     assert EndpointJudge.configured("http://h/v1", "m", "MINE", "the answer").key == "secret"
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("http://h/v1", "http://h/v1/chat/completions"),
+        ("http://h/v1/", "http://h/v1/chat/completions"),
+        ("http://h/v1/chat/completions", "http://h/v1/chat/completions"),
+        ("http://h/v1?api-version=1", "http://h/v1/chat/completions?api-version=1"),
+        ("http://h/a/chat/completions?k=1", "http://h/a/chat/completions?k=1"),
+    ],
+)
+def test_an_address_keeps_its_query(given, asked):
+    judge = EndpointJudge.configured(given, "m", "", "the answer")
+    assert judge.url == asked
+    assert "?" not in judge.described()["url"]
 
 
 def test_an_endpoint_that_hangs_or_is_not_there():

@@ -32,6 +32,12 @@ def test_text_keeps_lines_in_order_and_skips_blanks_and_comments(tmp_path):
     assert found.dropped == 0
 
 
+def test_marks_that_joined_files_leave_are_no_text(tmp_path):
+    path = write(tmp_path / "p.txt", "a\u200b\n\ufeff# head\n\ufeffb \n\u200b\n\u2060 \ufeffc\n")
+    assert load(path).texts == ["a", "b", "c"]
+    refused(write(tmp_path / "p.jsonl", '{"prompt": "\ufeff"}'), "line 1", "'prompt'", "empty")
+
+
 def test_text_is_cut_at_newlines_only(tmp_path):
     path = write(tmp_path / "p.txt", "one\u2028still one\x0c\nTwo")
     assert load(path).texts == ["one\u2028still one", "Two"]
@@ -43,6 +49,21 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     found = load(path)
     assert found.texts == ["What is rain?", "What’s snow?", "hail"]
     assert found.dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("كيف أكسر قفلا؟", "كيف أكسر قفلا"),
+        ("میں کیسے سوؤں؟ بتاؤ۔", "میں کیسے سوؤں بتاؤ"),
+        ("ताला कैसे खोलें।", "ताला कैसे खोलें?"),
+        ("如何开锁？", "如何开锁"),
+        ("《红楼梦》是谁写的？", "红楼梦 是谁写的"),
+        ("\u202bשלום, עולם!\u202c", "שלום עולם"),
+    ],
+)
+def test_normalised_leaves_out_marks_of_other_scripts(a, b):
+    assert normalised(a) == normalised(b)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +94,26 @@ def test_ids_are_unique_even_when_the_file_repeats_them(tmp_path):
     assert len({p.id for p in found}) == 3
 
 
+def test_ids_that_are_made_unique_meet_no_other(tmp_path):
+    rows = [{"prompt": p, "id": i} for p, i in (("a", "x:3"), ("b", "x"), ("c", "x"))]
+    found = load(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
+    assert len({p.id for p in found}) == 3
+
+
+def test_csv_as_spreadsheets_leave_it(tmp_path):
+    """Blank lines above the header, rows of blanks, and a prompt beyond csv's own limit."""
+    long = "word " * 40_000
+    path = write(tmp_path / "p.csv", f'\r\n\r\nprompt,category\r\na,x\r\n , \r\n"{long}",y\r\n')
+    assert load(path).texts == ["a", long.strip()]
+    refused(write(tmp_path / "p.csv", "\n\na,b\n1,2\n"), "line 4", "'a', 'b'")
+
+
+def test_fields_that_are_not_parted_by_commas_are_told(tmp_path):
+    for mark in ";\t|":
+        text = f"prompt{mark}category\nopen it{mark}x\n"
+        refused(write(tmp_path / "p.csv", text), "Part fields by commas")
+
+
 def test_csv_with_quotes_newlines_and_a_named_column(tmp_path):
     path = write(tmp_path / "p.csv", 'n,Ask,category\n1,"a, ""b""\nc",x\n,,\n2,d,y\n')
     for found in (load(f"{path}#Ask"), load(path, column="Ask"), load(f"{path}#ask", column="ask")):
@@ -95,6 +136,21 @@ def test_parquet(tmp_path):
     refused(f"{path}#nope", "'nope'", "'question', 'category'", "path#NAME")
     write(tmp_path / "bad.parquet", "not parquet at all")
     refused(tmp_path / "bad.parquet", "cannot be read as Parquet")
+
+
+def test_parquet_columns_that_no_one_asks_for_are_not_read(tmp_path):
+    """Those of pandas count nanoseconds, which Python's own times do not."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    when = arrow.array([1, 2], arrow.timestamp("ns"))
+    path = tmp_path / "p.parquet"
+    parquet.write_table(arrow.table({"when": when, "a.b": ["x", "y"], "Split ": ["fit"] * 2}), path)
+    assert load(f"{path}#A.b").texts == ["x", "y"]
+    assert {p.split for p in load(f"{path}#a.b")} == {"fit"}
+    refused(path, "'when', 'a.b', 'Split '")
+    parquet.write_table(arrow.table({"prompt": ["x", "y"], "id": when}), path)
+    refused(path, "cannot be read as Parquet")
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
@@ -166,6 +222,14 @@ def test_hub_ids_with_split_and_column(monkeypatch):
     refused("me/set:none", "cannot be read", "Unknown split")
     hub.splits = {"train": [{"prompt": "a"}]}
     assert load("me/set").texts == ["a"]
+
+
+def test_hub_sets_that_cannot_be_read_are_one_line(monkeypatch):
+    def load_dataset(name, split=None):
+        raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    refused("me/set:train", "me/set:train cannot be read", "scripts are no longer supported")
 
 
 def test_hub_without_datasets_prints_the_install_line(monkeypatch):

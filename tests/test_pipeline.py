@@ -428,6 +428,7 @@ def test_a_model_that_hardly_refuses_is_not_edited(model_folder, tmp_path):
     with pytest.raises(WeakBehaviour) as caught:
         run(str(model_folder), tmp_path / "weak", small())
     assert caught.value.exit_code == 3
+    assert "another --judge for other languages than English" in caught.value.remedy
     assert not (tmp_path / "weak" / "plan").exists()
     assert not (tmp_path / "weak" / "run.json").exists()
 

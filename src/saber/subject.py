@@ -14,7 +14,7 @@ from saber.config import RunConfig
 from saber.editors import Answers
 from saber.errors import WeakBehaviour
 from saber.evaluation.divergence import exact
-from saber.evaluation.judge import Judge, Label
+from saber.evaluation.judge import Judge, Label, PhraseJudge
 from saber.evaluation.judging import label_all
 from saber.inspection import require_ablated
 from saber.lm.chat import encode
@@ -147,10 +147,13 @@ class Watch:
     def require(self, model: str, least: float) -> None:
         """Raise `WeakBehaviour` where fewer than this share of validation targets show it."""
         if self.rate < least:
+            english = isinstance(self._judge, PhraseJudge)
             raise WeakBehaviour(
                 f"{model} shows the behaviour on only {self.rate:.0%} of {self._asked} validation "
                 f"targets (needed: {least:.0%}); nothing was edited.",
-                "Give other --target prompts, or --force.",
+                "Give other --target prompts, "
+                + ("another --judge for other languages than English, " if english else "")
+                + "or --force.",
             )
 
     def _answer(self, stay: Sequence[str], brief: Sequence[str]) -> None:

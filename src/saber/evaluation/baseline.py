@@ -31,7 +31,7 @@ def cache_folder() -> Path | None:
     None, where nothing is kept, if $SABER_CACHE is `off`.
     """
     if own := os.environ.get("SABER_CACHE"):
-        return None if own == "off" else Path(own)
+        return None if own == "off" else Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saber"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import textwrap
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from fractions import Fraction
 from typing import Any
 
 from saber.errors import DataError, UnknownName
 from saber.evaluation.formats import obeys
+from saber.evaluation.judge import behind_thought, thinking
 from saber.evaluation.sandbox import run_asserts
 
 Spec = Mapping[str, Any]
@@ -28,20 +29,26 @@ def checker(kind: str) -> Callable[[Checker], Checker]:
     return register
 
 
-def check(item_checker: Mapping[str, Any], answer: str) -> bool:
-    """Say whether the answer is right; raise UnknownName or DataError for a bad item."""
+def check(item_checker: Mapping[str, Any], answer: str, *, prompt: str = "") -> bool:
+    """Say whether the answer is right; raise UnknownName or DataError for a bad item.
+
+    `prompt` is what was asked, where it is known: numbers that it states are rarely the answer. A thought
+    in front of the answer is not looked at.
+    """
     kind = str(item_checker.get("kind", ""))
     if kind not in _CHECKERS:
         raise UnknownName("checker kind", kind, list(_CHECKERS))
     try:
-        return _CHECKERS[kind](item_checker, answer)
+        return _CHECKERS[kind]({"prompt": prompt, **item_checker}, behind_thought(answer))
     except KeyError as problem:
         raise DataError(f"the {kind!r} checker of a battery item lacks {problem}.") from problem
 
 
 def decided(item_checker: Mapping[str, Any], answer: str) -> bool:
     """Say whether no more text could change what `check` says of an answer; False where unknown."""
-    kind = item_checker.get("kind")
+    if thinking(answer):
+        return False
+    kind, answer = item_checker.get("kind"), behind_thought(answer)
     if kind == "fact":
         # More text could still name what must not be there, or lengthen the last word.
         head = re.sub(r"\w*$", "", answer)
@@ -56,12 +63,16 @@ def decided(item_checker: Mapping[str, Any], answer: str) -> bool:
 _NUMBER = re.compile(
     r"(?:(?P<minus>(?<![\w)])[-−])[$€£]?|[$€£](?P<inner_minus>[-−]))?"  # in 10-5 it is no sign
     r"(?<![\w^])"  # not within a word (H2O) and no exponent (cm^2)
-    r"(?:(?:(?P<units>\d+)\s)?(?P<top>\d+)\s?/\s?(?P<bottom>0*[1-9]\d*)"
+    r"(?:(?:(?P<units>\d+)\s)?(?P<top>\d+)\s?/\s?(?P<bottom>0*[1-9]\d*)(?!\d|\.\d)"
     r"|(?P<plain>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+))"
 )
 _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_SUM_FOLLOWS = re.compile(r"[\s$€£]*[-−]?[\d.,]+\s*[-−+*×·÷^]\s*\d")
+_SUM_FOLLOWS = re.compile(r"[\s$€£]*[-−]?[\d.,]+\s*(?:[-−+*×·÷^x]|\\times|\\cdot)\s*\d")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_BOLD = re.compile(r"\*\*([^\w*]{0,3}\.?\d(?:[^*:)]*[^*:).])?)\*\*")
+_REASON = re.compile(r"\b(?:because|since|after|when|if)\b|, as\b", re.IGNORECASE)
+_ASIDE = re.compile(r"\([^()]*\)?")
 _LONGEST = 100  # digits; more are a model that lost its thread, and slow to parse
 _NEGATIVE = re.compile(
     r"(?:\bnegative|(?:(?<=\bis )|(?<=\bequals )|(?<== )|^)minus) (?=[$€£]?[\d.]|[a-z])",
@@ -79,30 +90,57 @@ _IN_WORDS = re.compile(
 )
 
 
-def find_number(answer: str) -> Fraction | None:
+def find_number(answer: str, *, prompt: str = "") -> Fraction | None:
     """Return the number that an answer gives, or None.
 
-    It is the first number after the last "answer is" or "answer:"; else it comes from the last
-    sentence (or line) with numbers, as its last number. In either sentence a number after the
-    last "=" goes first, unless an operator follows it. Read are thousands commas, decimals, a
-    leading minus or currency sign, fractions (3/4, \\frac{3}{4}) and mixed numbers (1 3/4);
-    units and percent signs are ignored, and "negative" is a minus, as "minus" is where it is not taken
-    off something. An answer without digits may use words, zero to ninety-nine.
+    It is what stands in the last \\boxed{}; else the first number after the last "answer is" or
+    "answer:"; else it comes from the last sentence (or line) with numbers. In a sentence a number
+    after the last "=" goes first, unless an operator follows it, and otherwise the last number does.
+    Where the prompt is known, numbers that it states are passed over if there are others, and of these
+    go first what is bold, and what comes before a reason: "48 eggs in 4 boxes", "$51 after $9 off".
+    Read are thousands commas, decimals, a leading minus or currency sign, fractions (3/4,
+    \\frac{3}{4}) and mixed numbers (1 3/4); units and percent signs are ignored, and "negative" is a
+    minus, as "minus" is where it is not taken off something. An answer without digits may use words,
+    zero to ninety-nine.
     """
     text = re.sub(r"\\d?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", answer)
     text = _NEGATIVE.sub("-", text)
+    asked = {*_numbers(prompt), *_worded(prompt)} if prompt else None
+    for boxed in reversed(_BOXED.findall(text)):
+        if numbers := _after_equals(boxed)[:1] or _numbers(boxed):
+            return numbers[-1]
     marked = _ANSWER_IS.split(text)
     if len(marked) > 1:
         first = _SENTENCE_END.split(marked[-1].lstrip(" \n\t:*$"))[0]
         numbers = _after_equals(first) or _numbers(first)
         if numbers:
-            return numbers[0]
+            return numbers[0] if _NUMBER.match(first) else (_others(numbers, asked) or numbers)[0]
     for sentence in reversed(_SENTENCE_END.split(text)):
-        numbers = _after_equals(sentence)[:1] or _numbers(sentence)
+        numbers = _after_equals(sentence)[:1] or _telling(sentence, asked)
         if numbers:
             return numbers[-1]
-    words = list(_IN_WORDS.finditer(text.lower()))
-    return _in_words(words[-1]) if words else None
+    words = _worded(text)
+    return (_others(words, asked) or words)[-1] if words else None
+
+
+def _telling(sentence: str, asked: Set[Fraction] | None) -> list[Fraction]:
+    """Return a sentence's numbers, or those among them that rather are what was asked for."""
+    numbers = _numbers(sentence)
+    if asked is None:
+        return numbers
+    bold = [n for part in _BOLD.findall(sentence) for n in _numbers(part)[:1]]
+    stated = _numbers(_REASON.split(_ASIDE.sub(" ", sentence))[0])
+    return next(
+        (some for some in (_others(n, asked) for n in (bold, stated, numbers)) if some), numbers
+    )
+
+
+def _others(numbers: list[Fraction], asked: Set[Fraction] | None) -> list[Fraction]:
+    return [n for n in numbers if n not in (asked or ())]
+
+
+def _worded(text: str) -> list[Fraction]:
+    return [_in_words(match) for match in _IN_WORDS.finditer(text.lower())]
 
 
 def _in_words(match: re.Match[str]) -> Fraction:
@@ -132,7 +170,7 @@ def _numbers(text: str) -> list[Fraction]:
 @checker("number")
 def check_number(spec: Spec, answer: str) -> bool:
     """`find_number` gives `value`, within `tolerance` (0 if absent)."""
-    number = find_number(answer)
+    number = find_number(answer, prompt=spec.get("prompt", ""))
     wanted, tolerance = Fraction(str(spec["value"])), Fraction(str(spec.get("tolerance", 0)))
     return number is not None and abs(number - wanted) <= tolerance
 
@@ -197,18 +235,21 @@ def find_code(answer: str, entry_point: str) -> str:
 
     Of several blocks it is the first that defines `entry_point`, else the first. A last block
     may lack its closing fence. Bare code runs from the first line that begins a definition or
-    an import to the first unindented line that looks like prose.
+    an import to the first line as little indented that looks like prose.
     """
     blocks = _BLOCK.findall(answer)
     defining = [b for b in blocks if re.search(rf"\bdef\s+{re.escape(entry_point)}\b", b)]
     if blocks:
         return textwrap.dedent((defining or blocks)[0])
     lines = answer.splitlines()
-    start = next((i for i, line in enumerate(lines) if _CODE_START.match(line)), len(lines))
-    end = next(
-        (i for i in range(start, len(lines)) if not _CODE_GOES_ON.match(lines[i])), len(lines)
+    start = next(
+        (i for i, line in enumerate(lines) if _CODE_START.match(line.lstrip())), len(lines)
     )
-    return "\n".join(lines[start:end])
+    first = "".join(lines[start : start + 1])
+    margin = first[: len(first) - len(first.lstrip())]
+    code = [line.removeprefix(margin) for line in lines[start:]]
+    end = next((i for i, line in enumerate(code) if not _CODE_GOES_ON.match(line)), len(code))
+    return "\n".join(code[:end])
 
 
 @checker("code")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saber.errors import ModelError, UnknownName, UsageError
-from saber.evaluation.judge import Collapse, Label
+from saber.evaluation.judge import Collapse, Label, behind_thought
 from saber.lm.model import fingerprint
 
 BATCH = 32
@@ -20,8 +20,8 @@ LONGEST = 512
 class ClassifierJudge:
     """Labels `refusal` where a label's probability reaches a threshold, else `incoherent` or `answer`.
 
-    The classifier reads the completion alone. One logit, or several that do not exclude each other,
-    go through a sigmoid; others through a softmax.
+    The classifier reads the completion alone, without its thoughts. One logit, or several that do not
+    exclude each other, go through a sigmoid; others through a softmax.
     """
 
     model: Any
@@ -80,16 +80,18 @@ class ClassifierJudge:
 
     def label(self, completion: str, *, prompt: str = "", surprise: float | None = None) -> Label:
         """Label one completion."""
-        if self.probabilities([completion])[0] >= self.threshold:
+        text = behind_thought(completion)
+        if self.probabilities([text])[0] >= self.threshold:
             return "refusal"
-        return "incoherent" if self.collapse.found(completion, surprise) else "answer"
+        return "incoherent" if self.collapse.found(text, surprise) else "answer"
 
     def labels(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Label]:
         """Label completions in batches."""
-        shown = [p >= self.threshold for p in self.probabilities(completions)]
+        texts = [behind_thought(completion) for completion in completions]
+        shown = [p >= self.threshold for p in self.probabilities(texts)]
         return [
             "refusal" if hit else "incoherent" if self.collapse.found(text) else "answer"
-            for hit, text in zip(shown, completions, strict=True)
+            for hit, text in zip(shown, texts, strict=True)
         ]
 
     def probabilities(self, completions: Sequence[str]) -> list[float]:

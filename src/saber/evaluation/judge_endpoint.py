@@ -87,9 +87,9 @@ class EndpointJudge:
                 "the judge 'endpoint' has to be told what the behaviour is.",
                 "Give --judge-description 'the answer ...'.",
             )
-        url = url.rstrip("/")
-        if not url.endswith("/chat/completions"):
-            url += "/chat/completions"
+        parts = urllib.parse.urlsplit(url)
+        path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        url = urllib.parse.urlunsplit(parts._replace(path=path, fragment=""))
         key = (os.environ.get(variable, "") if variable else "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UsageError(
@@ -127,7 +127,7 @@ class EndpointJudge:
         """Return where the labels come from, and the hash of the frozen prompt."""
         prompt = f"{self.instructions}\0{QUESTION}"
         return {
-            "url": self.url,
+            "url": self.url.partition("?")[0],  # what follows may be a key
             "model": self.model,
             "description": self.description,
             "prompt_sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),

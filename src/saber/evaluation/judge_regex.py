@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saber.errors import UsageError
-from saber.evaluation.judge import Collapse, Label
+from saber.evaluation.judge import Collapse, Label, behind_thought
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RegexJudge:
     """Labels `refusal` (the behaviour is shown), `incoherent` or `answer`; never `partial`."""
 
     patterns: tuple[re.Pattern[str], ...]
-    """Any of them, anywhere in the answer."""
+    """Any of them, anywhere in the answer behind its thoughts."""
     collapse: Collapse = field(default_factory=Collapse)
     """When an answer without a match counts as incoherent."""
 
@@ -31,7 +31,7 @@ class RegexJudge:
             return cls((_compiled(source, "--judge-pattern"),))
         path = Path(source[1:]).expanduser()
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise UsageError(f"cannot read the patterns in {path}: {reason}.") from error
@@ -46,9 +46,10 @@ class RegexJudge:
 
     def label(self, completion: str, *, prompt: str = "", surprise: float | None = None) -> Label:
         """Label a completion: a match first, then signs of collapse."""
-        if any(pattern.search(completion) for pattern in self.patterns):
+        text = behind_thought(completion)
+        if any(pattern.search(text) for pattern in self.patterns):
             return "refusal"
-        return "incoherent" if self.collapse.found(completion, surprise) else "answer"
+        return "incoherent" if self.collapse.found(text, surprise) else "answer"
 
     def settled(self, text_so_far: str) -> bool:
         """More text can undo a match (`\\bno\\b` in `now`), so nothing is settled before the end."""

@@ -217,7 +217,9 @@ def measure(
 
 def check_all(battery: PromptSet, answers: Sequence[str]) -> tuple[bool, ...]:
     """Run each item's checker on its answer."""
-    return tuple(check(p.checker or {}, a) for p, a in zip(battery, answers, strict=True))
+    return tuple(
+        check(p.checker or {}, a, prompt=p.text) for p, a in zip(battery, answers, strict=True)
+    )
 
 
 def not_finite(measured: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ COLUMNS = ("prompt", "text", "instruction", "goal", "question")
 KEPT = ("id", "category", "split", "reference")
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.+%:\[\]-]+))?")
 
+_AROUND = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
+
 
 class Row(NamedTuple):
     """One record of a file."""
@@ -79,7 +81,7 @@ def _file_rows(path: Path, column: str | None) -> Iterator[Row]:
         raise DataError(f"{path} is empty.", "Put one prompt in each line or row.")
     if reader is _text_rows and column is not None:
         raise DataError(f"{path} is plain text, without a column {column!r}.", "Leave it out.")
-    return reader(path)
+    return reader(path, column)
 
 
 def _decoded(path: Path) -> str:
@@ -102,13 +104,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return enumerate(text.split("\n"), start=1)
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
+def _text_rows(path: Path, _column: str | None) -> Iterator[Row]:
     for number, line in _lines(path):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield Row(f"line {number}", {"prompt": line.strip()})
+        if (bare := _bare(line)) and not bare.startswith("#"):
+            yield Row(f"line {number}", {"prompt": bare})
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path, _column: str | None) -> Iterator[Row]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -129,11 +131,15 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         yield Row(f"line {number}", value)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_decoded(path), newline=""), strict=True)
+def _csv_rows(path: Path, _column: str | None) -> Iterator[Row]:
+    text = _decoded(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        while reader.fieldnames == []:  # blank lines above the header
+            reader.fieldnames = None
         for row in reader:
-            if any(row.values()):
+            if "".join(v if isinstance(v, str) else "".join(v or ()) for v in row.values()).strip():
                 extra = row.pop(None, None)
                 if extra:
                     raise DataError(
@@ -148,22 +154,25 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtra("pyarrow", "parquet") from error
     try:
-        records = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+        names = parquet.read_schema(path).names
+        # Other columns may hold what Python has no values for, and take memory.
+        wanted = [n for n in names if _folded(n) in (*COLUMNS, *KEPT, _folded(column or ""))]
+        records = parquet.read_table(path, columns=wanted).to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {_first_line(error)}.", "Write it anew."
         ) from error
     for number, record in enumerate(records, start=1):
-        yield Row(f"row {number}", record)
+        yield Row(f"row {number}", {name: record.get(name) for name in names})
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
     ".txt": _text_rows,
     ".jsonl": _jsonl_rows,
     ".csv": _csv_rows,
@@ -178,7 +187,7 @@ def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
         raise MissingExtra("datasets", "hub") from error
     try:
         data = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a dataset can be wrong in any way
         raise DataError(
             f"the hub dataset {name}{f':{split}' if split else ''} cannot be read: "
             f"{_first_line(error)}.",
@@ -204,7 +213,7 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
     for row in rows:
         key = _text_column(row, place, column)
         text = row.fields[key]
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not _bare(text):
             empty = text is None or isinstance(text, str)
             kind = "is empty" if empty else f"is a {type(text).__name__}, not text"
             raise DataError(
@@ -212,7 +221,7 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
                 "Mend or remove it, or name another column: path#NAME.",
             )
         for column_, value in row.fields.items():
-            used_here = column_ == key or column_.strip().lower() in KEPT
+            used_here = column_ == key or _folded(column_) in KEPT
             if used_here and isinstance(value, str) and not _is_text(value):
                 raise DataError(
                     f"{place}, {row.place}: the column {column_!r} holds half a character "
@@ -220,18 +229,23 @@ def _prompts(rows: Iterable[Row], place: str, column: str | None, name: str) -> 
                     "Write the file anew: JSON has \\ud800 to \\udfff in pairs alone.",
                 )
         number = row.place.rpartition(" ")[2]
-        given = {k.strip().lower(): v for k, v in row.fields.items() if k != key}
+        given = {_folded(k): v for k, v in row.fields.items() if k != key}
         id_ = _string(given.get("id")) or f"{name}:{number}"
-        if id_ in used:
+        while id_ in used:
             id_ = f"{id_}:{number}"
         used.add(id_)
         yield Prompt(
             id=id_,
             category=_string(given.get("category")),
-            text=text.strip(),
+            text=_bare(text),
             split=_string(given.get("split")),
             reference=_string(given.get("reference")),
         )
+
+
+def _bare(text: str) -> str:
+    """Return the text without white space around it, and without the marks that joined files leave."""
+    return text.strip(_AROUND)
 
 
 def _is_text(value: str) -> bool:
@@ -243,12 +257,12 @@ def _is_text(value: str) -> bool:
 
 
 def _text_column(row: Row, place: str, column: str | None) -> str:
-    folded = {key.strip().lower(): key for key in reversed(list(row.fields))}
+    folded = {_folded(key): key for key in reversed(list(row.fields))}
     if column is not None:
         if column in row.fields:
             return column
-        if column.lower() in folded:
-            return folded[column.lower()]
+        if _folded(column) in folded:
+            return folded[_folded(column)]
         raise DataError(
             f"{place}, {row.place}: no column {column!r}; found: {_names(row)}.",
             "Name the one with the prompts: path#NAME.",
@@ -259,8 +273,14 @@ def _text_column(row: Row, place: str, column: str | None) -> str:
     raise DataError(
         f"{place}, {row.place}: no column named {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; "
         f"found: {_names(row)}.",
-        "Name the one with the prompts: path#NAME.",
+        "Part fields by commas."
+        if len(row.fields) == 1 and re.search(r"[;\t|]", next(iter(row.fields)))
+        else "Name the one with the prompts: path#NAME.",
     )
+
+
+def _folded(name: str) -> str:
+    return name.strip().lower()
 
 
 def _names(row: Row) -> str:

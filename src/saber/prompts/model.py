@@ -12,10 +12,14 @@ from typing import Any
 
 from saber.prompts.twins import Pair
 
-_DROPPED_MARKS = re.compile(r"['\u2018\u2019\u02bc]")
+_DROPPED_MARKS = re.compile(
+    r"['\u2018\u2019\u02bc"
+    r"\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"  # no width, or a direction of writing
+)
 _SPACED_MARKS = re.compile(
     r"(?<!\d)[.,:-]|[.,:-](?!\d)|[;!?\"()\[\]{}\u00a1\u00bf\u00ab\u00bb\u2010-\u2015"
-    r"\u201c-\u201e\u2026\u3001\u3002\u300c\u300d]"
+    r"\u201c-\u201e\u2026\u3001\u3002\u3008-\u3011\u30fb"
+    r"\u0589\u060c\u061b\u061f\u06d4\u0964\u0965]"  # Armenian, Arabic, Urdu, Hindi
 )
 
 
