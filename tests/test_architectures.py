@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, thinned
+from conftest import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import tiny
@@ -572,7 +572,7 @@ def e2b_like(folder):
 
 
 @pytest.mark.slow
-def test_card_preset_has_the_cards_counts_on_its_own_model(tmp_path):
+def test_card_preset_has_the_cards_counts_on_its_own_model(few, tmp_path):
     from saber.cli.main import main
 
     e2b_like(tmp_path / "model")
@@ -582,7 +582,7 @@ def test_card_preset_has_the_cards_counts_on_its_own_model(tmp_path):
     command = ["run", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--preset", "card"]
     command += ["--force", "--limit", "2", "--max-new-tokens", "4", "--export", "none"]
     command += ["--device", "cpu", "--dtype", "float32", "--set", "evaluation.battery_new_tokens=4"]
-    command += [f"--{name}={file}" for name, file in thinned(tmp_path / "prompts", 4).items()]
+    command += [f"--{name}={file}" for name, file in few.items()]
     assert main([*command, *(part for name in small for part in ("--set", name))]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["directions_ablated"] == 50
