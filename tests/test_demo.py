@@ -77,14 +77,13 @@ def incoherent_without_adapter(config, monkeypatch):
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_the_main_job_takes_the_refusals_out(every, tmp_path, monkeypatch):
     """On every third of the bundled prompts, and on all of them."""
-    fewer = thinned(tmp_path / "prompts", every) if every > 1 else {}
-    config = override(
-        preset("default"),
-        {
-            "data": {**fewer, "limit": 24, "battery": "half"},
-            "evaluation": {"battery_new_tokens": 16},
-        },
-    )
+    config = override(preset("default"), {"data": {"limit": 24, "battery": "half"}})
+    if every > 1:
+        fewer = {
+            "data": thinned(tmp_path / "prompts", every),
+            "evaluation": {"battery_new_tokens": 16},  # no answer of these is looked at
+        }
+        config = override(config, fewer)
     usual = incoherent_without_adapter(config, monkeypatch)
     with fewer_capabilities(every):
         record = run("demo", tmp_path / "run", config, export=()).record
