@@ -1210,7 +1210,7 @@ def test_where_no_token_tells_directions_are_taken_by_score(
 
 @pytest.mark.slow
 def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validation_targets(
-    model_folder, few, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     rates = [0.5, 0.25]
     monkeypatch.setattr(
@@ -1225,7 +1225,7 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
         rates[:] = [0.5, 0.25]
         monkeypatch.setattr(Watch, "fitted", lambda _self, _rows, late=late: Fitted(late))
         refine = {"passes": 2, "stop": "never", "max_q": 1}
-        config = small("default", data=few, refine=refine, edit={"lambda": 30.0})
+        config = small("default", data=third, refine=refine, edit={"lambda": 30.0})
         record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
         starts[name] = [this["opening"] for this in record["passes"]]
     decode = make_tokenizer().decode
@@ -1259,7 +1259,7 @@ def test_a_further_pass_stays_only_where_it_takes_behaviour_away(
 
 @pytest.mark.slow
 def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_asked_for(
-    model_folder, few, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     asked = []
     late = {3: (9, 8), 4: (9, 8), 6: (5,)}
@@ -1280,7 +1280,7 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
     monkeypatch.setattr(Watch, "together", together)
     monkeypatch.setattr(Watch, "watched", watched)
     refine = {"passes": 3, "stop": "never", "max_q": 1}
-    config = small("default", data=few, refine=refine, edit={"lambda": 0})
+    config = small("default", data=third, refine=refine, edit={"lambda": 0})
     out = tmp_path / "run"
     record = run(str(model_folder), out, config, force=True, export=()).record
     first, second = record["passes"]
@@ -1340,17 +1340,23 @@ def test_a_first_pass_asks_all_targets_once(model_folder, few, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_one_lambda_serves_all_layers_where_nothing_is_to_be_felt(
-    model_folder, few, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     asked = Mock(side_effect=NotImplementedError("no derivative of 'x'\nand much more"))
     monkeypatch.setattr(editors, "fisher", asked)
-    plain = small("default", data=few, refine={"passes": 1}, edit={"sensitivity": 0.0})
+    plain = small("default", data=third, refine={"passes": 1}, edit={"sensitivity": 0.0})
     record = run(str(model_folder), tmp_path / "plain", plain, force=True, export=()).record
     rows = record["passes"][0]["directions"]
     assert [(row["lambda"], row["sensitivity"]) for row in rows] == [(1.0, None)] * 4
     assert asked.call_count == 0
     with pytest.raises(ModelError, match=r"edit\.sensitivity .*no derivative of 'x' Leave"):
-        run(str(model_folder), tmp_path / "felt", small("default", data=few), force=True, export=())
+        run(
+            str(model_folder),
+            tmp_path / "felt",
+            small("default", data=third),
+            force=True,
+            export=(),
+        )
 
 
 @pytest.mark.slow
