@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -66,6 +68,16 @@ def thinned(folder: Path, step: int) -> dict[str, str]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         Path(files[name]).write_text(text, encoding="utf-8")
     return files
+
+
+@contextmanager
+def fewer_capabilities(step: int = 4):
+    """Let runs read every `step`-th of the bundled capability prompts alone."""
+    every = prompts.capability()
+    some = replace(every, prompts=every.prompts[::step])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "capability", lambda: some)
+        yield
 
 
 CHAT_TEMPLATE = (
@@ -185,6 +197,19 @@ def pico(tmp_path_factory):
 def model_folder(pico, tmp_path):
     """A copy of it that a test may change."""
     return Path(shutil.copytree(pico, tmp_path / "pico"))
+
+
+@pytest.fixture(scope="session")
+def few_files(tmp_path_factory):
+    """Every fourth of the bundled prompts, for what depends on no prompt."""
+    return thinned(tmp_path_factory.mktemp("few"), 4)
+
+
+@pytest.fixture
+def few(few_files):
+    """The same, and as few of the capability prompts, which have no setting."""
+    with fewer_capabilities():
+        yield few_files
 
 
 @pytest.fixture(autouse=True)

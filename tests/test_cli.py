@@ -353,7 +353,7 @@ def test_inspect_json_is_the_contract(capsys, model_folder):
 
 
 @pytest.mark.slow
-def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
+def test_run_chat_and_report_end_to_end(capsys, few, model_folder, tmp_path):
     out = tmp_path / "run"
     options = [
         "--force",
@@ -373,6 +373,7 @@ def test_run_chat_and_report_end_to_end(capsys, model_folder, tmp_path):
         "refine.shortlist=0",
         "--set",
         "refine.stop=never",
+        *(f"--{name}={file}" for name, file in few.items()),
     ]
     (model_folder / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
     assert main(["run", str(model_folder), "--out", str(out), *options]) == 0

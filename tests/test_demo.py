@@ -4,7 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
-from conftest import thinned
+from conftest import fewer_capabilities, thinned
 
 from saber import prompts
 from saber.config import override, preset
@@ -77,10 +77,16 @@ def incoherent_without_adapter(config, monkeypatch):
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_the_main_job_takes_the_refusals_out(every, tmp_path, monkeypatch):
     """On every third of the bundled prompts, and on all of them."""
-    fewer = thinned(tmp_path / "prompts", every) if every > 1 else {}
-    config = override(preset("default"), {"data": {**fewer, "limit": 24, "battery": "half"}})
+    config = override(preset("default"), {"data": {"limit": 24, "battery": "half"}})
+    if every > 1:
+        fewer = {
+            "data": thinned(tmp_path / "prompts", every),
+            "evaluation": {"battery_new_tokens": 16},  # no answer of these is looked at
+        }
+        config = override(config, fewer)
     usual = incoherent_without_adapter(config, monkeypatch)
-    record = run("demo", tmp_path / "run", config, export=()).record
+    with fewer_capabilities(every):
+        record = run("demo", tmp_path / "run", config, export=()).record
     before, after = record["baseline"], record["edited"]
     assert before["refusal"]["rate"] >= 0.9
     assert after["refusal"]["rate"] <= 0.1

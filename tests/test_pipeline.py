@@ -4,15 +4,13 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SHARED_CACHE, make_tokenizer, thinned
+from conftest import SHARED_CACHE, fewer_capabilities, make_tokenizer, thinned
 from safetensors.torch import load_file
 
 from saber import artifacts, editors, pipeline, prompts, refinement, subject
@@ -95,17 +93,25 @@ def whole(record):
 both = pytest.mark.parametrize("name", ["default", "orthogonal"])
 
 
-@pytest.fixture(scope="session")
-def few(tmp_path_factory):
-    """Every fourth of the bundled prompts, for what depends on no prompt."""
-    return thinned(tmp_path_factory.mktemp("few"), 4)
+@pytest.fixture(scope="module")
+def third_files(tmp_path_factory):
+    """Every third of the bundled prompts: with fewer, not every layer's direction would be taken."""
+    return thinned(tmp_path_factory.mktemp("third"), 3)
+
+
+@pytest.fixture
+def third(third_files):
+    """The same, with few of the capability prompts."""
+    with fewer_capabilities():
+        yield third_files
 
 
 @pytest.fixture(scope="module", params=["default", "orthogonal"])
-def finished(request, pico, tmp_path_factory):
-    """A run that tests look at and do not change."""
+def finished(request, pico, third_files, tmp_path_factory):
+    """A run on a `third` that tests look at and do not change."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return run(str(pico), folder, small(request.param), force=True)
+    with fewer_capabilities():
+        return run(str(pico), folder, small(request.param, data=third_files), force=True)
 
 
 @pytest.mark.slow
@@ -168,9 +174,9 @@ def test_run_leaves_a_complete_folder(finished, pico, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "on"])
-def test_same_seed_gives_the_same_record(finished, pico, tmp_path, monkeypatch, cache):
+def test_same_seed_gives_the_same_record(finished, pico, third, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("SABER_CACHE", SHARED_CACHE if cache == "on" else "off")
-    config = small(finished.record["config"]["preset"])
+    config = small(finished.record["config"]["preset"], data=third)
     again = run(str(pico), tmp_path / "again", config, force=True).record
     assert json.dumps(untimed(finished.record)) == json.dumps(untimed(again))
     # An earlier run's measures of the untouched model are the same, and cost nothing.
@@ -280,8 +286,9 @@ def test_splits_that_select_and_report_share_no_prompt():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("finished", ["default"], indirect=True)
-def test_how_often_inputs_are_read_changes_no_digit_of_a_run(finished, pico, tmp_path):
-    less = run(str(pico), tmp_path / "run", small("default", edit={"memory": 1e-6}), force=True)
+def test_how_often_inputs_are_read_changes_no_digit_of_a_run(finished, pico, third, tmp_path):
+    config = small("default", data=third, edit={"memory": 1e-6})
+    less = run(str(pico), tmp_path / "run", config, force=True)
     records = [untimed(found.record) for found in (finished, less)]
     for record in records:
         del record["config"]["edit"]["memory"], record["exports"]
@@ -293,7 +300,8 @@ def test_how_often_inputs_are_read_changes_no_digit_of_a_run(finished, pico, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
-def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path):
+def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, third, tmp_path):
+    config = small(data=third)
     seen = []
 
     class Stop(Exception):
@@ -307,7 +315,7 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
         run(
             str(pico),
             tmp_path / "cut",
-            small(),
+            config,
             force=True,
             listener=pipeline.Listener(on_pass=stop),
         )
@@ -316,7 +324,7 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
     resumed = run(
         str(pico),
         tmp_path / "cut",
-        small(),
+        config,
         force=True,
         resume=True,
         listener=pipeline.Listener(on_pass=lambda p: again.append(p.index)),
@@ -327,25 +335,25 @@ def test_resume_repeats_no_finished_pass_and_ends_alike(finished, pico, tmp_path
     plans = [(f / "plan" / "tensors.safetensors").read_bytes() for f in folders]
     assert plans[0] == plans[1]
     with pytest.raises(OutputError, match="finished"):
-        run(str(pico), tmp_path / "cut", small(), resume=True)
+        run(str(pico), tmp_path / "cut", config, resume=True)
 
 
 @pytest.mark.slow
-def test_resume_with_other_settings_is_refused(model_folder, tmp_path):
+def test_resume_with_other_settings_is_refused(model_folder, few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(
             str(model_folder),
             tmp_path / "x",
-            small(),
+            small(data=few),
             force=True,
             listener=pipeline.Listener(on_stage=_interrupt_measuring),
         )
     with pytest.raises(UsageError, match="config"):
-        run(str(model_folder), tmp_path / "x", small(seed=5), force=True, resume=True)
+        run(str(model_folder), tmp_path / "x", small(data=few, seed=5), force=True, resume=True)
 
 
 @pytest.mark.slow
-def test_a_damaged_pass_is_not_gone_on_from(model_folder, tmp_path):
+def test_a_damaged_pass_is_not_gone_on_from(model_folder, few, tmp_path):
     class Stop(Exception):
         pass
 
@@ -353,7 +361,7 @@ def test_a_damaged_pass_is_not_gone_on_from(model_folder, tmp_path):
         raise Stop
 
     def go(**options):
-        run(str(model_folder), tmp_path / "x", small(), force=True, **options)
+        run(str(model_folder), tmp_path / "x", small(data=few), force=True, **options)
 
     with pytest.raises(Stop):
         go(listener=pipeline.Listener(on_pass=stop))
@@ -506,15 +514,16 @@ def test_what_may_be_done_with_a_run_is_suggested_and_no_more(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("finished", ["orthogonal"], indirect=True)
-def test_overwrite_replaces_a_former_run(finished, pico, tmp_path):
+def test_overwrite_replaces_a_former_run(finished, pico, third, tmp_path):
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
-    again = run(str(pico), folder, small(seed=1), force=True, overwrite=True, export=())
+    config = small(data=third, seed=1)
+    again = run(str(pico), folder, config, force=True, overwrite=True, export=())
     assert again.record["config"]["seed"] == 1
     assert not (folder / "model").exists()
 
 
 @pytest.mark.slow
-def test_nan_weights_name_the_layer(model_folder, tmp_path):
+def test_nan_weights_name_the_layer(model_folder, few, tmp_path):
     import transformers
 
     from saber.errors import SaberError
@@ -526,7 +535,7 @@ def test_nan_weights_name_the_layer(model_folder, tmp_path):
     model.save_pretrained(broken)
     make_tokenizer().save_pretrained(broken)
     with pytest.raises(SaberError, match="layer 2"):
-        run(str(broken), tmp_path / "out", small(), force=True)
+        run(str(broken), tmp_path / "out", small(data=few), force=True)
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -545,18 +554,21 @@ def test_a_measure_that_is_not_finite_is_named(model_folder, few, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_an_export_that_fails_leaves_a_finished_run(model_folder, tmp_path, monkeypatch, capsys):
+def test_an_export_that_fails_leaves_a_finished_run(
+    model_folder, few, tmp_path, monkeypatch, capsys
+):
     """Whatever an exporter comes to, one line says how to go on, and that works."""
 
     def full(_handle, _data):
         raise OSError(28, "No space left on device")
 
+    config = small(data=few)
     out = tmp_path / "out"
     plots = pipeline.Listener(on_record=lambda folder: Path(folder, "told").touch())
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
         with pytest.raises(OutputError, match=r"is finished.*No space left") as caught:
-            run(str(model_folder), out, small(), force=True, listener=plots)
+            run(str(model_folder), out, config, force=True, listener=plots)
     assert not (out / "model").exists()
     assert not list(out.glob(".*.part"))
     assert not (out / "state.json").exists()
@@ -565,7 +577,7 @@ def test_an_export_that_fails_leaves_a_finished_run(model_folder, tmp_path, monk
     assert record["exports"] == []
     assert record["seconds"]["total"] > 0
     with pytest.raises(OutputError, match="saber export writes"):
-        run(str(model_folder), out, small(), force=True, resume=True)
+        run(str(model_folder), out, config, force=True, resume=True)
 
     with monkeypatch.context() as patched:
         broken = Mock(side_effect=RuntimeError("no such kernel\nand much more"))
@@ -612,14 +624,8 @@ def test_settings_from_toml_and_their_errors(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
-    code = (
-        "import sys, saber.pipeline as p, saber.cli.commands as c\n"
-        "from saber.cli.main import main\n"
-        "def cut(*a, **k): raise KeyboardInterrupt\n"
-        "p.refined = cut\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
+def test_ctrl_c_exits_130_and_says_how_to_go_on(few, model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "refined", Mock(side_effect=KeyboardInterrupt))
     arguments = [
         "run",
         str(model_folder),
@@ -630,11 +636,12 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(model_folder, tmp_path):
         "2",
         "--max-new-tokens",
         "4",
+        *(f"--{name}={file}" for name, file in few.items()),
     ]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 130, done.stderr
-    assert "--resume" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = main(arguments), capsys.readouterr().err
+    assert code == 130, said
+    assert "--resume" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "o" / "run.json").exists()
 
 
@@ -1107,7 +1114,7 @@ def test_the_ridge_of_the_mode_reaches_the_refinement(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
-    model_folder, tmp_path, monkeypatch
+    model_folder, few, tmp_path, monkeypatch
 ):
     deciding = []
 
@@ -1119,7 +1126,8 @@ def test_a_run_with_keep_sets_reports_them_and_resumes_nothing_else(
     monkeypatch.setattr(editors, "Preserved", Watched)
     file = tmp_path / "mine.txt"
     file.write_text("\n".join(f"Tell me fact number {i} about Norway." for i in range(30)))
-    config = small("default", data={"keep": [str(file)], "retain": ["fraud"]})
+    data = {"keep": [str(file)], "retain": ["fraud"], "everyday": few["everyday"]}
+    config = small("default", data=data, refine={"passes": 1})
     record = run(str(model_folder), tmp_path / "k", config, force=True, export=()).record
     assert deciding == [[96, 15, 12]]  # neutral ones, and both keep sets
     assert set(record["baseline"]["kept"]) == {"mine/heldout", "retained/heldout"}
@@ -1211,7 +1219,7 @@ def test_where_no_token_tells_directions_are_taken_by_score(
 
 @pytest.mark.slow
 def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validation_targets(
-    model_folder, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     rates = [0.5, 0.25]
     monkeypatch.setattr(
@@ -1226,7 +1234,7 @@ def test_where_no_fit_target_comes_late_a_pass_looks_behind_a_start_of_validatio
         rates[:] = [0.5, 0.25]
         monkeypatch.setattr(Watch, "fitted", lambda _self, _rows, late=late: Fitted(late))
         refine = {"passes": 2, "stop": "never", "max_q": 1}
-        config = small("default", refine=refine, edit={"lambda": 30.0})
+        config = small("default", data=third, refine=refine, edit={"lambda": 30.0})
         record = run(str(model_folder), tmp_path / name, config, force=True, export=()).record
         starts[name] = [this["opening"] for this in record["passes"]]
     decode = make_tokenizer().decode
@@ -1260,7 +1268,7 @@ def test_a_further_pass_stays_only_where_it_takes_behaviour_away(
 
 @pytest.mark.slow
 def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_asked_for(
-    model_folder, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     asked = []
     late = {3: (9, 8), 4: (9, 8), 6: (5,)}
@@ -1281,7 +1289,7 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
     monkeypatch.setattr(Watch, "together", together)
     monkeypatch.setattr(Watch, "watched", watched)
     refine = {"passes": 3, "stop": "never", "max_q": 1}
-    config = small("default", refine=refine, edit={"lambda": 0})
+    config = small("default", data=third, refine=refine, edit={"lambda": 0})
     out = tmp_path / "run"
     record = run(str(model_folder), out, config, force=True, export=()).record
     first, second = record["passes"]
@@ -1295,8 +1303,8 @@ def test_behind_a_start_where_no_strength_sets_anything_right_answers_are_not_as
 
 
 @pytest.mark.slow
-def test_self_repair_is_measured_by_plans_on_the_untouched_weights(model_folder, monkeypatch):
-    config = small("orthogonal", edit={"scope": "own"})
+def test_self_repair_is_measured_by_plans_on_the_untouched_weights(model_folder, few, monkeypatch):
+    config = small("orthogonal", data=few, edit={"scope": "own"})
     subject = Subject.load(str(model_folder), config)
     weights = subject.lm.model.state_dict()
     untouched = {name: value.clone() for name, value in weights.items()}
@@ -1341,17 +1349,23 @@ def test_a_first_pass_asks_all_targets_once(model_folder, few, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_one_lambda_serves_all_layers_where_nothing_is_to_be_felt(
-    model_folder, tmp_path, monkeypatch
+    model_folder, third, tmp_path, monkeypatch
 ):
     asked = Mock(side_effect=NotImplementedError("no derivative of 'x'\nand much more"))
     monkeypatch.setattr(editors, "fisher", asked)
-    plain = small("default", refine={"passes": 1}, edit={"sensitivity": 0.0})
+    plain = small("default", data=third, refine={"passes": 1}, edit={"sensitivity": 0.0})
     record = run(str(model_folder), tmp_path / "plain", plain, force=True, export=()).record
     rows = record["passes"][0]["directions"]
     assert [(row["lambda"], row["sensitivity"]) for row in rows] == [(1.0, None)] * 4
     assert asked.call_count == 0
     with pytest.raises(ModelError, match=r"edit\.sensitivity .*no derivative of 'x' Leave"):
-        run(str(model_folder), tmp_path / "felt", small("default"), force=True, export=())
+        run(
+            str(model_folder),
+            tmp_path / "felt",
+            small("default", data=third),
+            force=True,
+            export=(),
+        )
 
 
 @pytest.mark.slow
@@ -1367,11 +1381,11 @@ def test_an_edit_that_does_not_help_is_refused(model_folder, few, tmp_path, monk
 
 @pytest.mark.slow
 def test_an_edit_that_does_not_help_is_told_what_helps_its_kind(
-    model_folder, tmp_path, monkeypatch
+    model_folder, few, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
     with pytest.raises(NoGain) as caught:
-        run(str(model_folder), tmp_path / "n", small("orthogonal"))
+        run(str(model_folder), tmp_path / "n", small("orthogonal", data=few))
     assert "--lambda" not in caught.value.remedy
     assert "--top-k or --alpha" in caught.value.remedy
 
@@ -1387,23 +1401,25 @@ def test_a_model_that_hardly_shows_it_leaves_no_folder(model_folder, tmp_path):
 )
 @both
 def test_a_run_that_takes_nothing_out_is_none_that_is_done(
-    model_folder, tmp_path, monkeypatch, name, left_out
+    model_folder, few, tmp_path, monkeypatch, name, left_out
 ):
     monkeypatch.setattr(judges.PhraseJudge, "label", lambda *_a, **_k: "refusal")
     said = "nothing was edited: no candidate passes the filters; 100% of 32 validation targets"
+    config = small(name, data={"everyday": few["everyday"]}, **left_out)
     with pytest.raises(NoEdit, match=said) as caught:
-        run(str(model_folder), tmp_path / "n", small(name, **left_out))
+        run(str(model_folder), tmp_path / "n", config)
     assert caught.value.exit_code == 3
     assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.slow
-def test_another_behaviour_by_a_pattern_and_rates_by_length(model_folder, tmp_path):
+def test_another_behaviour_by_a_pattern_and_rates_by_length(model_folder, few, tmp_path):
     folder = Path(__file__).parents[1] / "examples" / "numbered_lists"
     files = {k: str(folder / f"{k}.txt") for k in ("target", "neutral")}
     config = small(
         "default",
-        data={**files, "behaviour": "numbered list", "limit": 4},
+        data={**files, "everyday": few["everyday"], "behaviour": "numbered list", "limit": 4},
+        refine={"passes": 1},
         evaluation={"judge": "regex", "lengths": [2, 6]},
         judging={"pattern": "no such answer"},
     )

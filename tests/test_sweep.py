@@ -535,8 +535,9 @@ def test_a_sweep_tells_what_its_phases_took(config, model_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_cut_off_does_no_trial_twice_and_ends_alike(config, model_folder, tmp_path):
-    whole = swept(model_folder, tmp_path / "whole", config)
+def test_a_sweep_that_is_cut_off_does_no_trial_twice_and_ends_alike(
+    whole, config, model_folder, tmp_path
+):
     out, seen = tmp_path / "cut", []
 
     class Stop(Exception):
