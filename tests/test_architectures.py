@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import tiny
 
 from saber.ablation import EditPlan, Removal, applied, apply, orthogonal
-from saber.config import override, preset
 from saber.errors import ModelError, UnprovenWriter
 from saber.inspection import inspect, require_ablated
 from saber.linalg import unit
@@ -30,7 +29,6 @@ from saber.lm.model import LanguageModel
 from saber.lm.padding import ignores_padding
 from saber.lm.substitution import held, layer_calls, zeros
 from saber.lm.writers import ablated_law, find_writers, zeroed_law
-from saber.pipeline import run
 
 # Varied on purpose: dense, fused and shared experts, latent and linear attention, state spaces, short
 # convolutions, gains of both conventions, parallel blocks, Conv1D, biases, several streams, vision.
@@ -575,18 +573,17 @@ def e2b_like(folder):
 
 @pytest.mark.slow
 def test_card_preset_has_the_cards_counts_on_its_own_model(few, tmp_path):
+    from saber.cli.main import main
+
     e2b_like(tmp_path / "model")
     # A random model shows no behaviour, so purity would skip directions at random.
-    small = {
-        "data": {**few, "limit": 2},
-        "spectral": {"permutations": 20},
-        "entanglement": {"weight": 0.0, "null_draws": 20},
-        "refine": {"max_q": 1.0, "shortlist": 0},
-        "evaluation": {"max_new_tokens": 4, "battery_new_tokens": 4},
-        "load": {"device": "cpu", "dtype": "float32"},
-    }
-    config = override(preset("card"), small)
-    run(str(tmp_path / "model"), tmp_path / "run", config, export=(), force=True)
+    small = ["entanglement.weight=0", "refine.max_q=1", "refine.shortlist=0"]
+    small += ["entanglement.null_draws=20", "spectral.permutations=20"]
+    command = ["run", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--preset", "card"]
+    command += ["--force", "--limit", "2", "--max-new-tokens", "4", "--export", "none"]
+    command += ["--device", "cpu", "--dtype", "float32", "--set", "evaluation.battery_new_tokens=4"]
+    command += [f"--{name}={file}" for name, file in few.items()]
+    assert main([*command, *(part for name in small for part in ("--set", name))]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["directions_ablated"] == 50
     assert [len(p["directions"]) for p in record["passes"]] == [10] * 5

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -624,8 +626,14 @@ def test_settings_from_toml_and_their_errors(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_exits_130_and_says_how_to_go_on(few, model_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "refined", Mock(side_effect=KeyboardInterrupt))
+def test_ctrl_c_exits_130_and_says_how_to_go_on(few, model_folder, tmp_path):
+    code = (
+        "import sys, saber.pipeline as p, saber.cli.commands as c\n"
+        "from saber.cli.main import main\n"
+        "def cut(*a, **k): raise KeyboardInterrupt\n"
+        "p.refined = cut\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
     arguments = [
         "run",
         str(model_folder),
@@ -638,10 +646,10 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(few, model_folder, tmp_path, mon
         "4",
         *(f"--{name}={file}" for name, file in few.items()),
     ]
-    code, said = main(arguments), capsys.readouterr().err
-    assert code == 130, said
-    assert "--resume" in said
-    assert "Traceback" not in said
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "o" / "run.json").exists()
 
 
