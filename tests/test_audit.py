@@ -16,6 +16,7 @@ from saber.cli.main import main
 from saber.config import override, preset
 from saber.entanglement import Entanglement
 from saber.errors import DataError, OutputError, UsageError, WeakBehaviour
+from saber.evaluation.divergence import own_answers
 from saber.evaluation.readout import Readout
 from saber.gathering import gather
 from saber.lm.generate import Completion, generate
@@ -240,6 +241,22 @@ def test_what_is_given_starts_the_answer():
     assert len(written.ids) == 6 or written.ids[-1] in ladder.lm.eos_ids
 
 
+def test_drafts_spare_work_and_change_no_answer():
+    texts = ["one two", "three", "four five six"]
+    ladder = _ladder(_Marks({"three"}), texts, tokens=6)
+    lm = ladder.lm
+    direction = torch.nn.functional.normalize(torch.randn(lm.d_model), dim=0)
+    plan = orthogonal(lm, find_writers(lm), [Removal(direction, 1.0, 0)], "all")
+    reference = own_answers(lm, texts, 6)
+    with applied(lm.model, plan):
+        expected = generate(lm, texts, 6)
+    assert [c.ids for c in expected] != list(reference.answers)
+    for drafts in (expected, [Completion(ids, "") for ids in reference.answers]):
+        rung, written = ladder._rung("edit", 1.0, plan, reference, drafts)
+        assert [c.ids for c in written] == [c.ids for c in expected]
+        assert rung.labels == ("answer", "refusal", "answer")
+
+
 @pytest.mark.parametrize("tokens", [(), (7,)])
 def test_the_one_direction_is_the_one_that_does_most_per_its_cost(config, monkeypatch, tokens):
     lm = make_lm("llama")
@@ -371,3 +388,5 @@ def test_command_draws_page_and_plot_and_prints_json(pico, config, tmp_path, cap
     assert not (tmp_path / "x").exists()
     assert main(["audit", str(pico), "--scope", "all"]) == 2
     assert "--scope does nothing" in capsys.readouterr().err
+    assert main(["audit", str(pico), "--lengths", "20,100"]) == 2
+    assert "--lengths does nothing with saber audit" in capsys.readouterr().err

@@ -606,6 +606,13 @@ _TASKS = (
     "load.trust_remote_code",
 )
 """Settings that tasks of lm-eval are run by."""
+_NOT_AUDITED = (
+    "data.borderline",
+    "data.battery",
+    "evaluation.battery_new_tokens",
+    "evaluation.lengths",
+)
+"""Settings of what an audit does not measure."""
 MEASURED_BY = ("seed", "data", "load", "evaluation", "judging")
 """Settings that a measurement depends on, and sections of them."""
 
@@ -640,6 +647,19 @@ def require_no_edit(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"{_option(path)} does nothing with saber {arguments.command}, which edits nothing anew.",
                 "Leave it out: it goes with saber run and saber sweep.",
+            )
+
+
+def require_audited(arguments: argparse.Namespace) -> None:
+    """Raise `UsageError` for an option of what an audit does not measure.
+
+    What a file of --config sets is none: commands share it.
+    """
+    for path in _given(arguments):
+        if path in _NOT_AUDITED:
+            raise UsageError(
+                f"{_option(path)} does nothing with saber audit, which asks targets and neutral prompts.",
+                "Leave it out: it goes with saber run and saber eval.",
             )
 
 
@@ -730,6 +750,7 @@ def _audit(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments)
     require_used(config)
+    require_audited(arguments)
     return audit_command(arguments, config)
 
 
