@@ -28,7 +28,7 @@ from saber.evaluation.readout import derive_readout
 from saber.evaluation.statistics import bootstrap_mean, wilson
 from saber.gathering import RunData, gather
 from saber.lm.forward import Progress, silent
-from saber.lm.generate import Completion, Request, answer, greedy_starts
+from saber.lm.generate import Completion, Request, answer
 from saber.lm.model import LanguageModel
 from saber.passes import Candidate, Pass, Refinement
 from saber.pipeline import Listener
@@ -52,6 +52,8 @@ DOSES = (0.125, 0.25, 0.5, 0.75, 1.0)
 STARTS = (1, 2, 4, 8, 16)
 """Tokens that answers are made to start with."""
 SILENT = Listener()
+SHORTLIST = 8
+"""Directions, each of another layer, among which the one that does most is looked for."""
 Kind = Literal["untouched", "edit", "random", "direction"]
 
 
@@ -209,24 +211,23 @@ class _Ladder:
         rungs = [Rung("untouched", 0.0, labels, None, 0.0, 0.0, EditPlan())]
         starts: list[Start] = []
         chosen: Candidate | None = None
-        written = first
         with originals_kept(self.lm.model):
             if outcome.plan.factors:
                 for dose in DOSES:
                     self.on_stage(f"making {100 * dose:g}% of the edit")
                     plan = scaled(outcome.plan, dose)
-                    rung, written = self._rung("edit", dose, plan, reference, written)
+                    rung, written = self._rung("edit", dose, plan, reference)
                     rungs.append(rung)
                 self.on_stage("turning the edit into random directions")
                 turned = at_random(outcome.plan, self.config.seed)
-                rungs.append(self._rung("random", 1.0, turned, reference, first)[0])
+                rungs.append(self._rung("random", 1.0, turned, reference)[0])
                 starts = self._starts(labels, rungs[len(DOSES)].labels, written)
             if outcome.passes:
                 self.on_stage("looking for the one direction that does most")
                 chosen = self._best(watch, outcome.passes[0].candidates)
                 one = [Removal(chosen.direction.pattern, 1.0, chosen.direction.layer)]
                 plan = orthogonal(self.lm, subject.writers, one, "all")
-                rungs.append(self._rung("direction", 1.0, plan, reference, written)[0])
+                rungs.append(self._rung("direction", 1.0, plan, reference)[0])
         return {
             "rungs": [_described(rung, self.target) for rung in rungs],
             "starts": [
@@ -251,15 +252,10 @@ class _Ladder:
         return self.config.evaluation.max_new_tokens
 
     def _answered(
-        self,
-        texts: Sequence[str],
-        starts: Sequence[Sequence[int]] | None = None,
-        *,
-        given: bool = True,
+        self, texts: Sequence[str], starts: Sequence[Sequence[int]] | None = None
     ) -> list[Completion]:
-        """Let the model answer behind starts, which are `given` beside its own tokens or are its own."""
         asked = [
-            Request(text, self.tokens + given * len(start), self.judge.settled, start)
+            Request(text, self.tokens + len(start), self.judge.settled, start)
             for text, start in zip(texts, starts or [()] * len(texts), strict=True)
         ]
         return answer(self.lm, asked, progress=self.progress, label="answers")
@@ -268,21 +264,11 @@ class _Ladder:
         return label_all(self.judge, texts, [c.text for c in written])
 
     def _rung(
-        self,
-        kind: Kind,
-        dose: float,
-        plan: EditPlan,
-        reference: Reference,
-        drafts: Sequence[Completion],
+        self, kind: Kind, dose: float, plan: EditPlan, reference: Reference
     ) -> tuple[Rung, list[Completion]]:
-        """Measure a change; `drafts` are answers that those under it are likely to begin like."""
         edited, overall = sizes(self.lm.model, plan)
-        texts = self.target.texts
         with applied(self.lm.model, plan):
-            begun = greedy_starts(
-                self.lm, texts, [c.ids for c in drafts], progress=self.progress, label="drafts"
-            )
-            written = self._answered(texts, begun, given=False)
+            written = self._answered(self.target.texts)
             moved = diverge(self.lm, reference, progress=self.progress)
         if not bool(torch.isfinite(torch.from_numpy(moved.sequence)).all()):
             raise NonFinite(f"the divergence under {100 * dose:g}% of the change ({kind})")
@@ -313,13 +299,13 @@ class _Ladder:
     def _best(self, watch: Watch, candidates: Sequence[Candidate]) -> Candidate:
         """Return the candidate whose projection takes most off the log-odds, per its cost.
 
-        Among the best separating one of each layer, on validation prompts, as Arditi et al. (2024, arXiv
+        Among the best separating ones, each of another layer, on validation prompts, as Arditi et al. (2024, arXiv
         2406.11717) choose theirs; where no opening tells of the behaviour, the best separating one.
         """
         by_layer: dict[int, Candidate] = {}
         for candidate in candidates:  # best first
             by_layer.setdefault(candidate.direction.layer, candidate)
-        some, data = list(by_layer.values()), watch.selecting
+        some, data = list(by_layer.values())[:SHORTLIST], watch.selecting
         target, neutral = (
             probe(self.lm, prompts, self.config.probe, first_token=True)
             for prompts in (data.target_validation, data.neutral_validation)
