@@ -299,8 +299,9 @@ class _Ladder:
     def _best(self, watch: Watch, candidates: Sequence[Candidate]) -> Candidate:
         """Return the candidate whose projection takes most off the log-odds, per its cost.
 
-        Among the best separating ones, each of another layer, on validation prompts, as Arditi et al. (2024, arXiv
-        2406.11717) choose theirs; where no opening tells of the behaviour, the best separating one.
+        Among the best separating ones, each of another layer, on validation prompts, as Arditi et al.
+        (2024, arXiv 2406.11717) choose theirs; where no opening tells of the behaviour, it is the best
+        separating one.
         """
         by_layer: dict[int, Candidate] = {}
         for candidate in candidates:  # best first
