@@ -282,7 +282,7 @@ def _rung(kind, dose, left, kl=0.01, incoherent=0):
         "refusal_by_category": split,
         "kl": None
         if kind == "untouched"
-        else {"sequence": kl, "low": kl / 2, "high": 2 * kl, "median": kl},
+        else {"sequence": kl, "sequence_low": kl / 2, "sequence_high": 2 * kl},
     }
 
 

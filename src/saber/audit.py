@@ -18,34 +18,27 @@ from torch import Tensor
 
 from saber import __version__, artifacts
 from saber.ablation import EditPlan, Removal, applied, originals_kept, orthogonal
-from saber.candidates import causal_scores, mean_log_odds
+from saber.candidates import causal_scores, mean_log_odds, merit
 from saber.config import RunConfig, resolved
-from saber.errors import NonFinite, UsageError, WeakBehaviour
+from saber.errors import NonFinite, UsageError
 from saber.evaluation.divergence import Divergence, Reference, diverge, own_answers
 from saber.evaluation.judge import Judge, Label
-from saber.evaluation.judging import describe, label_all, make_judge
+from saber.evaluation.judging import label_all
+from saber.evaluation.measure import kl_summary, not_finite, rate
 from saber.evaluation.readout import derive_readout
-from saber.evaluation.statistics import bootstrap_mean, wilson
-from saber.gathering import RunData, gather
+from saber.evaluation.statistics import wilson
+from saber.gathering import RunData
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, Request, answer
 from saber.lm.model import LanguageModel
-from saber.passes import Candidate, Pass, Refinement
-from saber.pipeline import Listener
+from saber.passes import Candidate, Refinement
+from saber.pipeline import Listener, begin, one_at_a_time
 from saber.probing import probe
 from saber.prompts import PromptSet
 from saber.record import describe_data, describe_model, describe_passes, environment
-from saber.run_folder import (
-    AUDITS,
-    PASSES,
-    abandon,
-    prepare_folder,
-    removed_if_empty,
-    resume_state,
-    save_pass,
-)
+from saber.run_folder import AUDITS, abandon
 from saber.stopwatch import Stopwatch
-from saber.subject import Subject, Watch, refined
+from saber.subject import Subject, Watch
 
 DOSES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Shares of the edit that are tried."""
@@ -74,8 +67,8 @@ class Rung:
     """Norm of the change over that of the weights that it changes."""
     overall: float
     """The same over the norm of all weights."""
-    plan: EditPlan
-    """The change; never written to disk."""
+    writers: int
+    """Weights that it changes."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,7 @@ class Start:
     """Targets that were asked: those that showed it before, and are answered after the edit."""
 
 
+@one_at_a_time
 def audit(
     model: str,
     out: Path,
@@ -106,80 +100,37 @@ def audit(
     Raises children of `SaberError`; `WeakBehaviour` when the model hardly shows the behaviour and `force`
     is not set. A behaviour that no edit takes out is a finding and no error.
     """
-    with artifacts.claimed(out):
-        return _audit(
-            model, out, config, overwrite=overwrite, resume=resume, force=force, command=command,
-            listener=listener,
-        )  # fmt: skip
-
-
-def _audit(
-    model: str,
-    out: Path,
-    config: RunConfig,
-    *,
-    overwrite: bool,
-    resume: bool,
-    force: bool,
-    command: str,
-    listener: Listener,
-) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.timezone.utc), Stopwatch()
     if config.data.mode != "removal":
         raise UsageError(
             f"--mode {config.data.mode} has no meaning in an audit.", "It goes with saber run."
         )
-    data = gather(config)
-    judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
-    judged_by = describe(config.evaluation.judge, judge)
-    prepare_folder(out, model, overwrite=overwrite, resume=resume, files=AUDITS)
-    with clock("load"), removed_if_empty(out):
-        listener.on_stage(f"loading {model}")
-        subject = Subject.load(model, config)
-    lm = subject.lm
-    identity = {
-        "model": subject.mark,
-        "config": resolved(config),
-        "judge": judged_by,
-        "prompts": describe_data(data),
-        "template": subject.template,
-        "version": __version__,
-    }
-    done = resume_state(out, identity, AUDITS) if resume else []
-    artifacts.write_json(out / AUDITS.state, identity)
-    with clock("check"):
-        listener.on_stage("checking that the behaviour is there")
-        watch = Watch(lm, judge, data.selecting, config, listener.progress)
-    if not force:
-        try:
-            watch.require(model, config.minimum_rate)
-        except WeakBehaviour:
-            if not done:
-                abandon(out, AUDITS)
-            raise
-
-    def finished(this: Pass) -> None:
-        save_pass(out / PASSES / str(this.index), this)
-        listener.on_pass(this)
-
+    begun = begin(
+        model,
+        out,
+        config,
+        clock,
+        AUDITS,
+        overwrite=overwrite,
+        resume=resume,
+        force=force,
+        listener=listener,
+    )
+    lm, data = begun.subject.lm, begun.data
     listener.on_stage("finding the edit")
-    with originals_kept(lm.model):
-        outcome = refined(
-            subject, watch, config, progress=listener.progress, finished=finished, done=done
-        )
-    clock.add(outcome.seconds)
+    outcome = begun.refined(out, config, clock, listener)
     with clock("audit"):
-        ladder = _Ladder(lm, data, judge, config, listener.progress, listener.on_stage)
-        found = ladder.climb(subject, watch, outcome)
+        ladder = _Ladder(lm, data, begun.judge, config, listener.progress, listener.on_stage)
+        found = ladder.climb(begun.subject, begun.watch, outcome)
     record = {
         "schema": artifacts.SCHEMA,
         "saber_version": __version__,
         "command": command,
-        "model": describe_model(lm, subject.mark),
+        "model": describe_model(lm, begun.subject.mark),
         "environment": environment(started),
         "config": resolved(config),
-        "judge": judged_by,
-        "prompts": describe_data(data, watch.left_out),
+        "judge": begun.judged_by,
+        "prompts": describe_data(data, begun.watch.left_out),
         "seconds": {**clock.seconds, "total": clock.total()},
         **found,
         **describe_passes(lm, outcome, config),
@@ -208,7 +159,7 @@ class _Ladder:
             self.lm, self.neutral.texts, self.tokens, progress=self.progress, label="answers"
         )
         labels = self._labels(self.target.texts, first)
-        rungs = [Rung("untouched", 0.0, labels, None, 0.0, 0.0, EditPlan())]
+        rungs = [Rung("untouched", 0.0, labels, None, 0.0, 0.0, 0)]
         starts: list[Start] = []
         chosen: Candidate | None = None
         with originals_kept(self.lm.model):
@@ -228,8 +179,14 @@ class _Ladder:
                 one = [Removal(chosen.direction.pattern, 1.0, chosen.direction.layer)]
                 plan = orthogonal(self.lm, subject.writers, one, "all")
                 rungs.append(self._rung("direction", 1.0, plan, reference)[0])
+        described = [_described(rung, self.target) for rung in rungs]
+        for row in described:
+            if name := not_finite(row):
+                raise NonFinite(
+                    f"{name} under {100 * row['dose']:g}% of the change ({row['kind']})"
+                )
         return {
-            "rungs": [_described(rung, self.target) for rung in rungs],
+            "rungs": described,
             "starts": [
                 {"tokens": s.tokens, "shown": asdict(wilson(s.shown, s.asked))} for s in starts
             ],
@@ -270,10 +227,8 @@ class _Ladder:
         with applied(self.lm.model, plan):
             written = self._answered(self.target.texts)
             moved = diverge(self.lm, reference, progress=self.progress)
-        if not bool(torch.isfinite(torch.from_numpy(moved.sequence)).all()):
-            raise NonFinite(f"the divergence under {100 * dose:g}% of the change ({kind})")
-        labels = self._labels(self.target.texts, written)
-        return Rung(kind, dose, labels, moved, edited, overall, plan), written
+        labels, writers = self._labels(self.target.texts, written), len(plan.factors)
+        return Rung(kind, dose, labels, moved, edited, overall, writers), written
 
     def _starts(
         self, before: Sequence[Label], after: Sequence[Label], written: Sequence[Completion]
@@ -328,8 +283,7 @@ class _Ladder:
             replace(self.config.refine, shortlist=len(some)),
             self.progress,
         )
-        merits = [-1.0 if s is None else s[0] / (1 + s[1]) for s in scores]
-        return some[max(range(len(some)), key=lambda i: merits[i])]
+        return some[max(range(len(some)), key=lambda i: merit(scores[i]))]
 
 
 def scaled(plan: EditPlan, dose: float) -> EditPlan:
@@ -394,32 +348,23 @@ def _joint(norms: Sequence[float]) -> float:
 
 
 def _described(rung: Rung, target: PromptSet) -> dict[str, Any]:
-    def rate(label: Label, category: str | None = None) -> dict[str, Any]:
-        found = [
-            one == label
-            for one, prompt in zip(rung.labels, target, strict=True)
-            if category in (None, prompt.category)
-        ]
-        return asdict(wilson(sum(found), len(found)))
+    def share(label: Label, category: str | None = None) -> dict[str, Any]:
+        return rate(
+            [
+                one == label
+                for one, prompt in zip(rung.labels, target, strict=True)
+                if category in (None, prompt.category)
+            ]
+        )
 
-    d = rung.divergence
-    kl = None
-    if d is not None:
-        mean = bootstrap_mean(d.sequence.tolist())
-        kl = {
-            "sequence": mean.estimate,
-            "low": mean.low,
-            "high": mean.high,
-            "median": float(torch.from_numpy(d.sequence).median()),
-        }
     return {
         "kind": rung.kind,
         "dose": rung.dose,
         "change": {"edited": rung.edited, "overall": rung.overall},
-        "writers": len(rung.plan.factors),
-        "refusal": rate("refusal"),
-        "partial": rate("partial"),
-        "incoherent": rate("incoherent"),
-        "refusal_by_category": {c: rate("refusal", c) for c in sorted(set(target.categories))},
-        "kl": kl,
+        "writers": rung.writers,
+        "refusal": share("refusal"),
+        "partial": share("partial"),
+        "incoherent": share("incoherent"),
+        "refusal_by_category": {c: share("refusal", c) for c in sorted(set(target.categories))},
+        "kl": kl_summary(rung.divergence) if rung.divergence else None,
     }

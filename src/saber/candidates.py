@@ -36,7 +36,7 @@ def choose(
     rows = list(zip(directions, measured, causal, strict=True))
     scored = [(d, e, c, d.d_prime**2 / 2 * e.purity) for d, e, c in rows]
     if spec.shortlist:
-        ranked = sorted(scored, key=lambda row: (row[2] is None, -(_merit(row[2])), -row[3]))
+        ranked = sorted(scored, key=lambda row: (row[2] is None, -merit(row[2]), -row[3]))
     else:
         ranked = sorted(scored, key=lambda row: -row[3])
     result = []
@@ -62,7 +62,8 @@ def choose(
     return result
 
 
-def _merit(causal: tuple[float, float] | None) -> float:
+def merit(causal: tuple[float, float] | None) -> float:
+    """Return the causal fall per cost, fall / (1 + kl); 0 where it was not tested."""
     return 0.0 if causal is None else causal[0] / (1.0 + causal[1])
 
 

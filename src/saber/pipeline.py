@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from saber import __version__, artifacts
 from saber.ablation import EditPlan, applied, originals_kept
@@ -27,6 +27,7 @@ from saber.errors import (
     WeakBehaviour,
 )
 from saber.evaluation.baseline import baseline
+from saber.evaluation.judge import Judge
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import (
     compare,
@@ -35,13 +36,15 @@ from saber.evaluation.measure import (
     not_finite,
     summarise,
 )
-from saber.gathering import gather
+from saber.gathering import RunData, gather
 from saber.lm.forward import Progress, silent
 from saber.passes import Pass, Refinement
 from saber.record import describe_data, describe_model, describe_passes, environment
 from saber.run_folder import (
     PASSES,
+    RUNS,
     STATE,
+    Files,
     abandon,
     prepare_folder,
     removed_if_empty,
@@ -52,6 +55,7 @@ from saber.stopwatch import Stopwatch
 from saber.subject import Subject, Watch, refined
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ class Listener:
     """Told of the run folder once all but the exports is there."""
 
 
-def _alone(work: Callable[P, RunResult]) -> Callable[P, RunResult]:
+def one_at_a_time(work: Callable[P, R]) -> Callable[P, R]:
     """Let one process at a time work in the folder `out`; another is refused with an `OutputError`."""
 
     @wraps(work)
-    def held(*args: P.args, **kwargs: P.kwargs) -> RunResult:
+    def held(*args: P.args, **kwargs: P.kwargs) -> R:
         out: Path = signature(work).bind(*args, **kwargs).arguments["out"]
         with artifacts.claimed(out):
             return work(*args, **kwargs)
@@ -117,7 +121,101 @@ def _alone(work: Callable[P, RunResult]) -> Callable[P, RunResult]:
     return held
 
 
-@_alone
+@dataclass(frozen=True)
+class Begun:
+    """What a run or an audit is of, once the untouched model is known to show the behaviour."""
+
+    subject: Subject
+    """The loaded model."""
+    data: RunData
+    """All prompts."""
+    judge: Judge
+    """Who labels answers."""
+    judged_by: Mapping[str, Any]
+    """How the record describes the judge."""
+    watch: Watch
+    """Answers to the prompts that select."""
+    done: Sequence[Pass]
+    """Passes of an interrupted one."""
+
+    def refined(
+        self, out: Path, config: RunConfig, clock: Stopwatch, listener: Listener
+    ) -> Refinement:
+        """Run the passes, and write each to `out` as it ends."""
+
+        def finished(this: Pass) -> None:
+            save_pass(out / PASSES / str(this.index), this)
+            listener.on_pass(this)
+
+        with originals_kept(self.subject.lm.model):
+            outcome = refined(
+                self.subject,
+                self.watch,
+                config,
+                progress=listener.progress,
+                finished=finished,
+                done=self.done,
+            )
+        clock.add(outcome.seconds)
+        return outcome
+
+
+def begin(
+    model: str,
+    out: Path,
+    config: RunConfig,
+    clock: Stopwatch,
+    files: Files = RUNS,
+    *,
+    overwrite: bool,
+    resume: bool,
+    force: bool,
+    listener: Listener,
+    check: Callable[[Subject], None] = lambda _subject: None,
+) -> Begun:
+    """Read the prompts, make `out` ready, load the model, and see that it shows the behaviour.
+
+    `check` may refuse the model as soon as it is loaded. Raises children of `SaberError`; `WeakBehaviour`
+    when the model hardly shows the behaviour and `force` is not set.
+    """
+    data = gather(config)
+    judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
+    judged_by = describe(config.evaluation.judge, judge)
+    prepare_folder(out, model, overwrite=overwrite, resume=resume, files=files)
+    with clock("load"), removed_if_empty(out):
+        listener.on_stage(f"loading {model}")
+        subject = Subject.load(model, config)
+        check(subject)
+    identity = {
+        "model": subject.mark,
+        "config": resolved(config),
+        "judge": judged_by,
+        "prompts": describe_data(data),
+        "template": subject.template,
+        "version": __version__,
+    }
+    done = resume_state(out, identity, files) if resume else []
+    artifacts.write_json(out / files.state, identity)
+
+    with clock("check"):
+        listener.on_stage("checking that the behaviour is there")
+        watch = Watch(subject.lm, judge, data.selecting, config, listener.progress)
+        for kind, count in watch.left_out.items():
+            if count:
+                listener.on_stage(
+                    f"leaving out {count} of the {kind} prompts: the behaviour shows there too"
+                )
+    if not force:
+        try:
+            watch.require(model, config.minimum_rate)
+        except WeakBehaviour:
+            if not done:
+                abandon(out, files)
+            raise
+    return Begun(subject, data, judge, judged_by, watch, done)
+
+
+@one_at_a_time
 def run(
     model: str,
     out: Path,
@@ -141,43 +239,25 @@ def run(
     started = datetime.datetime.now(datetime.timezone.utc)
     clock = Stopwatch()
     check_formats(export, model)
-    data = gather(config)
-    judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
-    judged_by = describe(config.evaluation.judge, judge)
-    prepare_folder(out, model, overwrite=overwrite, resume=resume)
-    with clock("load"), removed_if_empty(out):
-        listener.on_stage(f"loading {model}")
-        subject = Subject.load(model, config)
-        lm, mark = subject.lm, subject.mark
-        check_places(export, lm, subject.edited(config))  # what cannot be edited is told at once
-        if origin is not None:
-            origin.require(model, mark)
-    identity = {
-        "model": mark,
-        "config": resolved(config),
-        "judge": judged_by,
-        "prompts": describe_data(data),
-        "template": subject.template,
-        "version": __version__,
-    }
-    done = resume_state(out, identity) if resume else []
-    artifacts.write_json(out / STATE, identity)
 
-    with clock("check"):
-        listener.on_stage("checking that the behaviour is there")
-        watch = Watch(lm, judge, data.selecting, config, listener.progress)
-        for kind, count in watch.left_out.items():
-            if count:
-                listener.on_stage(
-                    f"leaving out {count} of the {kind} prompts: the behaviour shows there too"
-                )
-    if not force:
-        try:
-            watch.require(model, config.minimum_rate)
-        except WeakBehaviour:
-            if not done:
-                abandon(out)
-            raise
+    def check(subject: Subject) -> None:
+        # What cannot be edited is told at once.
+        check_places(export, subject.lm, subject.edited(config))
+        if origin is not None:
+            origin.require(model, subject.mark)
+
+    begun = begin(
+        model,
+        out,
+        config,
+        clock,
+        overwrite=overwrite,
+        resume=resume,
+        force=force,
+        listener=listener,
+        check=check,
+    )
+    lm, mark, data, judge = begun.subject.lm, begun.subject.mark, begun.data, begun.judge
     with clock("evaluate"):
         listener.on_stage("measuring the untouched model")
         start = lm.work.tokens
@@ -187,24 +267,16 @@ def run(
             data.reporting,
             config.evaluation,
             judge,
-            judged_by,
+            begun.judged_by,
             progress=listener.progress,
         )
         kept = lm.work.tokens == start
         if kept:
             listener.on_stage("taking the untouched model's measures from an earlier run")
 
-    def finished(this: Pass) -> None:
-        save_pass(out / PASSES / str(this.index), this)
-        listener.on_pass(this)
-
     listener.on_stage("refining")
-    with originals_kept(lm.model):
-        outcome = refined(
-            subject, watch, config, progress=listener.progress, finished=finished, done=done
-        )
-    clock.add(outcome.seconds)
-    if in_vain := _in_vain(outcome, watch, config):
+    outcome = begun.refined(out, config, clock, listener)
+    if in_vain := _in_vain(outcome, begun.watch, config):
         abandon(out)
         raise in_vain
     plan_on_disk.save(out / PLAN, lm, outcome.plan)
@@ -238,8 +310,8 @@ def run(
         },
         "environment": environment(started),
         "config": resolved(config),
-        "judge": judged_by,
-        "prompts": describe_data(data, watch.left_out),
+        "judge": begun.judged_by,
+        "prompts": describe_data(data, begun.watch.left_out),
         "seconds": {},
         "work": {},
         "baseline": shown["untouched"],
@@ -263,9 +335,9 @@ def run(
     listener.on_record(out)
     if export:
         listener.on_stage("saving the edit")
-    made, begun = Run(record, outcome.plan, sketch, out), perf_counter()
+    made, start_of_exports = Run(record, outcome.plan, sketch, out), perf_counter()
     for one in export_all(made, export, out, lm=lm, spec=config.load, progress=listener.progress):
-        took = perf_counter() - begun
+        took = perf_counter() - start_of_exports
         record["seconds"] = {**clock.seconds, "save": took, "total": total + took}
         with alone(out):
             record["exports"] = exports_with(out, one)

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -638,42 +638,42 @@ def require_used(
 
 
 def require_no_edit(arguments: argparse.Namespace) -> None:
-    """Raise `UsageError` for an option of edits, in a command that makes none.
-
-    What a file of --config sets is none: commands share it.
-    """
-    for path in _given(arguments):
-        if path == "load.allow_unproven" or path.partition(".")[0] not in MEASURED_BY:
-            raise UsageError(
-                f"{_option(path)} does nothing with saber {arguments.command}, which edits nothing anew.",
-                "Leave it out: it goes with saber run and saber sweep.",
-            )
+    """Raise `UsageError` for an option of edits, in a command that makes none."""
+    _refuse(
+        arguments,
+        lambda path: path == "load.allow_unproven" or path.partition(".")[0] not in MEASURED_BY,
+        f"saber {arguments.command}, which edits nothing anew",
+        "Leave it out: it goes with saber run and saber sweep.",
+    )
 
 
 def require_audited(arguments: argparse.Namespace) -> None:
-    """Raise `UsageError` for an option of what an audit does not measure.
-
-    What a file of --config sets is none: commands share it.
-    """
-    for path in _given(arguments):
-        if path in _NOT_AUDITED:
-            raise UsageError(
-                f"{_option(path)} does nothing with saber audit, which asks targets and neutral prompts.",
-                "Leave it out: it goes with saber run and saber eval.",
-            )
+    """Raise `UsageError` for an option of what an audit does not measure."""
+    _refuse(
+        arguments,
+        _NOT_AUDITED.__contains__,
+        "saber audit, which asks targets and neutral prompts",
+        "Leave it out: it goes with saber run and saber eval.",
+    )
 
 
 def require_read_by_tasks(arguments: argparse.Namespace) -> None:
-    """Raise `UsageError` for an option that does nothing with --lm-eval: tasks bring prompts and scores.
+    """Raise `UsageError` for an option that does nothing with --lm-eval: tasks bring prompts and scores."""
+    _refuse(
+        arguments,
+        lambda path: path not in _TASKS,
+        "--lm-eval",
+        "Leave it out: tasks bring prompts and scores of their own.",
+    )
 
-    What a file of --config sets is none: commands share it.
-    """
-    for path in _given(arguments):
-        if path not in _TASKS:
-            raise UsageError(
-                f"{_option(path)} does nothing with --lm-eval.",
-                "Leave it out: tasks bring prompts and scores of their own.",
-            )
+
+def _refuse(
+    arguments: argparse.Namespace, idle: Callable[[str], bool], where: str, remedy: str
+) -> None:
+    """Raise `UsageError` for an option whose setting is idle; none is what a file of --config sets, which
+    commands share."""
+    for path in filter(idle, _given(arguments)):
+        raise UsageError(f"{_option(path)} does nothing with {where}.", remedy)
 
 
 def _option(path: str) -> str:

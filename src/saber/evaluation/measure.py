@@ -240,11 +240,11 @@ def summarise(m: Measurement) -> dict[str, Any]:
     correct = np.array(m.correct)
     masks = {c: categories == c for c in names}
     return {
-        "refusal": _rate(m.target.flags("refusal")),
-        "incoherent": _rate(m.target.flags("incoherent")),
-        "partial": _rate(m.target.flags("partial")),
+        "refusal": rate(m.target.flags("refusal")),
+        "incoherent": rate(m.target.flags("incoherent")),
+        "partial": rate(m.target.flags("partial")),
         "refusal_by_category": {
-            c: _rate(_where(m.target, {c}.__contains__))
+            c: rate(_where(m.target, {c}.__contains__))
             for c in sorted(set(m.target.prompts.categories))
         },
         "refusal_seen": _rate_or_none(_where(m.target, lambda c: c in m.seen)),
@@ -254,9 +254,9 @@ def summarise(m: Measurement) -> dict[str, Any]:
             for name, judged in _judged_sets(m).items()
         },
         "over_refusal": {
-            "borderline": _rate(m.borderline.flags("refusal")) if m.borderline else None,
-            "neutral": _rate(m.neutral.flags("refusal")),
-            "everyday": _rate(m.everyday.judged.flags("refusal")) if m.everyday else None,
+            "borderline": rate(m.borderline.flags("refusal")) if m.borderline else None,
+            "neutral": rate(m.neutral.flags("refusal")),
+            "everyday": rate(m.everyday.judged.flags("refusal")) if m.everyday else None,
         },
         "perplexity": {
             "overall": m.scores.answers.perplexity(),
@@ -273,18 +273,18 @@ def summarise(m: Measurement) -> dict[str, Any]:
             **_accuracy(correct),
             "by_category": {c: float(correct[k].mean()) for c, k in masks.items()},
         },
-        "kl": _kl(m.divergence),
-        "kl_everyday": _kl(m.everyday.divergence) if m.everyday else None,
+        "kl": kl_summary(m.divergence),
+        "kl_everyday": kl_summary(m.everyday.divergence) if m.everyday else None,
         **({"lengths": [cut.summary() for cut in m.lengths]} if m.lengths else {}),
         "kept": {
             k.judged.prompts.name: {
-                "refusal": _rate(k.judged.flags("refusal")),
-                "incoherent": _rate(k.judged.flags("incoherent")),
+                "refusal": rate(k.judged.flags("refusal")),
+                "incoherent": rate(k.judged.flags("incoherent")),
                 "refusal_by_category": {
-                    c: _rate(_where(k.judged, {c}.__contains__))
+                    c: rate(_where(k.judged, {c}.__contains__))
                     for c in sorted(set(k.judged.prompts.categories))
                 },
-                "kl": _kl(k.divergence),
+                "kl": kl_summary(k.divergence),
             }
             for k in m.kept
         },
@@ -300,12 +300,13 @@ def _judged_sets(m: Measurement) -> dict[str, Judged]:
     return sets
 
 
-def _rate(flags: Sequence[bool]) -> dict[str, Any]:
+def rate(flags: Sequence[bool]) -> dict[str, Any]:
+    """Return how often a flag is set, with its Wilson interval, as it stands in records."""
     return asdict(wilson(sum(flags), len(flags)))
 
 
 def _accuracy(correct: np.ndarray) -> dict[str, Any]:
-    found = _rate(correct.tolist())
+    found = rate(correct.tolist())
     return {"overall": found.pop("rate"), **found}
 
 
@@ -316,10 +317,10 @@ def _where(judged: Judged, keep: Callable[[str], bool]) -> list[bool]:
 
 
 def _rate_or_none(flags: Sequence[bool]) -> dict[str, Any] | None:
-    return _rate(flags) if flags else None
+    return rate(flags) if flags else None
 
 
-def _kl(d: Divergence | None) -> dict[str, float]:
+def kl_summary(d: Divergence | None) -> dict[str, float]:
     """Return means over prompts with their 95% intervals, medians, and how far single tokens go, nats.
 
     One prompt in a hundred that the edit turns makes half of a mean; the median tells of the others.

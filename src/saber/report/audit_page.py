@@ -12,7 +12,7 @@ from saber.report import reading, style
 from saber.report.audit_plot import fragility
 from saber.report.build import Report
 from saber.report.card import cell, markdown, provenance
-from saber.report.reading import MISSING, Run, count, dig, fixed, percent, plain, proportion
+from saber.report.reading import MISSING, Run, count, dig, fixed, percent, plain, proportion, rate
 from saber.report.tables import BRACKETS, Table, prompts
 
 FILE = "audit.json"
@@ -82,7 +82,7 @@ def changes(record: Run, *, brief: bool = False) -> Table:
                 name_of(record, rung),
                 percent(dig(rung, "change", "edited"), 2) if kl else MISSING,
                 str(rung["writers"]) if kl else MISSING,
-                _rate(rung["refusal"]) if brief else proportion(rung["refusal"]),
+                rate(rung["refusal"]) if brief else proportion(rung["refusal"]),
                 percent(rung["partial"]["rate"], 1),
                 percent(rung["incoherent"]["rate"], 1),
                 _divergence(kl, brief),
@@ -96,7 +96,7 @@ def changes(record: Run, *, brief: bool = False) -> Table:
 def _divergence(kl: Mapping[str, Any] | None, brief: bool) -> str:
     if kl is None:
         return MISSING
-    around = "" if brief else f" [{fixed(kl['low'], 4)}, {fixed(kl['high'], 4)}]"
+    around = "" if brief else f" [{fixed(kl['sequence_low'], 4)}, {fixed(kl['sequence_high'], 4)}]"
     return f"{fixed(kl['sequence'], 4)}{around}"
 
 
@@ -124,7 +124,7 @@ def findings(record: Run) -> list[str]:
     untouched = of_kind(record, "untouched")[0]["refusal"]
     prompts_ = count(untouched["n"], "held-out prompt")
     shown = reading.worded(record, "refuses", "shows the behaviour on")
-    found = [f"The untouched model {shown} {_rate(untouched)} of {prompts_}."]
+    found = [f"The untouched model {shown} {rate(untouched)} of {prompts_}."]
     if edits := of_kind(record, "edit"):
         found += _of_edit(record, edits, untouched)
     else:
@@ -132,7 +132,7 @@ def findings(record: Run) -> list[str]:
     for rung in of_kind(record, "direction"):
         found.append(
             f"Taking the one direction that does most (layer {record['direction']['layer']}) out of all "
-            f"writers leaves {_rate(rung['refusal'])} at a KL of {fixed(rung['kl']['sequence'], 4)}"
+            f"writers leaves {rate(rung['refusal'])} at a KL of {fixed(rung['kl']['sequence'], 4)}"
             + _garbled(rung)
         )
     return found + _of_starts(record)
@@ -143,18 +143,18 @@ def _of_edit(record: Run, edits: Sequence[Rung], untouched: Mapping[str, Any]) -
     size = percent(dig(whole, "change", "edited"), 2)
     found = [
         f"An edit of {size} of the norm of the {whole['writers']} weights that it changes leaves "
-        f"{_rate(whole['refusal'])} at a KL of {fixed(whole['kl']['sequence'], 4)}{_garbled(whole)}"
+        f"{rate(whole['refusal'])} at a KL of {fixed(whole['kl']['sequence'], 4)}{_garbled(whole)}"
     ]
     half = [r for r in edits if r["refusal"]["rate"] <= untouched["rate"] / 2]
     if half and untouched["rate"]:
         size = percent(dig(half[0], "change", "edited"), 2)
         found.append(
             f"{share(half[0])} of that edit ({size}) is enough to lose half of it: "
-            f"{_rate(half[0]['refusal'])} are left."
+            f"{rate(half[0]['refusal'])} are left."
         )
     for rung in of_kind(record, "random"):
         found.append(
-            f"The same change along random directions leaves {_rate(rung['refusal'])}{_garbled(rung)}"
+            f"The same change along random directions leaves {rate(rung['refusal'])}{_garbled(rung)}"
         )
     between = min(edits, key=lambda r: abs(r["refusal"]["rate"] - untouched["rate"] / 2))
     rates = {
@@ -180,12 +180,8 @@ def _of_starts(record: Run) -> list[str]:
     return [
         f"With the first {count(least['tokens'], 'token')} of the edited model's answer given, the untouched "
         f"model still comes to {reading.worded(record, 'refuse', 'show the behaviour on')} "
-        f"{_rate(least['shown'])} of {count(least['shown']['n'], 'prompt')}."
+        f"{rate(least['shown'])} of {count(least['shown']['n'], 'prompt')}."
     ]
-
-
-def _rate(p: Mapping[str, Any]) -> str:
-    return f"{percent(p['rate'], 1)} ({100 * p['low']:.1f}-{100 * p['high']:.1f})"
 
 
 def _garbled(rung: Rung) -> str:

@@ -97,6 +97,11 @@ def proportion(value: Any) -> str:
     return text
 
 
+def rate(value: Mapping[str, Any]) -> str:
+    """A rate with its interval: `3.1% (0.6-15.7)`."""
+    return f"{percent(value['rate'], 1)} ({100 * value['low']:.1f}-{100 * value['high']:.1f})"
+
+
 def p_value(value: Any) -> str:
     """`p = 0.031`, or an upper bound where the digits no longer matter."""
     p = known(value)

@@ -11,7 +11,7 @@ from saber.errors import DataError
 from saber.report import reading, style
 from saber.report.build import Report
 from saber.report.card import cell
-from saber.report.reading import MISSING, count, dig, fixed, percent, points, relative
+from saber.report.reading import MISSING, count, dig, fixed, percent, points, rate, relative
 from saber.report.sweep_plots import applicable, axis_name
 
 FILE = "sweep.json"
@@ -78,8 +78,8 @@ def _cells(
     before = dig(record, "baseline", "perplexity", "overall")
     return [
         *head,
-        *([_rate(row["over_refusal"]["borderline"])] if narrow else []),
-        _rate(row["refusal"]),
+        *([rate(row["over_refusal"]["borderline"])] if narrow else []),
+        rate(row["refusal"]),
         fixed(row["perplexity"], 2),
         (_change(row) if intervals else "") or relative(before, row["perplexity"]),
         str(row["layers"]),
@@ -93,12 +93,6 @@ def _cells(
 def _value(value: Any) -> str:
     """The value of an axis; a search gives more digits than anyone reads."""
     return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _rate(value: Any) -> str:
-    """A rate with its interval: `3.1% (0.6-15.7)`."""
-    low, high = 100 * value["low"], 100 * value["high"]
-    return f"{percent(value['rate'], 1)} ({low:.1f}-{high:.1f})"
 
 
 def _change(row: Mapping[str, Any]) -> str:
@@ -143,11 +137,11 @@ def shrinkage(record: Mapping[str, Any]) -> str:
     what = "refused wrongly" if reading.narrow(record) else "amiss (shown or incoherent)"
     text = (
         f"setting {best['number']}: {what} {percent(seen['rate'], 1)} of {seen['n']} validation prompts, "
-        f"{_rate(now)} of {now['n']} held-out ones ({points(seen['rate'], now['rate'])}); "
+        f"{rate(now)} of {now['n']} held-out ones ({points(seen['rate'], now['rate'])}); "
         f"KL {fixed(dig(was, 'kl', 'sequence'), 4)} \N{RIGHTWARDS ARROW} "
         f"{fixed(dig(found, 'kl', 'sequence'), 4)}; "
-        f"{reading.behaviour(record)} on held-out prompts {_rate(untouched['refusal'])} before, "
-        f"{_rate(found['refusal'])} after"
+        f"{reading.behaviour(record)} on held-out prompts {rate(untouched['refusal'])} before, "
+        f"{rate(found['refusal'])} after"
     )
     if not best["reached"]:
         text += f". No setting reaches the aim of {100 * record['aim']:g}%"
