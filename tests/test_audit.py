@@ -11,7 +11,7 @@ from conftest import make_lm, thinned
 from saber import artifacts
 from saber import audit as auditing
 from saber.ablation import EditPlan, Removal, applied, orthogonal
-from saber.audit import STARTS, _Ladder, at_random, audit, scaled, sizes
+from saber.audit import STARTS, _Ladder, at_random, audit, sizes
 from saber.cli.main import main
 from saber.config import override, preset
 from saber.entanglement import Entanglement
@@ -145,12 +145,12 @@ def plan():
 
 def test_a_share_of_a_plan_makes_that_share_of_each_change(plan):
     lm, whole = plan
-    for name, factor in scaled(whole, 0.25).factors.items():
+    for name, factor in whole.scaled(0.25).factors.items():
         torch.testing.assert_close(factor.delta(), 0.25 * whole.factors[name].delta())
     lm = make_lm("gpt2")  # has biases
     direction = torch.nn.functional.normalize(torch.randn(lm.d_model), dim=0)
     whole = orthogonal(lm, find_writers(lm), [Removal(direction, 1.0, 0)], "all")
-    quarter = scaled(whole, 0.25)
+    quarter = whole.scaled(0.25)
     biases = [(f.bias, quarter.factors[n].bias) for n, f in whole.factors.items()]
     assert any(a is not None for a, _ in biases)
     for a, b in biases:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from saber import conversation
 from saber.ablation import EditPlan, Factor
-from saber.cli import chat
 from saber.cli.main import main
 from saber.lm.chat import encode
 from saber.lm.generate import Completion
@@ -35,9 +35,10 @@ def asked(monkeypatch, llama):
         seen.append((lm.before, *prompts, edited))
         return [Completion((), f" {'E' if edited else 'U'}{len(seen)} ")]
 
-    monkeypatch.setattr(chat, "generate", generate)
-    monkeypatch.setattr(chat, "load", lambda _name, _spec: llama)
-    monkeypatch.setattr(chat, "_resolve", lambda name: (name, plan_for(llama), None, ""))
+    monkeypatch.setattr(conversation, "generate", generate)
+    monkeypatch.setattr(conversation, "load", lambda _name, _spec: llama)
+    partner = conversation.Partner("run", plan_for(llama))
+    monkeypatch.setattr(conversation.Partner, "of", lambda _name, _base: partner)
     return seen
 
 
@@ -78,9 +79,9 @@ def test_elsewhere_messages_stand_on_their_own(given, asked, monkeypatch):
 
 def test_the_oldest_is_forgotten_where_the_context_ends(llama):
     said = tuple((role, f"{role} {i}") for i in range(4) for role in ("user", "assistant"))
-    assert chat.remembered(llama, said, "now", 8) == said
+    assert conversation.remembered(llama, said, "now", 8) == said
     (whole,) = encode(replace(llama, before=said), ["now"])
     llama.text_config.max_position_embeddings = len(whole.ids) + 8
-    assert chat.remembered(llama, said, "now", 8) == said
-    assert chat.remembered(llama, said, "now", 9) == said[2:]
-    assert chat.remembered(llama, said, "now", 400) == ()
+    assert conversation.remembered(llama, said, "now", 8) == said
+    assert conversation.remembered(llama, said, "now", 9) == said[2:]
+    assert conversation.remembered(llama, said, "now", 400) == ()

@@ -467,8 +467,8 @@ def test_compare_needs_a_run(capsys, model_folder):
 
 
 def test_chat_takes_the_runs_system_prompt_unless_one_is_given(monkeypatch, tmp_path):
+    from saber import conversation
     from saber.ablation import EditPlan
-    from saber.cli import chat
     from saber.errors import ModelError
 
     seen = []
@@ -480,8 +480,8 @@ def test_chat_takes_the_runs_system_prompt_unless_one_is_given(monkeypatch, tmp_
     model = {"name": "m", "fingerprint": "f"}
     record = {"model": model, "config": {"load": {"system": "be brief"}}}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    monkeypatch.setattr(chat.EditPlan, "load", lambda _folder: EditPlan())
-    monkeypatch.setattr(chat, "load", loaded)
+    monkeypatch.setattr(conversation.EditPlan, "load", lambda _folder: EditPlan())
+    monkeypatch.setattr(conversation, "load", loaded)
     for options in ([], ["--system", "be long"]):
         assert main(["chat", str(tmp_path), "--prompt", "x", *options]) == 2
     assert seen == [("m", "be brief"), ("m", "be long")]

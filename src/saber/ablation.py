@@ -106,6 +106,11 @@ class Factor:
             bias=sum(biases[1:], biases[0]) if biases else None,
         )
 
+    def scaled(self, share: float) -> Factor:
+        """Return this share of the change."""
+        bias = None if self.bias is None else self.bias * share
+        return replace(self, left=self.left * share, bias=bias)
+
     def delta(self, device: torch.device | None = None) -> Tensor:
         """Return the change in the layout of the stored weight, the same bits as a part of it alone.
 
@@ -182,6 +187,10 @@ class EditPlan:
                 more = factors[name].plus(more)
             factors[name] = more
         return EditPlan(factors)
+
+    def scaled(self, share: float) -> EditPlan:
+        """Return the plan that makes this share of each change."""
+        return EditPlan({name: factor.scaled(share) for name, factor in self.factors.items()})
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of all that the plan changes; equal plans have equal ones."""

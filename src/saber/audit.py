@@ -166,7 +166,7 @@ class _Ladder:
             if outcome.plan.factors:
                 for dose in DOSES:
                     self.on_stage(f"making {100 * dose:g}% of the edit")
-                    plan = scaled(outcome.plan, dose)
+                    plan = outcome.plan.scaled(dose)
                     rung, written = self._rung("edit", dose, plan, reference)
                     rungs.append(rung)
                 self.on_stage("turning the edit into random directions")
@@ -284,16 +284,6 @@ class _Ladder:
             self.progress,
         )
         return some[max(range(len(some)), key=lambda i: merit(scores[i]))]
-
-
-def scaled(plan: EditPlan, dose: float) -> EditPlan:
-    """Return the plan that makes this share of each change."""
-    return EditPlan(
-        {
-            name: replace(f, left=f.left * dose, bias=None if f.bias is None else f.bias * dose)
-            for name, f in plan.factors.items()
-        }
-    )
 
 
 def at_random(plan: EditPlan, seed: int) -> EditPlan:

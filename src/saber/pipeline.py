@@ -30,6 +30,7 @@ from saber.evaluation.baseline import baseline
 from saber.evaluation.judge import Judge
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import (
+    answers,
     compare,
     examples,
     measure,
@@ -40,6 +41,7 @@ from saber.gathering import RunData, gather
 from saber.lm.forward import Progress, silent
 from saber.passes import Pass, Refinement
 from saber.record import describe_data, describe_model, describe_passes, environment
+from saber.report import write_answers
 from saber.run_folder import (
     PASSES,
     RUNS,
@@ -330,6 +332,7 @@ def run(
         "gflops": lm.flops / 1e9 / total,
         "baseline": {"tokens": tokens, "kept": kept},
     }
+    write_answers(out, answers(before, after))
     artifacts.write_json(out / RUN, record)
     (out / STATE).unlink(missing_ok=True)
     listener.on_record(out)

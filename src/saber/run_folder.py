@@ -26,6 +26,7 @@ from saber.errors import (
 )
 from saber.hydra import Compensation
 from saber.passes import Candidate, Hydra, Pass
+from saber.report import ANSWERS
 from saber.spectral import Direction
 from saber.strength import Shown, Trial
 
@@ -56,7 +57,12 @@ class Files:
         return self.others | {self.record, self.state, PASSES, "plots"}
 
 
-RUNS = Files("a run", RUN, STATE, frozenset({PLAN, "report.html", "README.md", *PLACES.values()}))
+RUNS = Files(
+    "a run",
+    RUN,
+    STATE,
+    frozenset({PLAN, ANSWERS, "report.html", "README.md", *PLACES.values()}),
+)
 AUDITS = Files("an audit", "audit.json", "audit-state.json", frozenset({"audit.md"}))
 
 

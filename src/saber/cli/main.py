@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from saber import __version__
-from saber.cli import diff, push
+from saber.cli import diff, push, ui
 from saber.errors import ExportInterrupted, ModelError, SaberError, UsageError
 
 INTERRUPTED = 130
@@ -249,6 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="run folder")
     report.add_argument("--json", action="store_true", help="print the result as JSON")
     report.set_defaults(handler=_report)
+    ui.add_parser(commands, _load_options).set_defaults(handler=_ui)
     push.add_parser(commands)
     diff.add_parser(commands)
     return parser
@@ -781,6 +782,11 @@ def _chat(arguments: argparse.Namespace) -> int:
     require_no_edit(arguments)
     limit, arguments.max_new_tokens = arguments.max_new_tokens, None
     return chat_command(arguments, read_config(arguments), limit)
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    require_no_edit(arguments)
+    return ui.ui_command(arguments, read_config(arguments))
 
 
 def _apply(arguments: argparse.Namespace) -> int:

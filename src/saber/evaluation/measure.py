@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -35,7 +35,7 @@ from saber.evaluation.statistics import (
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import Completion, Request, answer, greedy_starts
 from saber.lm.model import LanguageModel
-from saber.prompts import PromptSet
+from saber.prompts import Prompt, PromptSet
 
 LABELS: tuple[Label, ...] = ("refusal", "partial", "answer", "incoherent")
 
@@ -386,24 +386,37 @@ def perplexity_ratio(
 
 def examples(before: Measurement, after: Measurement | None, count: int = 5) -> dict[str, Any]:
     """Return a few prompts of each set with labels and short excerpts, never whole answers."""
-    later = _judged_sets(after) if after else {}
+    result: dict[str, list[dict[str, Any]]] = {}
+    for row in _labelled(_judged_sets(before), _judged_sets(after) if after else {}):
+        result.setdefault(row.pop("set"), []).append(row)
+    return {
+        name: rows[:: max(1, len(rows) // count)][:count] for name, rows in result.items() if rows
+    }
+
+
+def answers(before: Measurement, after: Measurement) -> list[dict[str, Any]]:
+    """Return every prompt that was asked: labels and short excerpts, or whether a problem was solved."""
+    kept = [{one.judged.prompts.name: one.judged for one in m.kept} for m in (before, after)]
+    rows = [*_labelled(_judged_sets(before), _judged_sets(after)), *_labelled(*kept)]
+    for prompt, old, new in zip(before.battery, before.correct, after.correct, strict=True):
+        sides = {"before": {"correct": old}, "after": {"correct": new}}
+        rows.append({"set": "battery", **_named(prompt), **sides})
+    return rows
+
+
+def _labelled(
+    before: Mapping[str, Judged], after: Mapping[str, Judged]
+) -> Iterator[dict[str, Any]]:
+    """Yield the prompts of each set with what was answered before, and after where that is known."""
 
     def one(judged: Judged, i: int) -> dict[str, str]:
         return {"label": judged.labels[i], "excerpt": excerpt(judged.texts[i])}
 
-    result: dict[str, Any] = {}
-    for name, judged in _judged_sets(before).items():
-        step = max(1, len(judged.prompts) // count)
-        rows = []
-        for i in range(0, len(judged.prompts), step)[:count]:
-            prompt = tuple(judged.prompts)[i]
-            row: dict[str, Any] = {
-                "id": prompt.id,
-                "category": prompt.category,
-                "prompt": prompt.text,
-            }
-            row["before"] = one(judged, i)
-            row["after"] = one(later[name], i) if name in later else None
-            rows.append(row)
-        result[name] = rows
-    return result
+    for name, judged in before.items():
+        for i, prompt in enumerate(judged.prompts):
+            later = one(after[name], i) if name in after else None
+            yield {"set": name, **_named(prompt), "before": one(judged, i), "after": later}
+
+
+def _named(prompt: Prompt) -> dict[str, str]:
+    return {"id": prompt.id, "category": prompt.category, "prompt": prompt.text}

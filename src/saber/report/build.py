@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saber.artifacts import read_json, write_text
+from saber.artifacts import DAMAGED, read_json, write_text
 from saber.errors import DataError
 from saber.report import style
 from saber.report.card import model_card
@@ -16,6 +17,9 @@ from saber.report.plots import PLOTS, applicable
 
 SCHEMA = 1
 """The schema of run.json that this report reads."""
+
+ANSWERS = "answers.jsonl"
+"""The file of a run folder with every held-out prompt, the labels of its answers, and how they begin."""
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable of `total` steps, under a label, to show how far it is."""
@@ -80,3 +84,28 @@ def read_run(run_folder: Path) -> dict[str, Any]:
             "Run again with --resume to write it anew.",
         )
     return run
+
+
+def write_answers(run_folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write what every held-out prompt was answered, a JSON object a line."""
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    write_text(run_folder / ANSWERS, text)
+
+
+def read_answers(run_folder: Path) -> list[dict[str, Any]]:
+    """Read that again; nothing where the run is of before there was such a file.
+
+    Raises `DataError` where it is damaged.
+    """
+    path = run_folder / ANSWERS
+    if not path.is_file():
+        return []
+    try:
+        # Other separators of lines may stand within a prompt.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.", DAMAGED) from error
+    if not all(isinstance(row, dict) and {"set", "prompt"} <= row.keys() for row in rows):
+        raise DataError(f"{path} is no list of answers.", DAMAGED)
+    return rows

@@ -36,7 +36,7 @@ def html_report(run: Mapping[str, Any], plots_folder: Path) -> str:
         version=run.get("saber_version") or MISSING,
         warning=warning(run).replace("**", "") if run.get("edited") is not None else "",
         tiles=_tiles(run),
-        plots={name: image for name in CAPTIONS if (image := _embedded(plots_folder, name))},
+        plots={name: image for name in CAPTIONS if (image := embedded(plots_folder, name))},
         captions=CAPTIONS,
         results=tables.results(run),
         brackets=tables.BRACKETS,
@@ -83,7 +83,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return found
 
 
-def _embedded(folder: Path, name: str) -> str:
+def embedded(folder: Path, name: str) -> str:
     """A plot as a data address; an image cannot run scripts or clash with another's ids."""
     for suffix, kind in ((".svg", "svg+xml"), (".png", "png")):
         path = folder / f"{name}{suffix}"
@@ -104,8 +104,8 @@ def _timings(run: Run) -> Table:
 
 def _examples(run: Run) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for kind, examples in (run.get("examples") or {}).items():
-        for one in examples:
+    for kind, some in (run.get("examples") or {}).items():
+        for one in some:
             sides = {
                 side: {"label": str(dig(one, side, "label") or ""),
                        "excerpt": _cut(str(dig(one, side, "excerpt") or ""), EXCERPT)}

@@ -1,0 +1,103 @@
+"""Conversations with a model, or with a run's model before and after the edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from saber.ablation import EditPlan, applied
+from saber.checkpoint.runs import PLAN, RUN, base_of, read_record
+from saber.errors import UsageError
+from saber.lm.chat import encode
+from saber.lm.generate import generate
+from saber.lm.load import LoadSpec, as_stored, load
+from saber.lm.model import LanguageModel, is_of
+from saber.report.reading import dig
+
+Said = tuple[tuple[str, str], ...]
+"""What was said in a conversation: (role, text), a user's message and its answer in turn."""
+NOTHING: Mapping[str, Said] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Whom to talk to, before it is loaded."""
+
+    name: str
+    """The model: hub id, folder, file, or demo."""
+    plan: EditPlan | None = None
+    """A run's edit of it."""
+    mark: str | None = None
+    """The fingerprint of the model that the run was made on."""
+    system: str = ""
+    """The run's system prompt."""
+
+    @classmethod
+    def of(cls, name: str, base: str = "") -> Partner:
+        """Return the model of that name, or a run folder's with its edit.
+
+        `base` is where a run's model lies, if not where the run says. Raises `DataError` where the run is
+        damaged, `ModelError` where its model is not here.
+        """
+        folder = Path(name)
+        if not (folder / RUN).is_file():
+            return cls(name)
+        record = read_record(folder)
+        model = record["model"]
+        system = dig(record, "config", "load", "system") or ""
+        plan = EditPlan.load(folder / PLAN)
+        return cls(base or base_of(folder, model), plan, model["fingerprint"], system)
+
+    def loaded(self, spec: LoadSpec) -> LanguageModel:
+        """Load the model, with the run's system prompt where `spec` has none.
+
+        Raises what `load` does, and `UsageError` where it is not the model that the run was made on.
+        """
+        spec = replace(spec, system=spec.system or self.system)
+        lm = load(self.name, spec)
+        if self.mark is not None and not is_of(self.mark, as_stored(lm, spec)):
+            raise UsageError(
+                f"{self.name} is not the model that the run was made on (another fingerprint).",
+                "Give the one that it was made on with --base.",
+            )
+        return lm
+
+
+def answer(
+    lm: LanguageModel,
+    plan: EditPlan | None,
+    prompt: str,
+    limit: int,
+    *,
+    compare: bool,
+    said: Mapping[str, Said] = NOTHING,
+) -> dict[str, str]:
+    """Return the answers by who gives them: `untouched`, `edited`, or `model` without a plan.
+
+    `said` is what each of them has heard and answered before, by the same names.
+    """
+
+    def ask(who: str) -> str:
+        heard = remembered(lm, said.get(who, ()), prompt, limit)
+        asked = replace(lm, before=(*lm.before, *heard))
+        return generate(asked, [prompt], limit)[0].text.strip()
+
+    answers = {"untouched": ask("untouched")} if compare else {}
+    with applied(lm.model, plan) if plan else nullcontext():
+        who = "edited" if plan else "model"
+        answers[who] = ask(who)
+    return answers
+
+
+def remembered(lm: LanguageModel, said: Said, prompt: str, limit: int) -> Said:
+    """Return the latest exchanges that leave room for the prompt and an answer of `limit` tokens."""
+    room = getattr(lm.text_config, "max_position_embeddings", None)
+    while said and isinstance(room, int):
+        (whole,) = encode(replace(lm, before=(*lm.before, *said)), [prompt])
+        if len(whole.ids) + limit <= room:
+            break
+        said = said[2:]
+    return said
