@@ -839,6 +839,14 @@ def test_what_is_no_folder_of_safetensors(sharded, tmp_path, model):
         apply_to_files(sharded.run, model, tmp_path / "out", HERE)
 
 
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(sharded, tmp_path):
+    folder = Path(shutil.copytree(sharded.model, tmp_path / "base.gguf"))
+    made = apply_to_files(sharded.run, str(folder), tmp_path / "out.gguf", HERE)
+    assert not made.forced
+    assert_same(made.folder, sharded.merged)
+    assert verify(made.folder, sharded.run, str(folder)).passed
+
+
 # Pickled weights
 
 

@@ -548,6 +548,14 @@ def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path
         assert "cannot" in failing(capsys, "export", run, "--format", kind, "--out", out)[1]
 
 
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(capsys, made, made_gguf, tmp_path):
+    folder = made[1].rename(tmp_path / "folder.gguf")
+    ask = ("run", folder, "--out", tmp_path / "r", "--export", "gguf")
+    assert f"{folder} is none" in failing(capsys, *ask)[1]
+    ask = ("export", made_gguf[0], "--format", "gguf", "--out", tmp_path / "o", "--base", folder)
+    assert f"--base {folder} is no .gguf file" in failing(capsys, *ask)[1]
+
+
 def test_unknown_tensor_type(capsys, made_gguf, tmp_path):
     run, _ = made_gguf
     ask = ("export", run, "--format", "gguf", "--out", tmp_path / "e.gguf", "--type", "q9")

@@ -228,6 +228,12 @@ def test_a_folder_loads_and_gets_the_same_fingerprint_each_time(model_folder):
     assert fingerprint(first.model) != fingerprint(second.model)
 
 
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(model_folder):
+    folder = model_folder.rename(model_folder.with_name("pico.gguf"))
+    assert load(str(folder), LoadSpec(device="cpu")).source == "folder"
+    assert len(skeleton(str(folder)).model.layers) == 4
+
+
 def test_sixteen_bit_checkpoints_keep_their_dtype_on_disk(tmp_path):
     from saber.ablation import EditPlan
     from saber.checkpoint import save_merged

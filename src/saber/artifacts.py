@@ -73,6 +73,11 @@ def require_writable(out: Path) -> None:
         ) from error
 
 
+def names_gguf(model: str) -> bool:
+    """Whether a model is called as a GGUF file, be it there or not, and is no folder of that name."""
+    return model.endswith(".gguf") and not Path(model).expanduser().is_dir()
+
+
 def require_apart(out: Path, model: str) -> None:
     """Raise `OutputError` where a model is `out` itself or lies in it, and would be written over."""
     place, target = Path(model).expanduser(), out.expanduser()

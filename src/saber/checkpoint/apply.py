@@ -183,7 +183,7 @@ def model_folder(model: str) -> Path:
     folder = files_folder(model)
     if folder is not None:
         return folder
-    if model == "demo" or model.endswith(".gguf"):
+    if model == "demo" or artifacts.names_gguf(model):
         raise ModelError(
             f"{model} is no folder of safetensors files.",
             "For the demo and GGUF files, model/ in the run folder already is the edited model.",

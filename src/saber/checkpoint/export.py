@@ -109,7 +109,7 @@ def check_formats(names: Sequence[str], model: str = "") -> None:
         model
         and set(names) & {"gguf", "gguf-lora"}
         and model != "demo"
-        and not model.endswith(".gguf")
+        and not artifacts.names_gguf(model)
     ):
         raise UsageError(
             f"--export gguf builds on a .gguf file, and {model} is none.",
@@ -381,7 +381,7 @@ def _gguf_path(run: Run, spec: ExportSpec) -> tuple[Path, bool]:
     if spec.base == "demo" or (not spec.base and own == "demo"):
         return demo.base_gguf(), True
     if spec.base:
-        if not spec.base.endswith(".gguf"):
+        if not artifacts.names_gguf(spec.base):
             raise UsageError(f"--base {spec.base} is no .gguf file.", "Give one to build on.")
         return Path(spec.base).expanduser(), False
     if own == "gguf":

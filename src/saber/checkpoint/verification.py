@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import model_folder, plan_folder
 from saber.checkpoint.plan_on_disk import DiskPlan
@@ -143,7 +144,7 @@ def _against_base(
     plan: DiskPlan | None,
     origin: Mapping[str, str],
 ) -> Iterator[Check]:
-    if base == "demo" or base.endswith(".gguf"):
+    if base == "demo" or artifacts.names_gguf(base):
         raise DataError(
             f"{path} carries no fingerprint that {base} could be held against: a base is known by its "
             "folder of safetensors files, or by the model in memory.",
