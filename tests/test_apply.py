@@ -23,6 +23,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
 from saber.checkpoint import blocks, plan_on_disk, save_merged, workers
 from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.merged import files_of
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import FileMark, Record
@@ -305,6 +306,46 @@ def test_shards_are_mirrored_and_untouched_ones_linked(sharded, tmp_path):
             assert not os.path.samefile(base / name, out / name)
     assert not list(tmp_path.glob(".*"))
     assert_same(out, sharded.merged)
+
+
+@pytest.fixture
+def with_links(sharded, tmp_path):
+    """The same checkpoint with links: to a folder that has links of its own, and to where they lead on."""
+    base = tmp_path / "base"
+    shutil.copytree(sharded.model, base, ignore=shutil.ignore_patterns("sub"))
+    other = tmp_path / "elsewhere"
+    (other / "deep").mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").write_bytes(b"unedited")
+    (other / "deep" / "note.txt").write_text("note")
+    (other / "itself").symlink_to(other)
+    (other / "deep" / "back").symlink_to(base)
+    (base / "1_Pooling").symlink_to(other)
+    (base / "above").symlink_to(tmp_path)
+    return replace(sharded, model=base)
+
+
+def test_linked_folders_are_carried_as_real_ones_and_no_link_is_followed_in_a_circle(
+    with_links, tmp_path, monkeypatch
+):
+    made = with_links.apply(tmp_path / "out")
+    out = tmp_path / "out"
+    assert not [p for p in out.rglob("*") if p.is_symlink()]
+    assert [p.name for p in out.iterdir() if p.is_dir()] == ["1_Pooling"]
+    found = sorted(p.relative_to(out).as_posix() for p in (out / "1_Pooling").rglob("*"))
+    assert found == ["1_Pooling/config.json", "1_Pooling/deep", "1_Pooling/deep/note.txt"]
+    assert made.record.skipped == ("1_Pooling/model.safetensors",)
+    assert verify(out).passed
+    monkeypatch.chdir(with_links.model)
+    apply_to_files(with_links.run, ".", tmp_path / "again", HERE)
+    assert contents(tmp_path / "again").keys() == contents(out).keys()
+
+
+def test_a_place_in_a_linked_folder_is_in_the_model(with_links, tmp_path):
+    out = tmp_path / "elsewhere" / "deep" / "out"
+    refused(with_links, tmp_path, "inside the source", OutputError, out=out)
+    with pytest.raises(ModelError, match="inside the model's own folder"):
+        files_of(with_links.run, str(with_links.model), None, out, torch.bfloat16)
 
 
 def test_blocks_are_made_by_one_thread_and_others_have_theirs_back(sharded, tmp_path, monkeypatch):

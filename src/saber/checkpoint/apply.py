@@ -12,7 +12,7 @@ from typing import Any
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
 from saber.checkpoint.card import costs
-from saber.checkpoint.carry import Cargo, cargo
+from saber.checkpoint.carry import Cargo, cargo, lies_in
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
@@ -195,10 +195,10 @@ def model_folder(model: str) -> Path:
 
 
 def _check_places(folder: Path, out: Path, stage: Stage) -> None:
-    source, target = folder.resolve(), out.resolve()
-    if target == source or target.is_relative_to(source):
+    if lies_in(out, folder):
+        same = out.resolve() == folder.resolve()
         raise OutputError(
-            f"--out {out} is {'the' if target == source else 'inside the'} source folder.",
+            f"--out {out} is {'the' if same else 'inside the'} source folder.",
             "Choose another.",
         )
     if out.exists() and not out.is_dir():
