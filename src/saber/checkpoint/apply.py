@@ -234,19 +234,19 @@ def _jobs(work: Work, stage: Stage, spec: ApplySpec) -> list[Job]:
     """Return one job a shard, the largest first."""
     source = work.source
     changed = set(touched(source, work.edits))
-    order = sorted(source.shards.values(), key=lambda s: (-s.size, s.path.name))
+    order = sorted(source.shards, key=lambda file: (-source.shards[file].size, file))
     return [
         Job(
             source=str(source.folder),
             plan=str(work.plan.folder),
-            file=shard.path.name,
-            target=str(stage.files / shard.path.name),
-            edit=shard.path.name in changed,
+            file=file,
+            target=str(stage.files / file),
+            edit=file in changed,
             added=dict(work.origin),
             link=not spec.copy and source.folder == work.folder,
             sync=spec.sync,
         )
-        for shard in order
+        for file in order
     ]
 
 

@@ -74,7 +74,8 @@ def verify(
     else:
         record = Record.load(path) if (path / FILE).is_file() else None
         files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.gguf"))
-        parts = {file.name: _carried(file) for file in files}
+        names = record.edited if record else [file.name for file in files]
+        parts = {name: _carried(path / name) for name in names}
     origin = dict(record.origin) if record else next((p for p in parts.values() if p), {})
     if not origin:
         raise DataError(
@@ -104,8 +105,7 @@ def _own(
     origin: Mapping[str, str],
     watch: Watch,
 ) -> Iterator[Check]:
-    wanted = record.edited if record else list(parts)
-    other = [name for name in wanted if dict(parts.get(name, {})) != dict(origin)]
+    other = [name for name, part in parts.items() if dict(part) != dict(origin)]
     yield Check("weights carry their origin", not other, _names(other, "other or none in"))
     if record is None:
         return

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from saber.artifacts import names_gguf
@@ -39,6 +40,7 @@ from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
+from saber.weight_index import read_index
 
 
 @dataclass(frozen=True)
@@ -322,6 +324,8 @@ def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
     if not has("*.safetensors", "*.safetensors.index.json"):
         hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
         raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
+    if has(SAFE_WEIGHTS_INDEX_NAME) and not has(SAFE_WEIGHTS_NAME):
+        read_index(path / SAFE_WEIGHTS_INDEX_NAME, outside=True)  # as transformers allows
     if with_tokenizer and not has(
         "tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"
     ):
