@@ -527,6 +527,7 @@ def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path
     run, _ = made_gguf
     taken = tmp_path / "taken"
     taken.mkdir()
+    (taken / "mine").touch()
     code, error = failing(capsys, "export", run, "--format", "ggfu", "--out", taken)
     assert code == 2
     assert "Did you mean 'gguf'" in error
@@ -546,6 +547,24 @@ def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path
     for kind in ("lora", "gguf"):
         out = tmp_path / "file" / "o"
         assert "cannot" in failing(capsys, "export", run, "--format", kind, "--out", out)[1]
+
+
+@pytest.mark.parametrize("name", ["o", "o.gguf"])
+@pytest.mark.parametrize("kind", ["lora", "merged", "gguf", "gguf-lora"])
+def test_an_empty_folder_is_free(made, made_gguf, tmp_path, kind, name):
+    out = tmp_path / name
+    out.mkdir()
+    done = export(Run.load((made_gguf if "gguf" in kind else made)[0]), kind, out)
+    assert done.card == out / "README.md"
+    assert len(list(out.iterdir())) > 1
+
+
+def test_a_folder_where_the_card_of_a_file_would_be(made_gguf, tmp_path):
+    (tmp_path / "o.md").mkdir()
+    with pytest.raises(OutputError, match=r"o\.md exists already"):
+        export(Run.load(made_gguf[0]), "gguf", tmp_path / "o.gguf")
+    assert (tmp_path / "o.md").is_dir()
+    assert not (tmp_path / "o.gguf").exists()
 
 
 def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(capsys, made, made_gguf, tmp_path):

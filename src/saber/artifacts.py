@@ -185,9 +185,12 @@ def staged_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def require_free(out: Path) -> None:
-    """Raise `OutputError` for what is there already, but for an empty folder."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+def require_free(out: Path, *, file: bool = False) -> None:
+    """Raise `OutputError` for what is there already, but for an empty folder, whose place a folder takes.
+
+    `file` asks for the place of a file: that of a folder it cannot take, empty or not.
+    """
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already.", "Choose another --out.")
 
 

@@ -137,26 +137,26 @@ def export(
 ) -> Exported:
     """Write a run's edit to `out` in a format, with its card and provenance.
 
-    `out` must not exist, and appears whole or not at all: a folder; for GGUF a folder, or a file when
-    it ends in `.gguf`, with the card in `NAME.md` beside it. `lm` is the run's model where it is in
-    memory; for `merged` it stays edited. Raises children of `SaberError`.
+    `out` must be new or an empty folder, and appears whole or not at all: a folder; for GGUF a folder,
+    or a file when it ends in `.gguf` and is no folder, with the card in `NAME.md` beside it. `lm` is the
+    run's model where it is in memory; for `merged` it stays edited. Raises children of `SaberError`.
     """
     check_formats([kind])
     started = perf_counter()
     # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
     spec = replace(spec, load=replace(spec.load, dtype="auto"))
-    single = out.suffix == ".gguf"
+    single = out.suffix == ".gguf" and not out.is_dir()
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
     card = out.with_suffix(".md") if single else out / CARD
-    _require_none(out, card)
+    _require_free(out, card, single)
     if single:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
         with artifacts.claimed(out):
-            _require_none(out, card)
+            _require_free(out, card, single)
             try:
                 written = _gguf(run, kind, out, spec, progress)
                 artifacts.write_text(card, written.card)
@@ -184,11 +184,10 @@ def export(
     )
 
 
-def _require_none(*paths: Path) -> None:
-    """Raise `OutputError` for what is there already."""
-    for path in paths:
-        if path.exists():
-            raise OutputError(f"{path} exists already.", "Choose another --out.")
+def _require_free(out: Path, card: Path, single: bool) -> None:
+    """Raise `OutputError` where the folder, or the file and its card, would take another's place."""
+    for path in (out, card) if single else (out,):
+        artifacts.require_free(path, file=single)
 
 
 def export_all(
