@@ -398,7 +398,7 @@ def _gguf(run: Run, kind: str, out: Path, spec: ExportSpec, progress: Progress[A
     edits = changes(file, run.plan)
     notes = _matches(run, file, edits, spec)
     if lacks_adapter:
-        edits = changes(file, _demo_adapter() + run.plan)
+        edits = changes(file, demo_adapter() + run.plan)
         notes += (
             "The base file is plain SmolLM2: the adapter that makes the demo model refuse is part of "
             "what is added to it, together with the edit.",
@@ -460,6 +460,7 @@ def _matches(
     return ()
 
 
-def _demo_adapter() -> EditPlan:
+def demo_adapter() -> EditPlan:
+    """Return the adapter that makes the demo refuse, as a plan: its GGUF file lacks it."""
     with as_file(files("saber.lm") / "data" / "demo_adapter") as folder:
         return read_lora(folder)
