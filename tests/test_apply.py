@@ -23,10 +23,11 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
 from saber.checkpoint import blocks, plan_on_disk, save_merged, workers
 from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.merged import files_of
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
 from saber.checkpoint.provenance import FileMark, Record
-from saber.checkpoint.reading import _shards
+from saber.checkpoint.reading import _shards, open_checkpoint
 from saber.checkpoint.shards import INDEX, WEIGHTS, fingerprint, read_source
 from saber.checkpoint.stage import Stage
 from saber.checkpoint.verification import verify
@@ -305,6 +306,102 @@ def test_shards_are_mirrored_and_untouched_ones_linked(sharded, tmp_path):
             assert not os.path.samefile(base / name, out / name)
     assert not list(tmp_path.glob(".*"))
     assert_same(out, sharded.merged)
+
+
+@pytest.fixture
+def with_links(sharded, tmp_path):
+    """The same checkpoint with links: to a folder that has links of its own, and to where they lead on."""
+    base = tmp_path / "base"
+    shutil.copytree(sharded.model, base, ignore=shutil.ignore_patterns("sub"))
+    other = tmp_path / "elsewhere"
+    (other / "deep").mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").write_bytes(b"unedited")
+    (other / "deep" / "note.txt").write_text("note")
+    (other / "itself").symlink_to(other)
+    (other / "deep" / "back").symlink_to(base)
+    (base / "1_Pooling").symlink_to(other)
+    (base / "above").symlink_to(tmp_path)
+    return replace(sharded, model=base)
+
+
+def test_linked_folders_are_carried_as_real_ones_and_no_link_is_followed_in_a_circle(
+    with_links, tmp_path, monkeypatch
+):
+    made = with_links.apply(tmp_path / "out")
+    out = tmp_path / "out"
+    assert not [p for p in out.rglob("*") if p.is_symlink()]
+    assert [p.name for p in out.iterdir() if p.is_dir()] == ["1_Pooling"]
+    found = sorted(p.relative_to(out).as_posix() for p in (out / "1_Pooling").rglob("*"))
+    assert found == ["1_Pooling/config.json", "1_Pooling/deep", "1_Pooling/deep/note.txt"]
+    assert made.record.skipped == ("1_Pooling/model.safetensors",)
+    assert verify(out).passed
+    monkeypatch.chdir(with_links.model)
+    apply_to_files(with_links.run, ".", tmp_path / "again", HERE)
+    assert contents(tmp_path / "again").keys() == contents(out).keys()
+
+
+def test_a_place_in_a_linked_folder_is_in_the_model(with_links, tmp_path):
+    out = tmp_path / "elsewhere" / "deep" / "out"
+    refused(with_links, tmp_path, "inside the source", OutputError, out=out)
+    with pytest.raises(ModelError, match="inside the model's own folder"):
+        files_of(with_links.run, str(with_links.model), None, out, torch.bfloat16)
+
+
+def in_subfolder(folder):
+    """Move a checkpoint's shards to a subfolder, as its index then says."""
+    index = json.loads((folder / INDEX).read_text())
+    (folder / "sub").mkdir(exist_ok=True)
+    for path in sorted(folder.glob("*.safetensors")):
+        path.rename(folder / "sub" / path.name)
+    index["weight_map"] = {name: f"sub/{file}" for name, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_in_a_subfolder_stay_there(sharded, tmp_path, workers):
+    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
+    in_subfolder(base)
+    (base / "pytorch_model.bin").write_bytes(b"unedited")
+    seen = []
+    made = apply_to_files(
+        sharded.run,
+        str(base),
+        tmp_path / "out",
+        replace(HERE, workers=workers),
+        lambda done, total: seen.append((done, total)),
+    )
+    out = tmp_path / "out"
+    assert not made.forced
+    assert made.record.skipped == ("pytorch_model.bin",)
+    assert not list(out.glob("*.safetensors"))
+    assert_same(out / "sub", sharded.merged)
+    assert (out / INDEX).read_bytes() == (base / INDEX).read_bytes()
+    assert verify(out, sharded.run, str(base)).passed
+    assert seen[-1][0] >= seen[-1][1] > 0
+    found = type(MODELS["llama"]()).from_pretrained(out, dtype="auto").state_dict()
+    wanted = tensors(sharded.merged)
+    assert all(same_bits(found[name], wanted[name]) for name in wanted)
+    changed = open_checkpoint(str(out))
+    assert changed.tensors.keys() == wanted.keys()
+    edited = out / made.record.edited[0]
+    edited.write_bytes(edited.read_bytes()[:-1] + b"?")
+    assert [c.what for c in verify(out).checks if not c.passed] == ["every file has its SHA-256"]
+
+
+def test_an_interrupted_call_goes_on_with_shards_in_a_subfolder(sharded, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
+    in_subfolder(base)
+
+    def stopped(_self):
+        raise OutputError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "publish", stopped)
+        with pytest.raises(OutputError, match="stopped"):
+            apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    made = apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    assert made.resumed == len(read_source(base).shards) > 1
 
 
 def test_blocks_are_made_by_one_thread_and_others_have_theirs_back(sharded, tmp_path, monkeypatch):
@@ -675,9 +772,16 @@ def test_an_index_that_names_a_missing_shard(sharded, damaged, tmp_path):
 def test_an_index_that_leads_out_of_the_folder(sharded, damaged, tmp_path):
     index = json.loads((damaged / INDEX).read_text())
     shutil.copy(first_shard(damaged), tmp_path / "outside.safetensors")
-    index["weight_map"] = dict.fromkeys(index["weight_map"], "../outside.safetensors")
-    (damaged / INDEX).write_text(json.dumps(index))
-    refused(sharded, tmp_path, "which is not in", model=damaged)
+    for way in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index["weight_map"] = dict.fromkeys(index["weight_map"], way)
+        (damaged / INDEX).write_text(json.dumps(index))
+        error = refused(sharded, tmp_path, "which is not in", model=damaged)
+        assert "Move it into the folder" in error.remedy
+    (damaged / "sub").mkdir(exist_ok=True)
+    for way in ("./", "sub/../", ".//"):
+        index["weight_map"] = dict.fromkeys(index["weight_map"], way + first_shard(damaged).name)
+        (damaged / INDEX).write_text(json.dumps(index))
+        refused(sharded, tmp_path, "which is not in", model=damaged)
 
 
 def test_an_index_that_misplaces_a_tensor(sharded, damaged, tmp_path):
@@ -686,6 +790,22 @@ def test_an_index_that_misplaces_a_tensor(sharded, damaged, tmp_path):
     index["weight_map"][names[0]] = index["weight_map"][names[-1]]
     (damaged / INDEX).write_text(json.dumps(index))
     refused(sharded, tmp_path, "but it is not", model=damaged)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.norm.weight", "It is in {there}: say so in the weight_map"),
+        ("lm_head.bias", "None of its files holds it: take it out of the weight_map"),
+    ],
+)
+def test_a_tensor_that_is_not_where_the_index_says(sharded, damaged, tmp_path, name, remedy):
+    index = json.loads((damaged / INDEX).read_text())
+    there = index["weight_map"].get(name)
+    index["weight_map"][name] = index["weight_map"]["model.embed_tokens.weight"]
+    (damaged / INDEX).write_text(json.dumps(index))
+    error = refused(sharded, tmp_path, f"says that {name} is in .*, but it is not", model=damaged)
+    assert error.remedy.startswith(remedy.format(there=there))
 
 
 def test_a_tensor_of_another_shape(sharded, damaged, tmp_path):
@@ -837,6 +957,14 @@ def test_a_disk_that_gets_full_keeps_what_is_finished(sharded, tmp_path, monkeyp
 def test_what_is_no_folder_of_safetensors(sharded, tmp_path, model):
     with pytest.raises(ModelError, match=r"no folder of safetensors|no such model folder"):
         apply_to_files(sharded.run, model, tmp_path / "out", HERE)
+
+
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(sharded, tmp_path):
+    folder = Path(shutil.copytree(sharded.model, tmp_path / "base.gguf"))
+    made = apply_to_files(sharded.run, str(folder), tmp_path / "out.gguf", HERE)
+    assert not made.forced
+    assert_same(made.folder, sharded.merged)
+    assert verify(made.folder, sharded.run, str(folder)).passed
 
 
 # Pickled weights

@@ -110,6 +110,7 @@ def test_a_function_that_returns_nothing_fails_every_code_item():
 def test_a_thought_in_front_is_not_looked_at(item, thought, answer):
     assert check(item, f"<think>{thought}</think>\n\n{answer}")
     assert not check(item, f"<think>{answer}</think>")
+    assert not check(item, f"<think>{answer} ")
     assert not decided(item, f"<think>{answer} ")
     assert decided(item, f"<think>{thought}</think>{answer}") == decided(item, answer)
 

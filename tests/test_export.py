@@ -26,14 +26,16 @@ from test_export_lora import IDS, random_plan, read
 from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
-from saber.checkpoint import runs
+from saber.checkpoint import plan_on_disk, runs
 from saber.checkpoint.export import ExportSpec, export, export_all
+from saber.checkpoint.gguf_file import decode, encode, open_gguf
 from saber.checkpoint.licence import licence
 from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, note_export, way_back
 from saber.checkpoint.sketch import take
+from saber.checkpoint.verification import verify
 from saber.cli.main import main
-from saber.errors import ModelError, OutputError, SaberError
+from saber.errors import DataError, ModelError, OutputError, SaberError
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
@@ -527,6 +529,7 @@ def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path
     run, _ = made_gguf
     taken = tmp_path / "taken"
     taken.mkdir()
+    (taken / "mine").touch()
     code, error = failing(capsys, "export", run, "--format", "ggfu", "--out", taken)
     assert code == 2
     assert "Did you mean 'gguf'" in error
@@ -546,6 +549,32 @@ def test_unknown_format_and_taken_or_unfit_out(capsys, made, made_gguf, tmp_path
     for kind in ("lora", "gguf"):
         out = tmp_path / "file" / "o"
         assert "cannot" in failing(capsys, "export", run, "--format", kind, "--out", out)[1]
+
+
+@pytest.mark.parametrize("name", ["o", "o.gguf"])
+@pytest.mark.parametrize("kind", ["lora", "merged", "gguf", "gguf-lora"])
+def test_an_empty_folder_is_free(made, made_gguf, tmp_path, kind, name):
+    out = tmp_path / name
+    out.mkdir()
+    done = export(Run.load((made_gguf if "gguf" in kind else made)[0]), kind, out)
+    assert done.card == out / "README.md"
+    assert len(list(out.iterdir())) > 1
+
+
+def test_a_folder_where_the_card_of_a_file_would_be(made_gguf, tmp_path):
+    (tmp_path / "o.md").mkdir()
+    with pytest.raises(OutputError, match=r"o\.md exists already"):
+        export(Run.load(made_gguf[0]), "gguf", tmp_path / "o.gguf")
+    assert (tmp_path / "o.md").is_dir()
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(capsys, made, made_gguf, tmp_path):
+    folder = made[1].rename(tmp_path / "folder.gguf")
+    ask = ("run", folder, "--out", tmp_path / "r", "--export", "gguf")
+    assert f"{folder} is none" in failing(capsys, *ask)[1]
+    ask = ("export", made_gguf[0], "--format", "gguf", "--out", tmp_path / "o", "--base", folder)
+    assert f"--base {folder} is no .gguf file" in failing(capsys, *ask)[1]
 
 
 def test_unknown_tensor_type(capsys, made_gguf, tmp_path):
@@ -890,3 +919,83 @@ def test_verify_says_what_a_gguf_base_cannot_be_held_against(capsys, made_gguf, 
     assert code == 2
     assert "x.gguf carries no fingerprint that" in said
     assert "Leave --base out; --run RUN holds" in said
+
+
+UNTOUCHED = "tensors without an edit have the base's bytes"
+EDITED = "edited tensors are the base's with the plan's change, to rounding"
+
+
+def rewritten(path, tensor, change):
+    """Change the bytes of one tensor of a GGUF file, in a copy beside it."""
+    whole = bytearray(path.read_bytes())
+    found = open_gguf(path).tensors[tensor]
+    raw = change(bytes(whole[found.offset : found.offset + found.nbytes]), found)
+    whole[found.offset : found.offset + found.nbytes] = raw
+    other = path.with_name("other.gguf")
+    other.write_bytes(whole)
+    return other
+
+
+def flipped(raw, _tensor):
+    return raw[:-1] + bytes([raw[-1] ^ 1])
+
+
+def nudged(raw, tensor):
+    """One value by three steps of its type."""
+    values = decode(raw, tensor.type, tensor.shape[-1]).copy()
+    values[1, 2] += 3 * abs(values[1]).max() / 127
+    return encode(values, tensor.type)
+
+
+@pytest.fixture
+def exported_gguf(made_gguf, tmp_path):
+    """A run on a GGUF file whose plan changes some of its tensors, that file, and the edited one."""
+    run, file = made_gguf
+    lm = load(str(file), LoadSpec(device="cpu"), tokenizer=False)
+    plan = EditPlan.load(run / "plan")
+    plan = EditPlan({n: f for n, f in plan.factors.items() if "o_proj" in n})
+    plan_on_disk.save(run / "plan", lm, plan)
+    plan.save(run / "plan", {"fingerprint": fingerprint(lm.model), "config": {"seed": 7}})
+    record = artifacts.read_json(run / "run.json")
+    record["model"]["fingerprint"] = fingerprint(lm.model)
+    artifacts.write_json(run / "run.json", {**record, "config": {"seed": 7}})
+    export(Run.load(run), "gguf", tmp_path / "x.gguf")
+    return run, file, tmp_path / "x.gguf"
+
+
+def failed(path, run, base):
+    return {c.what: c.detail for c in verify(path, run, str(base)).checks if not c.passed}
+
+
+def test_verify_holds_a_gguf_file_against_its_base_tensor_by_tensor(exported_gguf, tmp_path):
+    run, file, made = exported_gguf
+    assert len(verify(made, run, str(file)).checks) == 8
+    assert failed(made, run, file) == {}
+    for kind in ("q8_0", "f16", "bf16", "q4_0", "f32"):
+        export(Run.load(run), "gguf", tmp_path / kind, ExportSpec(type=kind))
+        assert failed(tmp_path / kind, run, file) == {}
+    changed = "blk.0.attn_output.weight"
+    other = rewritten(made, "blk.1.ffn_down.weight", flipped)
+    assert failed(other, run, file) == {UNTOUCHED: "others in blk.1.ffn_down.weight"}
+    assert failed(rewritten(made, changed, nudged), run, file) == {EDITED: f"others in {changed}"}
+    before = open_gguf(file).tensors[changed]
+    raw = file.read_bytes()[before.offset : before.offset + before.nbytes]
+    left = rewritten(made, changed, lambda _raw, _tensor: raw)
+    assert failed(left, run, file) == {EDITED: f"others in {changed}"}
+
+
+def test_verify_finds_another_gguf_base(exported_gguf, tmp_path):
+    run, file, made = exported_gguf
+    again = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "again.gguf", "Q8_0")
+    found = failed(made, run, again)
+    assert set(found) == {UNTOUCHED, EDITED}
+    assert found[EDITED] == "others in blk.0.attn_output.weight, blk.1.attn_output.weight"
+    named = {"general.author": ("someone", gguf.GGUFValueType.STRING)}
+    model = ggufs.dense_model("llama")
+    other = ggufs.write(model, tmp_path / "named.gguf", "Q8_0", extra=named)
+    assert failed(made, run, other) == {"metadata are the base's": "others"}
+    with pytest.raises(ModelError, match="no such file"):
+        verify(made, run, str(tmp_path / "gone.gguf"))
+    export(Run.load(run), "gguf-lora", tmp_path / "l.gguf")
+    with pytest.raises(DataError, match="carries no fingerprint"):
+        verify(tmp_path / "l.gguf", run, str(file))

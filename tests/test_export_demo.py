@@ -6,7 +6,7 @@ import torch
 
 from saber import artifacts, prompts
 from saber.ablation import EditPlan, Factor, applied
-from saber.checkpoint.export import _demo_adapter, export
+from saber.checkpoint.export import demo_adapter, export
 from saber.checkpoint.gguf_file import Change, open_gguf
 from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.gguf_rewrite import rewrite
@@ -97,7 +97,7 @@ def test_without_rounding_llama_cpp_gives_the_same_answers(case, tmp_path):
     run, ids, wanted = case
     # llama.cpp rounds what goes into quantised weights; with every tensor in F32 nothing is rounded.
     file = open_gguf(demo.base_gguf())
-    edits = {c.tensor.name: (c, "F32") for c in changes(file, _demo_adapter() + run.plan)}
+    edits = {c.tensor.name: (c, "F32") for c in changes(file, demo_adapter() + run.plan)}
     for t in file.tensors.values():
         nothing = Change(t, "", torch.zeros(t.rows, 1), torch.zeros(1, t.experts, t.shape[-1]))
         edits.setdefault(t.name, (nothing, "F32"))

@@ -228,6 +228,12 @@ def test_a_folder_loads_and_gets_the_same_fingerprint_each_time(model_folder):
     assert fingerprint(first.model) != fingerprint(second.model)
 
 
+def test_a_folder_that_is_called_as_a_gguf_file_is_a_folder(model_folder):
+    folder = model_folder.rename(model_folder.with_name("pico.gguf"))
+    assert load(str(folder), LoadSpec(device="cpu")).source == "folder"
+    assert len(skeleton(str(folder)).model.layers) == 4
+
+
 def test_sixteen_bit_checkpoints_keep_their_dtype_on_disk(tmp_path):
     from saber.ablation import EditPlan
     from saber.checkpoint import save_merged
@@ -280,6 +286,25 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
         load(str(folder), LoadSpec(device="cpu"))
+
+
+def test_an_index_that_names_a_file_that_is_not_there_is_told(tmp_path):
+    """As `saber apply` and `saber diff` tell it."""
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="60KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = load(str(tmp_path), LoadSpec(device="cpu"))
+    index = tmp_path / "model.safetensors.index.json"
+    named = index.read_text()
+    index.write_text(named.replace(gone.name, f"../{tmp_path.name}/{gone.name}"))
+    assert fingerprint(load(str(tmp_path), LoadSpec(device="cpu")).model) == fingerprint(whole.model)
+    index.write_text(named)
+    gone.unlink()
+    with pytest.raises(ModelError, match=rf"index.json names {gone.name}, which is not in .*Download what"):
+        load(str(tmp_path), LoadSpec(device="cpu"))
+    index.write_text('{"weight_map": {"a": ')
+    with pytest.raises(UsageError, match="is not valid JSON"):
+        load(str(tmp_path), LoadSpec(device="cpu"))
 
 
 def test_a_tokenizer_that_takes_no_template_is_read_as_another(model_folder, monkeypatch):

@@ -224,6 +224,35 @@ def test_hub_ids_with_split_and_column(monkeypatch):
     assert load("me/set").texts == ["a"]
 
 
+def test_hub_ids_with_a_configuration(monkeypatch):
+    sets = {
+        "law": {"train": [{"prompt": "a"}], "train[:2]": [{"prompt": "b"}]},
+        "2024-01 all": {"test": [{"prompt": "c", "say": "d"}]},
+    }
+
+    def load_dataset(name, config=None, split=None):
+        if config is None:
+            listed = "Please pick one among the available configs: ['law', '2024-01 all']"
+            raise ValueError(f"Config name is missing.\n{listed}\nExample of usage: ...")
+        return sets[config] if split is None else sets[config][split]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load("me/set:law:train").texts == ["a"]
+    assert load("me/set:law:train[:2]").texts == ["b"]
+    assert load("me/set:2024-01 all:").texts == ["c"]
+    assert load("me/set:2024-01 all:test#say").texts == ["d"]
+    assert load("me/set:law:train").name == "me/set:law"
+    refused("me/set:law:", "me/set:law has the splits train, train[:2]", "me/set:law:train")
+    refused("me/set:low:train", "me/set:low:train cannot be read: 'low'", "the configuration")
+    for source in ("me/set", "me/set:train"):
+        refused(
+            source,
+            "Config name is missing. Please pick one among the available configs: ['law'",
+            "me/set:CONFIGURATION:SPLIT",
+        )
+    refused("me/set:", "no prompt file")
+
+
 def test_hub_sets_that_cannot_be_read_are_one_line(monkeypatch):
     def load_dataset(name, split=None):
         raise RuntimeError("Dataset scripts are no longer supported, but found set.py")

@@ -73,6 +73,11 @@ def require_writable(out: Path) -> None:
         ) from error
 
 
+def names_gguf(model: str) -> bool:
+    """Whether a model is called as a GGUF file, be it there or not, and is no folder of that name."""
+    return model.endswith(".gguf") and not Path(model).expanduser().is_dir()
+
+
 def require_apart(out: Path, model: str) -> None:
     """Raise `OutputError` where a model is `out` itself or lies in it, and would be written over."""
     place, target = Path(model).expanduser(), out.expanduser()
@@ -180,9 +185,12 @@ def staged_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def require_free(out: Path) -> None:
-    """Raise `OutputError` for what is there already, but for an empty folder."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+def require_free(out: Path, *, file: bool = False) -> None:
+    """Raise `OutputError` for what is there already, but for an empty folder, whose place a folder takes.
+
+    `file` asks for the place of a file: that of a folder it cannot take, empty or not.
+    """
+    if out.exists() and (file or not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists already.", "Choose another --out.")
 
 

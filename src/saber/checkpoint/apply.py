@@ -12,7 +12,7 @@ from typing import Any
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
 from saber.checkpoint.card import costs
-from saber.checkpoint.carry import Cargo, cargo
+from saber.checkpoint.carry import Cargo, cargo, lies_in
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
@@ -183,7 +183,7 @@ def model_folder(model: str) -> Path:
     folder = files_folder(model)
     if folder is not None:
         return folder
-    if model == "demo" or model.endswith(".gguf"):
+    if model == "demo" or artifacts.names_gguf(model):
         raise ModelError(
             f"{model} is no folder of safetensors files.",
             "For the demo and GGUF files, model/ in the run folder already is the edited model.",
@@ -195,10 +195,10 @@ def model_folder(model: str) -> Path:
 
 
 def _check_places(folder: Path, out: Path, stage: Stage) -> None:
-    source, target = folder.resolve(), out.resolve()
-    if target == source or target.is_relative_to(source):
+    if lies_in(out, folder):
+        same = out.resolve() == folder.resolve()
         raise OutputError(
-            f"--out {out} is {'the' if target == source else 'inside the'} source folder.",
+            f"--out {out} is {'the' if same else 'inside the'} source folder.",
             "Choose another.",
         )
     if out.exists() and not out.is_dir():
@@ -234,19 +234,19 @@ def _jobs(work: Work, stage: Stage, spec: ApplySpec) -> list[Job]:
     """Return one job a shard, the largest first."""
     source = work.source
     changed = set(touched(source, work.edits))
-    order = sorted(source.shards.values(), key=lambda s: (-s.size, s.path.name))
+    order = sorted(source.shards, key=lambda file: (-source.shards[file].size, file))
     return [
         Job(
             source=str(source.folder),
             plan=str(work.plan.folder),
-            file=shard.path.name,
-            target=str(stage.files / shard.path.name),
-            edit=shard.path.name in changed,
+            file=file,
+            target=str(stage.files / file),
+            edit=file in changed,
             added=dict(work.origin),
             link=not spec.copy and source.folder == work.folder,
             sync=spec.sync,
         )
-        for shard in order
+        for file in order
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +35,42 @@ def cargo(source: Source, own: Collection[str]) -> Cargo:
     """Return what to copy and what to leave; `own` are files of ours that are written anew."""
     carried: list[str] = []
     skipped: list[str] = []
-    for root, folders, files in os.walk(source.folder):
-        folders[:] = sorted(f for f in folders if f not in PRIVATE)
-        for file in sorted(files):
-            path = (Path(root) / file).relative_to(source.folder).as_posix()
+    for root, files in _walk(source.folder):
+        for file in files:
+            path = (root / file).relative_to(source.folder).as_posix()
             if path in source.shards or path in own:
                 continue
             unedited = any(fnmatch.fnmatch(file.lower(), p) for p in OTHER_WEIGHTS)
             unedited = unedited and not (path == INDEX and _is_ours(source))
             (skipped if unedited else carried).append(path)
     return Cargo(tuple(carried), tuple(skipped))
+
+
+def lies_in(place: Path, folder: Path) -> bool:
+    """Whether a place is a model's folder, or lies in it or in one that is linked there."""
+    target = place.resolve()
+    return any(target.is_relative_to(root.resolve()) for root, _ in _walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a model's folders and the names of their files; of links those that lead back to where they
+    lie are left out."""
+    for here, folders, files in os.walk(folder, followlinks=True):
+        root = Path(here)
+        way = [p.resolve() for p in (root, *root.parents) if p.is_relative_to(folder)]
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in PRIVATE
+            and not ((root / name).is_symlink() and _leads_to(root / name, way))
+        )
+        yield root, sorted(files)
+
+
+def _leads_to(link: Path, places: Iterable[Path]) -> bool:
+    """Whether a linked folder is one of these, or they lie in it."""
+    target = link.resolve()
+    return any(place.is_relative_to(target) for place in places)
 
 
 def _is_ours(source: Source) -> bool:

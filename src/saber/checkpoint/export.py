@@ -109,7 +109,7 @@ def check_formats(names: Sequence[str], model: str = "") -> None:
         model
         and set(names) & {"gguf", "gguf-lora"}
         and model != "demo"
-        and not model.endswith(".gguf")
+        and not artifacts.names_gguf(model)
     ):
         raise UsageError(
             f"--export gguf builds on a .gguf file, and {model} is none.",
@@ -137,26 +137,26 @@ def export(
 ) -> Exported:
     """Write a run's edit to `out` in a format, with its card and provenance.
 
-    `out` must not exist, and appears whole or not at all: a folder; for GGUF a folder, or a file when
-    it ends in `.gguf`, with the card in `NAME.md` beside it. `lm` is the run's model where it is in
-    memory; for `merged` it stays edited. Raises children of `SaberError`.
+    `out` must be new or an empty folder, and appears whole or not at all: a folder; for GGUF a folder,
+    or a file when it ends in `.gguf` and is no folder, with the card in `NAME.md` beside it. `lm` is the
+    run's model where it is in memory; for `merged` it stays edited. Raises children of `SaberError`.
     """
     check_formats([kind])
     started = perf_counter()
     # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
     spec = replace(spec, load=replace(spec.load, dtype="auto"))
-    single = out.suffix == ".gguf"
+    single = out.suffix == ".gguf" and not out.is_dir()
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
     card = out.with_suffix(".md") if single else out / CARD
-    _require_none(out, card)
+    _require_free(out, card, single)
     if single:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {out.parent}: {error.strerror}.") from error
         with artifacts.claimed(out):
-            _require_none(out, card)
+            _require_free(out, card, single)
             try:
                 written = _gguf(run, kind, out, spec, progress)
                 artifacts.write_text(card, written.card)
@@ -184,11 +184,10 @@ def export(
     )
 
 
-def _require_none(*paths: Path) -> None:
-    """Raise `OutputError` for what is there already."""
-    for path in paths:
-        if path.exists():
-            raise OutputError(f"{path} exists already.", "Choose another --out.")
+def _require_free(out: Path, card: Path, single: bool) -> None:
+    """Raise `OutputError` where the folder, or the file and its card, would take another's place."""
+    for path in (out, card) if single else (out,):
+        artifacts.require_free(path, file=single)
 
 
 def export_all(
@@ -381,7 +380,7 @@ def _gguf_path(run: Run, spec: ExportSpec) -> tuple[Path, bool]:
     if spec.base == "demo" or (not spec.base and own == "demo"):
         return demo.base_gguf(), True
     if spec.base:
-        if not spec.base.endswith(".gguf"):
+        if not artifacts.names_gguf(spec.base):
             raise UsageError(f"--base {spec.base} is no .gguf file.", "Give one to build on.")
         return Path(spec.base).expanduser(), False
     if own == "gguf":
@@ -399,7 +398,7 @@ def _gguf(run: Run, kind: str, out: Path, spec: ExportSpec, progress: Progress[A
     edits = changes(file, run.plan)
     notes = _matches(run, file, edits, spec)
     if lacks_adapter:
-        edits = changes(file, _demo_adapter() + run.plan)
+        edits = changes(file, demo_adapter() + run.plan)
         notes += (
             "The base file is plain SmolLM2: the adapter that makes the demo model refuse is part of "
             "what is added to it, together with the edit.",
@@ -461,6 +460,7 @@ def _matches(
     return ()
 
 
-def _demo_adapter() -> EditPlan:
+def demo_adapter() -> EditPlan:
+    """Return the adapter that makes the demo refuse, as a plan: its GGUF file lacks it."""
     with as_file(files("saber.lm") / "data" / "demo_adapter") as folder:
         return read_lora(folder)

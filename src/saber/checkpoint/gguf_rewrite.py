@@ -166,15 +166,7 @@ def _head(
 
     The metadata are carried over as bytes, so that nothing of them depends on how the library reads it.
     """
-    fields = [f for f in file.reader.fields.values() if not f.name.startswith("GGUF.")]
-    end = file.reader.tensors[0].field.offset if file.reader.tensors else file.reader.data_offset
-    ends = [f.offset for f in fields[1:]] + [end]
-    pairs = []
-    for field, stop in zip(fields, ends, strict=True):
-        if not field.name.startswith(OWN):
-            source.seek(field.offset)
-            pairs.append(source.read(stop - field.offset))
-    pairs += [
+    pairs = own_metadata(file, source) + [
         _text(OWN + name) + struct.pack("<I", _STRING) + _text(value)
         for name, value in metadata.items()
     ]
@@ -189,6 +181,19 @@ def _head(
         length = row_bytes(kind, dims[0]) * prod(dims[1:])
         offset += -(-length // alignment) * alignment
     return head
+
+
+def own_metadata(file: GgufFile, source: IO[bytes]) -> list[bytes]:
+    """Return a file's metadata but for what we add, pair by pair, as the bytes that they are."""
+    fields = [f for f in file.reader.fields.values() if not f.name.startswith("GGUF.")]
+    end = file.reader.tensors[0].field.offset if file.reader.tensors else file.reader.data_offset
+    ends = [f.offset for f in fields[1:]] + [end]
+    pairs = []
+    for field, stop in zip(fields, ends, strict=True):
+        if not field.name.startswith(OWN):
+            source.seek(field.offset)
+            pairs.append(source.read(stop - field.offset))
+    return pairs
 
 
 def _text(value: str) -> bytes:

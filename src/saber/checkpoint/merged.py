@@ -18,6 +18,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, apply
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import ApplySpec, Work, plan_folder, write_files
+from saber.checkpoint.carry import lies_in
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.shards import CONFIG, DTYPES, Source, fingerprint, read_source
 from saber.checkpoint.stage import Stage
@@ -61,7 +62,7 @@ def files_of(
     folder = files_folder(name, revision)
     if run is None or folder is None:
         return None
-    if out.resolve().is_relative_to(folder.resolve()):
+    if lies_in(out, folder):
         raise ModelError(f"{out} is inside the model's own folder.")
     plan = DiskPlan.read(plan_folder(run))
     source = read_source(folder)

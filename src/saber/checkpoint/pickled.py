@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
 def needed(folder: Path) -> bool:
     """Whether a folder has pickled weights and no safetensors."""
     pickles = (folder / BIN).is_file() or (folder / BIN_INDEX).is_file()
-    return pickles and not any(folder.glob("*.safetensors"))
+    return pickles and not any([*folder.glob("*.safetensors"), *folder.glob(INDEX)])
 
 
 def indexes(folder: Path) -> list[str]:

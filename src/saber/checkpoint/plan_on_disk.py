@@ -96,7 +96,7 @@ def checkpoint_mark(lm: LanguageModel) -> str | None:
 
 def files_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files, None where it has none (the demo, GGUF, not downloaded)."""
-    if name == "demo" or name.endswith(".gguf"):
+    if name == "demo" or artifacts.names_gguf(name):
         return None
     path = Path(name).expanduser()
     if path.is_dir():

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saber import artifacts
-from saber.checkpoint.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_index, read_shard
+from saber.checkpoint.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_shard
 from saber.errors import ModelError
+from saber.weight_index import read_index
 
 OPEN_FILES = 4
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

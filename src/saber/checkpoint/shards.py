@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from saber import artifacts
 from saber.errors import ModelError
+from saber.weight_index import read_index
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -98,23 +99,6 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, metadata, {t.name: t for t in rows}, data, path.stat().st_size)
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Return an index's file name for each tensor; raises `ModelError` where a file is not beside it."""
-    listed = artifacts.read_json(path).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ModelError(f"{path} has no weight_map.", "Download it again.")
-    files = {str(file) for file in listed.values()}
-    # A name that leads out of the folder would be written outside --out as well.
-    missing = sorted(f for f in files if Path(f).name != f or not (path.parent / f).is_file())
-    if missing:
-        more = f" (nor are {len(missing) - 1} more)" if missing[1:] else ""
-        raise ModelError(
-            f"{path.name} names {missing[0]}, which is not in {path.parent}{more}.",
-            "Download what is missing.",
-        )
-    return {str(name): str(file) for name, file in listed.items()}
-
-
 @dataclass(frozen=True)
 class Source:
     """A checkpoint folder of safetensors files."""
@@ -122,13 +106,13 @@ class Source:
     folder: Path
     """Where it lies."""
     shards: Mapping[str, Shard]
-    """Shards by file name."""
+    """Shards by path in the folder."""
     config: Mapping[str, Any]
     """Content of `config.json`."""
 
     @property
     def place(self) -> dict[str, str]:
-        """Name of a tensor -> file name of its shard."""
+        """Name of a tensor -> its shard, by path in the folder."""
         return {name: file for file, shard in self.shards.items() for name in shard.tensors}
 
     def stored(self, name: str) -> Stored | None:
@@ -164,10 +148,20 @@ def read_source(folder: Path) -> Source:
     shards = {file: read_shard(folder / file) for file in files}
     for name, file in index.items():
         if name not in shards[file].tensors:
-            raise ModelError(
-                f"{INDEX} says that {name} is in {file}, but it is not.", "Download both again."
-            )
+            raise _misplaced(name, file, shards)
     return Source(folder, shards, config)
+
+
+def _misplaced(name: str, file: str, shards: Mapping[str, Shard]) -> ModelError:
+    """Return the error for a tensor that is not where the index says."""
+    found = next((other for other, shard in shards.items() if name in shard.tensors), None)
+    remedy = f"It is in {found}: say so in the weight_map of the index, or download all again."
+    if found is None:
+        remedy = (
+            "None of its files holds it: take it out of the weight_map of the index, or, if the model "
+            "needs it, download all again."
+        )
+    return ModelError(f"{INDEX} says that {name} is in {file}, but it is not.", remedy)
 
 
 def fingerprint(source: Source) -> str:

@@ -105,9 +105,9 @@ class Stage:
     def written(self) -> int:
         """Bytes of shards so far, unfinished ones included."""
         total = 0
-        for path in self.files.iterdir():
+        for path in self.files.rglob("*"):
             try:
-                total += path.stat().st_size
+                total += path.stat().st_size if path.is_file() else 0
             except FileNotFoundError:
                 continue  # it has just got its name
         return total

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import model_folder, plan_folder
 from saber.checkpoint.plan_on_disk import DiskPlan
@@ -61,7 +62,7 @@ def verify(
     shards carry the same origin as the record. With `run`: plan and seed are that run's. With `base`:
     the files it was made from are those; what does not carry that, an adapter or a GGUF file, needs `run`
     for it. With both the edit is made again, in memory and block by block, and held against the shards
-    bit for bit.
+    bit for bit. A GGUF file is held against a base that is one tensor by tensor, with `run`.
 
     Raises `DataError` when the artifact carries nothing to check, or not what is asked about, `ModelError`
     for a single file that is damaged.
@@ -73,7 +74,8 @@ def verify(
     else:
         record = Record.load(path) if (path / FILE).is_file() else None
         files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.gguf"))
-        parts = {file.name: _carried(file) for file in files}
+        names = record.edited if record else [file.name for file in files]
+        parts = {name: _carried(path / name) for name in names}
     origin = dict(record.origin) if record else next((p for p in parts.values() if p), {})
     if not origin:
         raise DataError(
@@ -103,8 +105,7 @@ def _own(
     origin: Mapping[str, str],
     watch: Watch,
 ) -> Iterator[Check]:
-    wanted = record.edited if record else list(parts)
-    other = [name for name in wanted if dict(parts.get(name, {})) != dict(origin)]
+    other = [name for name, part in parts.items() if dict(part) != dict(origin)]
     yield Check("weights carry their origin", not other, _names(other, "other or none in"))
     if record is None:
         return
@@ -143,11 +144,16 @@ def _against_base(
     plan: DiskPlan | None,
     origin: Mapping[str, str],
 ) -> Iterator[Check]:
-    if base == "demo" or base.endswith(".gguf"):
+    if base == "demo" or artifacts.names_gguf(base):
+        whole = _model_in(path)
+        if plan is not None and whole is not None:
+            yield from _against_gguf(whole, base, plan)
+            return
         raise DataError(
             f"{path} carries no fingerprint that {base} could be held against: a base is known by its "
             "folder of safetensors files, or by the model in memory.",
-            "Leave --base out; --run RUN holds plan, seed and model against the run's.",
+            "Leave --base out; --run RUN holds plan, seed and model against the run's"
+            + (", and with it a GGUF file against its base." if whole is not None else "."),
         )
     source = read_source(model_folder(base))
     # Adapters and GGUF files carry the fingerprint of the model in memory alone; its files' is the run's.
@@ -177,11 +183,51 @@ def _against_base(
     yield Check("base and plan give these very bits", not other, _names(other, "others in"))
 
 
+def _model_in(path: Path) -> Path | None:
+    """Return the GGUF file with a whole model that an artifact is, or holds alone; None for any other."""
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1 or files[0].suffix != ".gguf":
+        return None
+    from saber.checkpoint.gguf_file import open_gguf
+
+    kind = open_gguf(files[0]).reader.get_field("general.type")
+    return None if kind is not None and kind.contents() == "adapter" else files[0]
+
+
+def _against_gguf(file: Path, base: str, plan: DiskPlan) -> Iterator[Check]:
+    """Hold every tensor of a GGUF file against the base's, with the plan's change where it has one."""
+    from saber.ablation import EditPlan
+    from saber.checkpoint.export import demo_adapter
+    from saber.checkpoint.gguf_compare import compare
+    from saber.checkpoint.gguf_file import open_gguf
+    from saber.checkpoint.gguf_names import changes
+    from saber.lm.demo import base_gguf
+
+    edit = EditPlan.load(plan.folder)
+    if base == "demo":
+        source, edit = open_gguf(base_gguf()), demo_adapter() + edit
+    else:
+        source = open_gguf(Path(base).expanduser())
+    found = compare(source, open_gguf(file), changes(source, edit))
+    yield Check("metadata are the base's", not found.metadata, "others" if found.metadata else "")
+    yield Check("tensors are the base's", not found.tensors, _names(found.tensors, "others:"))
+    yield Check(
+        "tensors without an edit have the base's bytes",
+        not found.untouched,
+        _names(found.untouched, "others in"),
+    )
+    yield Check(
+        "edited tensors are the base's with the plan's change, to rounding",
+        not found.edited,
+        _names(found.edited, "others in"),
+    )
+
+
 def _same(what: str, found: str | None, carried_: str | None) -> Check:
     return Check(what, found == carried_, "" if found == carried_ else f"{found} is not {carried_}")
 
 
-def _names(names: list[str], lead: str) -> str:
+def _names(names: Sequence[str], lead: str) -> str:
     if not names:
         return ""
     return f"{lead} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -49,7 +49,7 @@ class Job:
     plan: str
     """Folder of the plan."""
     file: str
-    """Name of the shard."""
+    """The shard, by its path in the folder."""
     target: str
     """Where to write it; empty to hash what would be written."""
     edit: bool
@@ -67,7 +67,7 @@ class Done:
     """A shard that is finished."""
 
     file: str
-    """Its name."""
+    """Its path in the folder."""
     sha256: str
     """Of the whole file."""
     size: int
@@ -99,6 +99,9 @@ def do(job: Job, check: Callable[[], None] = lambda: None) -> Done:
     """Do one job: write under a temporary name, bring it to the disk, and move it to its place."""
     source = Path(job.source) / job.file
     target = Path(job.target) if job.target else None
+    if target is not None:
+        with blocks.writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
     if not job.edit:
         assert target is not None
         digest = link_or_copy(source, target, link=job.link, check=check, sync=job.sync)

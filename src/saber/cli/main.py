@@ -219,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         required=True,
         type=Path,
-        help="folder or .gguf file; must be new",
+        help="folder or .gguf file; new, or an empty folder",
     )
     export.add_argument(
         "--base",
@@ -261,7 +261,7 @@ def _file_commands(commands: Any) -> None:
     apply.add_argument("run", metavar="RUN", type=Path, help="run folder")
     apply.add_argument("model", metavar="MODEL", help="folder with safetensors, or cached hub id")
     apply.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="folder to write; must be new"
+        "--out", metavar="DIR", type=Path, required=True, help="folder to write; new or empty"
     )
     apply.add_argument(
         "--workers",

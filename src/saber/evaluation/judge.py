@@ -265,8 +265,11 @@ class PhraseJudge:
 
 
 def behind_thought(text: str) -> str:
-    """Return what comes behind a thought that the text closes; all of it where it closes none."""
-    return _THOUGHT.sub("", text)
+    """Return what comes behind a thought that the text opens with: nothing where it is still open.
+
+    Without a thought that is all of it.
+    """
+    return "" if thinking(text) else _THOUGHT.sub("", text)
 
 
 def thinking(text_so_far: str) -> bool:

@@ -18,8 +18,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from saber.artifacts import names_gguf
 from saber.errors import ModelError
 from saber.lm import demo
 from saber.lm.chat import encode
@@ -38,6 +40,7 @@ from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
+from saber.weight_index import read_index
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
     Raises `ModelError` when it cannot be found, lacks weights, tokenizer or chat template, or is
     not a causal language model.
     """
-    gguf = name == "demo" or name.endswith(".gguf")
+    gguf = name == "demo" or names_gguf(name)
     with _quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
         return _load(name, spec, with_tokenizer=tokenizer)
 
@@ -93,7 +96,7 @@ def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:
     Everything lies on the meta device, so that it takes no memory to speak of. Raises `ModelError` as
     `load` does.
     """
-    gguf_source = name == "demo" or name.endswith(".gguf")
+    gguf_source = name == "demo" or names_gguf(name)
     with _quiet_transformers(gguf=gguf_source), _parsed_once() if gguf_source else nullcontext():
         _, location, gguf = _locate(name, with_tokenizer=False)
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
@@ -268,7 +271,7 @@ def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str
         path = demo.base_gguf()
         return "demo", str(path.parent), path.name
     path = Path(name).expanduser()
-    if name.endswith(".gguf"):
+    if names_gguf(name):
         if not path.is_file():
             raise ModelError(f"no such file: {name}.", "Check the path of the .gguf file.")
         return "gguf", str(path.parent), path.name
@@ -321,6 +324,8 @@ def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
     if not has("*.safetensors", "*.safetensors.index.json"):
         hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
         raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
+    if has(SAFE_WEIGHTS_INDEX_NAME) and not has(SAFE_WEIGHTS_NAME):
+        read_index(path / SAFE_WEIGHTS_INDEX_NAME, outside=True)  # as transformers allows
     if with_tokenizer and not has(
         "tokenizer.json", "tokenizer.model", "vocab.*", "tokenizer_config.json"
     ):

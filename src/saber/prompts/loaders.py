@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,11 @@ from saber.prompts.model import Prompt, PromptSet
 
 COLUMNS = ("prompt", "text", "instruction", "goal", "question")
 KEPT = ("id", "category", "split", "reference")
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.+%:\[\]-]+))?")
+_SPLIT = r"[\w.+%:\[\]-]+"
+_HUB_ID = re.compile(
+    rf"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)"
+    rf"(?::(?P<config>[^:/\[\]]+):(?P<of>{_SPLIT})?|:(?P<split>{_SPLIT}))?"
+)
 
 _AROUND = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 
@@ -34,7 +38,8 @@ def load(source: str | Path, *, column: str | None = None, name: str = "") -> Pr
 
     Files: `.txt` (a prompt a line; blank lines and lines that start with # are skipped),
     `.jsonl` (strings or objects), `.csv` (with a header), `.parquet`. Hub: `owner/name`,
-    `owner/name:split`. The text is in `column`, or in `source#column`, or in the first of
+    `owner/name:split`, `owner/name:configuration:split` (without a split behind the second colon
+    where there is one alone). The text is in `column`, or in `source#column`, or in the first of
     prompt, text, instruction, goal, question. Columns id, category, split and reference are
     kept. DataError: one line that says what is wrong and how to mend it.
     """
@@ -43,8 +48,9 @@ def load(source: str | Path, *, column: str | None = None, name: str = "") -> Pr
     local = path.exists() or path.parent.is_dir() or path.suffix.lower() in _READERS
     hub = None if local else _HUB_ID.fullmatch(place)
     if hub:
-        rows: Iterable[Row] = _hub_rows(hub.group(1), hub.group(2))
-        name = name or hub.group(1)
+        dataset = [part for part in hub.group("name", "config") if part]
+        rows: Iterable[Row] = _hub_rows(dataset, hub["of"] or hub["split"])
+        name = name or ":".join(dataset)
     else:
         rows = _file_rows(path, column)
         name = name or path.stem
@@ -180,18 +186,24 @@ _READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
 }
 
 
-def _hub_rows(name: str, split: str | None) -> Iterator[Row]:
+def _hub_rows(dataset: Sequence[str], split: str | None) -> Iterator[Row]:
+    """Yield the rows of a dataset: its id, and its configuration where one is named."""
+    name = ":".join(dataset)
     try:
         import datasets
     except ImportError as error:
         raise MissingExtra("datasets", "hub") from error
     try:
-        data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(*dataset, split=split)
     except Exception as error:  # a dataset can be wrong in any way
+        said = _first_line(error)
+        parts = "the configuration, the split" if dataset[1:] else "the split"
+        remedy = f"Check the name, {parts} and the network, or give a local file."
+        if said == "Config name is missing":
+            said = " ".join(str(error).splitlines()[:2])
+            remedy = f"Name one: {name}:CONFIGURATION:SPLIT"
         raise DataError(
-            f"the hub dataset {name}{f':{split}' if split else ''} cannot be read: "
-            f"{_first_line(error)}.",
-            "Check the name, the split and the network, or give a local file.",
+            f"the hub dataset {name}{f':{split}' if split else ''} cannot be read: {said}.", remedy
         ) from error
     if split is None:
         if len(data) != 1:

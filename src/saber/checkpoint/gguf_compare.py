@@ -1,0 +1,97 @@
+"""An edited GGUF file against its base, tensor by tensor, and against the plan that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from saber.checkpoint.gguf_file import (
+    Change,
+    GgufFile,
+    GgufTensor,
+    decode,
+    encode,
+    read_rows,
+    writable,
+)
+from saber.checkpoint.gguf_rewrite import BLOCK, blocks, own_metadata
+
+GROUP = 32
+"""Values that share their scale in most types: the rounding of each such group is its own."""
+SLACK, NOISE = 1.25, 1e-5
+"""How much more than our own rounding another's may be, and what float32 sums may differ by: a change is
+computed in another order elsewhere, so that a value between two steps may be rounded to the other."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is not as base and plan have it, by name."""
+
+    metadata: bool
+    """Whether the base's metadata differ."""
+    tensors: tuple[str, ...]
+    """Tensors that one file lacks, or has in another shape."""
+    untouched: tuple[str, ...]
+    """Tensors that the plan leaves alone, and that are not the base's byte for byte."""
+    edited: tuple[str, ...]
+    """Tensors that are not the base's with the plan's change, to the rounding of their type."""
+
+
+def compare(base: GgufFile, found: GgufFile, changes: Sequence[Change]) -> Difference:
+    """Return how a file differs from `base` with `changes` made; memory stays at a few blocks."""
+    edits = {change.tensor.name: change for change in changes}
+    alike = [t for t in base.tensors.values() if _shape(found.tensors, t.name) == t.shape]
+    names = {t.name for t in alike}
+    other = [n for n in {**base.tensors, **found.tensors} if n not in names]
+    untouched, edited = [], []
+    with base.path.open("rb") as source, found.path.open("rb") as target:
+        for tensor in alike:
+            held = found.tensors[tensor.name]
+            if tensor.name not in edits:
+                if tensor.type != held.type or not _same_bytes(source, target, tensor, held):
+                    untouched.append(tensor.name)
+            elif not writable(held.type) or not _changed(source, target, edits[tensor.name], held):
+                edited.append(tensor.name)
+        metadata = own_metadata(base, source) != own_metadata(found, target)
+    return Difference(metadata, tuple(other), tuple(untouched), tuple(edited))
+
+
+def _shape(tensors: Mapping[str, GgufTensor], name: str) -> tuple[int, ...] | None:
+    return tensors[name].shape if name in tensors else None
+
+
+def _same_bytes(source: IO[bytes], target: IO[bytes], a: GgufTensor, b: GgufTensor) -> bool:
+    for start in range(0, a.nbytes, BLOCK):
+        length = min(BLOCK, a.nbytes - start)
+        source.seek(a.offset + start)
+        target.seek(b.offset + start)
+        if source.read(length) != target.read(length):
+            return False
+    return True
+
+
+def _changed(source: IO[bytes], target: IO[bytes], change: Change, held: GgufTensor) -> bool:
+    """Whether a tensor is the base's with its change, each value as near to it as storing can bring it."""
+    tensor, columns = change.tensor, change.tensor.shape[-1]
+    for expert, start, stop in blocks(tensor):
+        first, last = expert * tensor.rows + start, expert * tensor.rows + stop
+        old = torch.from_numpy(read_rows(source, tensor, first, last))
+        delta = change.block(expert, start, stop)
+        wanted = old + delta
+        back = torch.from_numpy(decode(encode(wanted.numpy(), held.type), held.type, columns))
+        value = torch.from_numpy(read_rows(target, held, first, last))
+        allowed = SLACK * _most(back - wanted) + NOISE * (_most(old) + _most(delta))
+        # NaN and infinity are near to nothing.
+        if not bool(torch.isfinite(value).all() and (_most(value - wanted) <= allowed).all()):
+            return False
+    return True
+
+
+def _most(values: Tensor) -> Tensor:
+    """Return the largest size in each group that may share a scale; in each row where rows have no groups."""
+    columns = values.shape[-1]
+    return values.abs().reshape(-1, GROUP if columns % GROUP == 0 else columns).amax(-1)
