@@ -170,7 +170,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
         # Other columns may hold what Python has no values for, and take memory.
         wanted = [n for n in names if _folded(n) in (*COLUMNS, *KEPT, _folded(column or ""))]
         records = parquet.read_table(path, columns=wanted).to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} cannot be read as Parquet: {_first_line(error)}.", "Write it anew."
         ) from error
