@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from saber.errors import DataError
+from saber.evaluation import statistics
 from saber.evaluation.statistics import bootstrap_mean, mcnemar_exact, paired_bootstrap, wilson
 
 
@@ -90,6 +91,14 @@ def test_bootstrap_is_seeded_and_orders_its_bounds():
     one, again = paired_bootstrap(x, y, seed=4), paired_bootstrap(x, y, seed=4)
     assert one == again
     assert one != paired_bootstrap(x, y, seed=5)
+
+
+def test_resamples_drawn_in_parts_are_the_same_ones(monkeypatch):
+    x, y = np.arange(50.0), np.arange(50.0) ** 1.5
+    whole = paired_bootstrap(x, y, n_resamples=101)
+    monkeypatch.setattr(statistics, "COUNTS", 50 * 7)
+    parts = paired_bootstrap(x, y, n_resamples=101)
+    assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
     assert one.low < one.estimate < one.high
 
 

@@ -13,6 +13,8 @@ from saber.errors import DataError
 
 Statistic = Literal["mean", "perplexity_ratio"]
 Values = Sequence[float] | Sequence[int] | np.ndarray
+COUNTS = 2**24
+"""How often each item is drawn is in memory for so many items and resamples at a time."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,11 @@ def paired_bootstrap(
     if n == 0 or not np.all(w > 0):
         raise DataError("a paired comparison needs at least one item, and tokens in each.")
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    draws = (counts @ change) / (counts @ w)
+    draws = np.empty(n_resamples)
+    rng, shares, step = np.random.default_rng(seed), np.full(n, 1 / n), max(1, COUNTS // n)
+    for start in range(0, n_resamples, step):
+        counts = rng.multinomial(n, shares, size=min(step, n_resamples - start))
+        draws[start : start + len(counts)] = (counts @ change) / (counts @ w)
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     estimate = change.sum() / w.sum()
