@@ -1,8 +1,13 @@
 """Pages of docs/ that say what the code has."""
 
 import importlib.util
+import re
+import shlex
 from pathlib import Path
 
+import pytest
+
+from saber.cli.main import build_parser
 from saber.prompts.loaders import _READERS, COLUMNS
 from saber.prompts.splits import ALIASES, NAMES
 
@@ -30,3 +35,25 @@ def test_both_are_linked_from_the_readme():
     page = (ROOT / "README.md").read_text("utf-8")
     assert "(docs/settings.md)" in page
     assert "(docs/prompts.md)" in page
+
+
+def commands(page):
+    """Yield the `saber` commands in the shell blocks of a page, with lines that go on joined."""
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "saber" in words[:2]:
+                yield words[words.index("saber") + 1 :]
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("examples/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_on_a_page_are_ones_that_there_are(page):
+    for words in commands(page):
+        assert build_parser().parse_args(words).command == words[0]
+
+
+def test_there_are_such_commands():
+    assert sum(len(list(commands(page))) for page in PAGES) > 50
