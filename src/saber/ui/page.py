@@ -281,6 +281,7 @@ def _sweep(folder: Path) -> gr.Blocks:
                 x=frames.COST,
                 y=frames.LEFT,
                 color="is",
+                y_lim=[-1.0, None],
                 tooltip=["setting", frames.LEFT, frames.COST, "incoherent, %"],
                 height=420,
             )
