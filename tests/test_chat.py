@@ -29,7 +29,7 @@ def asked(monkeypatch, llama):
     seen = []
     untouched = llama.model.get_parameter("model.layers.1.mlp.down_proj.weight").clone()
 
-    def generate(lm, prompts, limit):
+    def generate(lm, prompts, limit, settled=None):
         weight = lm.model.get_parameter("model.layers.1.mlp.down_proj.weight")
         edited = not torch.equal(weight, untouched)
         seen.append((lm.before, *prompts, edited))
@@ -85,3 +85,34 @@ def test_the_oldest_is_forgotten_where_the_context_ends(llama):
     assert conversation.remembered(llama, said, "now", 8) == said
     assert conversation.remembered(llama, said, "now", 9) == said[2:]
     assert conversation.remembered(llama, said, "now", 400) == ()
+
+
+def test_answers_are_shown_as_they_come(asked, monkeypatch, capsys):
+    def generate(lm, prompts, limit, settled=None):
+        for text in (" It", " It is \N{REPLACEMENT CHARACTER}", " It is \u00e9t\u00e9"):
+            assert not settled(text)
+            so_far.append(capsys.readouterr().out)
+        return [Completion((), " It is \u00e9t\u00e9. ")]
+
+    so_far = []
+    monkeypatch.setattr(conversation, "generate", generate)
+    assert main(["chat", "run", "--compare", "--prompt", "one"]) == 0
+    assert so_far == [
+        "untouched: It",
+        " is",
+        " \u00e9t\u00e9",
+        ".\nedited: It",
+        " is",
+        " \u00e9t\u00e9",
+    ]
+    assert capsys.readouterr().out == ".\n"
+
+
+def test_an_answer_that_reads_otherwise_later_is_shown_anew(asked, monkeypatch, capsys):
+    def generate(lm, prompts, limit, settled=None):
+        settled("do n")
+        return [Completion((), "don't")]
+
+    monkeypatch.setattr(conversation, "generate", generate)
+    assert main(["chat", "run", "--prompt", "one"]) == 0
+    assert capsys.readouterr().out == "edited: do n\ndon't\n"

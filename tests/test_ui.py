@@ -209,7 +209,7 @@ def asked(monkeypatch):
     """What the model was asked: messages before, prompt, and by how much the weight differs."""
     seen = []
 
-    def generate(lm, prompts, limit):
+    def generate(lm, prompts, limit, settled=None):
         weight = lm.model.get_parameter(f"{WRITER}.weight")
         changed = (weight[0, 0] - untouched[0]).item() if untouched else 0.0
         untouched.append(weight[0, 0].item())
@@ -243,7 +243,7 @@ def test_the_edited_side_has_the_share_that_is_asked_for(run_of, asked):
 def test_one_message_at_a_time_is_answered(run_of, monkeypatch):
     talk, inside, most = Talk(Partner.of(str(run_of)), LoadSpec()), [], []
 
-    def generate(lm, prompts, limit):
+    def generate(lm, prompts, limit, settled=None):
         inside.append(1)
         most.append(len(inside))
         threading.Event().wait(0.02)
@@ -306,6 +306,28 @@ def test_a_conversation_over_the_wire(served, asked):
         client.predict(0, 16, api_name="/again")
     with pytest.raises(Exception, match="no message"):
         client.predict(" ", 100, 16, api_name="/send")
+
+
+def test_answers_come_in_parts(served, monkeypatch):
+    def generate(lm, prompts, limit, settled=None):
+        settled("so")
+        return [Completion((), "so far")]
+
+    monkeypatch.setattr(conversation, "generate", generate)
+    job = Client(served.url, verbose=False).submit("one", 100, 16, api_name="/send")
+    job.result(timeout=60)
+    lengths = [
+        [[m["content"][0]["text"] for m in side[1:]] for side in out[1:3]] for out in job.outputs()
+    ]
+    assert lengths == [
+        [[], []],
+        [["so"], []],
+        [["so far"], []],
+        [["so far"], ["so"]],
+        [["so far"], ["so far"]],
+        [["so far"], ["so far"]],
+        [["so far"], ["so far"]],
+    ]
 
 
 def test_what_is_wrong_with_the_model_is_shown_on_the_page(run_of, asked):

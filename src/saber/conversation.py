@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,9 @@ from saber.report.reading import dig
 Said = tuple[tuple[str, str], ...]
 """What was said in a conversation: (role, text), a user's message and its answer in turn."""
 NOTHING: Mapping[str, Said] = MappingProxyType({})
+OnText = Callable[[str, str], None]
+"""Is told of an answer on its way: who gives it, and what there is of it."""
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,28 @@ def answer(
     *,
     compare: bool,
     said: Mapping[str, Said] = NOTHING,
+    on_text: OnText | None = None,
 ) -> dict[str, str]:
     """Return the answers by who gives them: `untouched`, `edited`, or `model` without a plan.
 
-    `said` is what each of them has heard and answered before, by the same names.
+    `said` is what each of them has heard and answered before, by the same names. `on_text` hears every few
+    tokens who is answering, and the answer so far; last of each the whole.
     """
 
     def ask(who: str) -> str:
+        def tell(text: str) -> bool:
+            if on_text is not None:
+                # A character may still lack bytes.
+                on_text(who, text.rstrip(UNREADABLE).strip())
+            return False
+
         heard = remembered(lm, said.get(who, ()), prompt, limit)
         asked = replace(lm, before=(*lm.before, *heard))
-        return generate(asked, [prompt], limit)[0].text.strip()
+        settled = tell if on_text else None
+        text = generate(asked, [prompt], limit, settled=settled)[0].text.strip()
+        if on_text is not None:
+            on_text(who, text)
+        return text
 
     answers = {"untouched": ask("untouched")} if compare else {}
     with applied(lm.model, plan) if plan else nullcontext():

@@ -34,7 +34,16 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
         if talking and prompt == AFRESH:
             said = NOTHING
             continue
-        answers = answer(lm, partner.plan, prompt, limit, compare=arguments.compare, said=said)
+        shown = _Shown(console)
+        answers = answer(
+            lm,
+            partner.plan,
+            prompt,
+            limit,
+            compare=arguments.compare,
+            said=said,
+            on_text=None if arguments.json else shown,
+        )
         if talking:
             said = {
                 who: (*said.get(who, ()), ("user", prompt), ("assistant", text))
@@ -43,10 +52,33 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
         if arguments.json:
             print(json.dumps({"prompt": prompt, **answers}))
             continue
-        for who, text in answers.items():
-            console.print(f"[bold]{who}[/]: ", end="")
-            console.print(text, markup=False, highlight=False)
+        shown.end()
     return 0
+
+
+class _Shown:
+    """Answers as they come, one below the other."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.who, self.text = console, "", ""
+
+    def __call__(self, who: str, text: str) -> None:
+        """Show what is new of somebody's answer."""
+        if who != self.who:
+            self.end()
+            self.who = who
+            self.console.print(f"[bold]{who}[/]: ", end="")
+        if not text.startswith(self.text):  # what was decoded before reads otherwise now
+            self.console.print()
+            self.text = ""
+        new, self.text = text[len(self.text) :], text
+        self.console.print(new, end="", markup=False, highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """End the line of whoever answered last."""
+        if self.who:
+            self.console.print()
+        self.who = self.text = ""
 
 
 def _typed(console: Console, talking: bool) -> Iterator[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from saber.report import (
 )
 from saber.report.html import embedded
 from saber.report.tables import Table
-from saber.ui.talk import WHO, Answer, Talk
+from saber.ui.talk import WHO, Answer, Talk, coming
 
 # Before gradio is imported: it calls home otherwise.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -216,36 +217,46 @@ def _talk(talk: Talk) -> None:
         again = gr.Button("Ask the last message again, with this share")
         afresh = gr.Button("New conversation")
 
-    def send(text: str, said: Heard, percent: float | int, most: float | int) -> tuple[Any, ...]:
+    def send(
+        text: str, said: Heard, percent: float | int, most: float | int
+    ) -> Iterator[tuple[Any, ...]]:
         if not text.strip():
             raise gr.Error("There is no message to send.", print_exception=False)
-        found = _answered(talk, text.strip(), percent / 100, int(most), said)
-        told = {
-            who: [*said[who], ["user", text.strip()], ["assistant", found[who].text]] for who in WHO
-        }
-        return "", told, *_shown(told), *(_label(found[who], percent, who) for who in WHO)
+        text, still = text.strip(), [gr.skip()] * len(WHO)
+        asked = {who: [*said[who], ["user", text]] for who in WHO}
+        yield "", said, *_shown(asked), *still
+        for found in _coming(talk, text, percent / 100, int(most), said):
+            told = {
+                who: [*asked[who], *([["assistant", found[who].text]] if who in found else [])]
+                for who in WHO
+            }
+            yield "", gr.skip(), *_shown(told), *still
+        yield "", told, *_shown(told), *(_label(found[who], percent, who) for who in WHO)
 
-    def repeat(said: Heard, percent: float | int, most: float | int) -> tuple[Any, ...]:
+    def repeat(said: Heard, percent: float | int, most: float | int) -> Iterator[tuple[Any, ...]]:
         if not said[WHO[0]]:
             raise gr.Error("Nothing was asked yet.", print_exception=False)
         before = {who: said[who][:-2] for who in WHO}
-        return send(said[WHO[0]][-2][1], before, percent, most)
+        yield from send(said[WHO[0]][-2][1], before, percent, most)
 
     def clear() -> tuple[Any, ...]:
         nothing: Heard = {who: [] for who in WHO}
         return "", nothing, *_shown(nothing), *("" for _ in WHO)
 
     outputs = [message, heard, *sides, *labels]
-    message.submit(send, [message, heard, share, limit], outputs, api_name="send")
-    again.click(repeat, [heard, share, limit], outputs, api_name="again")
+    # Gradio looks whether a function is a generator, which a decorator would hide.
+    message.submit(unwrap(send), [message, heard, share, limit], outputs, api_name="send")
+    again.click(unwrap(repeat), [heard, share, limit], outputs, api_name="again")
     afresh.click(clear, None, outputs, api_name="clear")
 
 
-def _answered(talk: Talk, text: str, share: float, most: int, said: Heard) -> dict[str, Answer]:
-    """Return both answers; what is wrong is shown on the page."""
+def _coming(
+    talk: Talk, text: str, share: float, most: int, said: Heard
+) -> Iterator[dict[str, Answer]]:
+    """Yield both answers as they come; what is wrong is shown on the page."""
     before = {who: tuple((role, words) for role, words in said[who]) for who in WHO}
     try:
-        return talk.answers(text, share, most, before)
+        yield from coming(talk, text, share, most, before)
     except SaberError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 

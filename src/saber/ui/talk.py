@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from queue import Queue
 from typing import Any
 
 from saber.ablation import EditPlan
 from saber.config import RunConfig
-from saber.conversation import NOTHING, Partner, Said, answer
+from saber.conversation import NOTHING, OnText, Partner, Said, answer
 from saber.errors import SaberError, UsageError
 from saber.evaluation.judge import Judge, Label
 from saber.evaluation.judging import JudgeSpec, label_all, make_judge
@@ -54,11 +55,13 @@ class Talk:
         share: float,
         limit: int,
         said: Mapping[str, Said] = NOTHING,
+        on_text: OnText | None = None,
     ) -> dict[str, Answer]:
         """Return what both say to a message, the edited one with a share of the edit (1: as in the run).
 
         `said` is what each has heard and answered before, `limit` the most tokens of an answer. Raises what
-        loading the model raises. What the untouched model said last is not asked for again.
+        loading the model raises. What the untouched model said last is not asked for again. `on_text` hears
+        of answers on their way.
         """
         with self._turn:
             if self._lm is None:
@@ -66,7 +69,9 @@ class Talk:
             asked = (prompt, limit, said.get("untouched", ()))
             known = self._untouched if self._untouched and self._untouched[0] == asked else None
             plan = self._plan if share == 1 else self._plan.scaled(share)
-            texts = answer(self._lm, plan, prompt, limit, compare=known is None, said=said)
+            texts = answer(
+                self._lm, plan, prompt, limit, compare=known is None, said=said, on_text=on_text
+            )
             if known is not None:
                 texts["untouched"] = known[1]
             self._untouched = (asked, texts["untouched"])
@@ -87,3 +92,32 @@ def judge_of(run: Run) -> Judge | None:
     except SaberError:
         # Patterns may have been read off a file that is not here.
         return None
+
+
+def coming(
+    talk: Talk, prompt: str, share: float, limit: int, said: Mapping[str, Said] = NOTHING
+) -> Iterator[dict[str, Answer]]:
+    """Yield what there is of both answers every few tokens, without labels; last what `Talk.answers` returns.
+
+    Raises what that raises.
+    """
+    parts: Queue[tuple[str, str] | dict[str, Answer] | Exception] = Queue()
+
+    def work() -> None:
+        try:
+            answers = talk.answers(
+                prompt, share, limit, said, lambda who, text: parts.put((who, text))
+            )
+            parts.put(answers)
+        except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+            parts.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    so_far: dict[str, Answer] = {}
+    while isinstance(part := parts.get(), tuple):
+        who, text = part
+        so_far = {**so_far, who: Answer(text, None)}
+        yield so_far
+    if isinstance(part, Exception):
+        raise part
+    yield part
