@@ -1,6 +1,7 @@
 """The demo model is what its card says, and the main job works on it (slow: real weights)."""
 
 import json
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -76,11 +77,11 @@ def test_adapter_shares_no_prompt_with_the_bundled_sets():
     assert not shared
 
 
-def incoherent_without_adapter(config, monkeypatch):
+def incoherent_without_adapter(config):
     """Which share of answers is incoherent of the model that never learned to refuse."""
-    monkeypatch.setattr(demo, "merge_adapter", lambda _model: None)
-    lm = load("demo", config.load)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "merge_adapter", lambda _model: None)
+        lm = load("demo", config.load)
     texts = gather(config).reporting.target.texts
     answers = [c.text for c in generate(lm, texts, config.evaluation.max_new_tokens)]
     return label_all(named_judge("phrases"), texts, answers).count("incoherent") / len(texts)
@@ -90,13 +91,16 @@ def incoherent_without_adapter(config, monkeypatch):
 def test_the_main_job_takes_the_refusals_out(every, tmp_path, monkeypatch):
     """On every third of the bundled prompts, and on all of them."""
     config = override(preset("default"), {"data": {"limit": 24, "battery": "half"}})
+    battery = prompts.battery()
+    some = replace(battery, prompts=battery.prompts[:: 2 * every])
     if every > 1:
         fewer = {
             "data": thinned(tmp_path / "prompts", every),
             "evaluation": {"battery_new_tokens": 16},  # no answer of these is looked at
         }
         config = override(config, fewer)
-    usual = incoherent_without_adapter(config, monkeypatch)
+        monkeypatch.setattr(prompts, "battery", lambda: some)
+    usual = incoherent_without_adapter(config)
     with fewer_capabilities(every):
         record = run("demo", tmp_path / "run", config, export=()).record
     before, after = record["baseline"], record["edited"]
