@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["SABER_CACHE"] = tempfile.mkdtemp(prefix="saber-tests-")
 
+import checks  # noqa: F401, saber is decorated as it is imported
 import pytest
 import torch
 import transformers

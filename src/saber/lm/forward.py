@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, get_args, get_origin
 
 import torch
@@ -18,7 +19,7 @@ from saber.errors import ModelError
 from saber.lm.cache import is_plain
 from saber.lm.chat import common_prefix
 from saber.lm.device import is_out_of_memory
-from saber.lm.model import LanguageModel
+from saber.lm.model import LanguageModel, Work
 from saber.lm.substitution import random_tokens
 
 T = TypeVar("T")
@@ -186,21 +187,29 @@ def gathered_head(
     list that is given out receives the head's inputs at the wanted positions.
     """
     seen: list[Tensor] = []
-
-    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]
-        chosen = hidden.reshape(-1, hidden.shape[-1])[flat.to(hidden.device)]
-        seen.append(chosen)
-        if extra is not None:
-            chosen = torch.cat([chosen, extra.to(chosen)])
-        lm.work.head_tokens += len(chosen)
-        return (chosen[None], *args[1:])
-
-    handle = lm.head.register_forward_pre_hook(gather)
+    handle = lm.head.register_forward_pre_hook(partial(_gathered, lm.work, flat, extra, seen))
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def _gathered(
+    work: Work,
+    flat: Tensor,
+    extra: Tensor | None,
+    seen: list[Tensor],
+    _module: nn.Module,
+    args: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """Replace the output head's inputs by those at the wanted positions, and note them."""
+    hidden = args[0]
+    chosen = hidden.reshape(-1, hidden.shape[-1])[flat.to(hidden.device)]
+    seen.append(chosen)
+    if extra is not None:
+        chosen = torch.cat([chosen, extra.to(chosen)])
+    work.head_tokens += len(chosen)
+    return (chosen[None], *args[1:])
 
 
 @contextmanager
@@ -210,24 +219,25 @@ def unrounded_head(lm: LanguageModel) -> Iterator[None]:
     Rounded to bfloat16, a logit of 20 is off by up to 0.06, and the divergence of two models that are
     almost the same is made of that. A head other than a linear map is left as it is.
     """
-
-    def again(module: nn.Linear, args: tuple[Any, ...], output: Any) -> Any:
-        weight = module.weight
-        # Of a model spread over several devices the input may lie on another.
-        x = args[0].to(weight.device, torch.float32)
-        step = max(1, HEAD_VALUES // weight.shape[1])
-        logits = torch.cat([x @ rows.float().T for rows in weight.split(step)], -1)
-        logits = logits if module.bias is None else logits + module.bias.float()
-        return logits.to(output.device)
-
     if lm.dtype == torch.float32 or type(lm.head) is not nn.Linear:
         yield
         return
-    handle = lm.head.register_forward_hook(again)
+    handle = lm.head.register_forward_hook(_in_float32)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _in_float32(module: nn.Linear, args: tuple[Any, ...], output: Any) -> Any:
+    """Apply a linear map once more, in float32."""
+    weight = module.weight
+    # Of a model spread over several devices the input may lie on another.
+    x = args[0].to(weight.device, torch.float32)
+    step = max(1, HEAD_VALUES // weight.shape[1])
+    logits = torch.cat([x @ rows.float().T for rows in weight.split(step)], -1)
+    logits = logits if module.bias is None else logits + module.bias.float()
+    return logits.to(output.device)
 
 
 @contextmanager

@@ -145,7 +145,8 @@ def answer(
     it is settled; ended rows leave the batch, and others that wait come in for them.
     """
     rows = [_Row(a, list(a.start[: a.max_new_tokens]), [], []) for a in asked]
-    open_ = [r for r in rows if not _ended(lm, r) and not (r.ids and _is_settled(lm, r))]
+    ends = lm.eos_ids
+    open_ = [r for r in rows if not _ended(r, ends) and not (r.ids and _is_settled(lm, r))]
     if open_:
         _write(lm, open_, progress, label)
     return [Completion(tuple(r.ids), _decode(lm, r.ids), _seen(r)) for r in rows]
@@ -189,9 +190,9 @@ def agreed(draft: Sequence[int], chosen: Sequence[int]) -> tuple[int, ...]:
     return tuple(chosen[: same + 1])
 
 
-def _ended(lm: LanguageModel, row: _Row) -> bool:
+def _ended(row: _Row, ends: frozenset[int]) -> bool:
     full = len(row.ids) >= row.asked.max_new_tokens
-    return full or bool(row.ids and row.ids[-1] in lm.eos_ids)
+    return full or bool(row.ids and row.ids[-1] in ends)
 
 
 def _write(lm: LanguageModel, rows: Sequence[_Row], progress: Progress[Any], label: str) -> None:
@@ -377,7 +378,7 @@ class _Batch:
         tokens = out.logits[0].argmax(-1)
         inputs = seen[0].float().cpu() if looking else None
         nll = _surprise(out.logits[0]) if looking else None
-        ended = []
+        ended, ends = [], lm.eos_ids
         for line, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             if row is None:
                 continue
@@ -387,7 +388,7 @@ class _Batch:
                 row.heads.append(inputs[line])
                 row.nll.append(nll[line])
             due = len(row.ids) % CHECK_EVERY == 0
-            if _ended(lm, row) or (due and _is_settled(lm, row)):
+            if _ended(row, ends) or (due and _is_settled(lm, row)):
                 self.rows[line] = None
                 ended.append(row)
         later = self.positions[:, -1:] + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.resources import files
 
 from saber.prompts.model import Prompt, PromptSet
@@ -49,6 +50,7 @@ def capability() -> PromptSet:
     return _read("capability")
 
 
+@cache
 def _read(name: str) -> PromptSet:
     text = (files("saber.prompts") / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line.strip()]

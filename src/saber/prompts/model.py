@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from saber.prompts.twins import Pair
@@ -23,6 +24,7 @@ _SPACED_MARKS = re.compile(
 )
 
 
+@lru_cache(1 << 16)
 def normalised(text: str) -> str:
     """Return the key under which two prompts are the same: no case, spacing or punctuation.
 
