@@ -80,8 +80,14 @@ def test_moments_of_every_expert_are_those_of_one_text_at_a_time(family):
     lm = language_model(family, **FAMILIES.get(family, {}))
     writers = find_writers(lm)
     assert routes(lm, writers)
-    encoded, known = texts(12, 3, 5, 40), {}
-    assert assert_as_alone(lm, writers, encoded, 0, 3e-6, known=known) <= 3
+    encoded, known, exact = texts(12, 3, 5, 40), {}, {}
+    lm.model.double()
+    with plain_experts(lm):  # the fused products know no float64
+        # Some compute parts of a layer in float32 all the same.
+        assert assert_as_alone(lm, writers, encoded, 0, 3e-7, known=exact) <= 3
+    # How far float32 rounds otherwise in a padded batch goes with the processor.
+    lm.model.float()
+    assert assert_as_alone(lm, writers, encoded, 0, 1e-5, known=known) <= 3
     # Here what is held against is a small difference of large sums.
     assert assert_as_alone(lm, writers, encoded, 2, 5e-5, known=known) <= 3
 
