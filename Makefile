@@ -24,8 +24,11 @@ demo: .make/installed
 # Pico models gain nothing from threads: one process a core, each of one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test: check
-	$(PYTEST) -m "not long"
+# Checks take one core, and not as long as the tests: they run beside them and are told of at the end.
+test: .make/installed
+	@$(MAKE) --no-print-directory check > .make/checks 2>&1 & checks=$$!; \
+	$(PYTEST) -m "not long"; tested=$$?; \
+	wait $$checks; checked=$$?; cat .make/checks; exit $$((tested > checked ? tested : checked))
 
 fast: .make/installed
 	$(PYTEST) -m "not slow and not long"
