@@ -171,7 +171,14 @@ def _answers(whole: Any) -> None:
         kind = gr.Dropdown(sets, value=ALL, label="Prompts")
         after = gr.Dropdown(labels, value=ANY, label="Label after")
         moved = gr.Checkbox(value=False, label="Another label than before")
-    table = gr.Dataframe(whole, show_search="search", wrap=True, max_height=640, interactive=False)
+    table = gr.Dataframe(
+        whole,
+        show_search="search",
+        wrap=True,
+        max_height=640,
+        interactive=False,
+        column_widths=["8%", "10%", "28%", "9%", "9%", "18%", "18%"],
+    )
 
     def show(one: str, label: str, changed: bool) -> Any:
         found = whole if one == ALL else whole[whole["set"] == one]
