@@ -254,7 +254,7 @@ def _talk(talk: Talk) -> None:
     # Gradio looks whether a function is a generator, which a decorator would hide.
     message.submit(unwrap(send), [message, heard, share, limit], outputs, api_name="send")
     again.click(unwrap(repeat), [heard, share, limit], outputs, api_name="again")
-    afresh.click(clear, None, outputs, api_name="clear")
+    gr.on([afresh.click, *(side.clear for side in sides)], clear, None, outputs, api_name="clear")
 
 
 def _coming(
