@@ -389,9 +389,8 @@ def test_shards_in_a_subfolder_stay_there(sharded, tmp_path, workers):
     assert [c.what for c in verify(out).checks if not c.passed] == ["every file has its SHA-256"]
 
 
-def test_an_interrupted_call_goes_on_with_shards_in_a_subfolder(sharded, tmp_path, monkeypatch):
-    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
-    in_subfolder(base)
+def stopped_before_publishing(run, base, out, monkeypatch):
+    """Leave a call as one that was cut off when all was written."""
 
     def stopped(_self):
         raise OutputError("stopped")
@@ -399,7 +398,13 @@ def test_an_interrupted_call_goes_on_with_shards_in_a_subfolder(sharded, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(Stage, "publish", stopped)
         with pytest.raises(OutputError, match="stopped"):
-            apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+            apply_to_files(run, str(base), out, HERE)
+
+
+def test_an_interrupted_call_goes_on_with_shards_in_a_subfolder(sharded, tmp_path, monkeypatch):
+    base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
+    in_subfolder(base)
+    stopped_before_publishing(sharded.run, base, tmp_path / "out", monkeypatch)
     made = apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
     assert made.resumed == len(read_source(base).shards) > 1
 
@@ -671,14 +676,7 @@ def test_what_is_gone_from_the_source_since_is_not_taken_over(sharded, tmp_path,
     base = Path(shutil.copytree(sharded.model, tmp_path / "base"))
     (base / "sub" / "old.txt").parent.mkdir(exist_ok=True)
     (base / "sub" / "old.txt").write_text("old")
-
-    def stopped(_self):
-        raise OutputError("stopped")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "publish", stopped)
-        with pytest.raises(OutputError, match="stopped"):
-            apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
+    stopped_before_publishing(sharded.run, base, tmp_path / "out", monkeypatch)
     (base / "sub" / "old.txt").unlink()
     made = apply_to_files(sharded.run, str(base), tmp_path / "out", HERE)
     assert made.resumed

@@ -22,6 +22,9 @@ ROUTED = [
     *("longcat_flash", "phimoe", "minimax_m2"),
 ]
 
+# In float32 its sums of one text are 5e-6 off those in float64, on an AMD EPYC, without any padding.
+LIMITS = {"qwen3_next": 1e-5}
+
 
 def add(sums, key, rows):
     """Add h h^T of rows in float64, and how many there are."""
@@ -85,9 +88,9 @@ def test_moments_of_every_expert_are_those_of_one_text_at_a_time(family):
     with plain_experts(lm):  # the fused products know no float64
         # Some compute parts of a layer in float32 all the same.
         assert assert_as_alone(lm, writers, encoded, 0, 3e-7, known=exact) <= 3
-    # How far float32 rounds otherwise in a padded batch goes with the processor.
     lm.model.float()
-    assert assert_as_alone(lm, writers, encoded, 0, 1e-5, known=known) <= 3
+    limit = LIMITS.get(family, 3e-6)
+    assert assert_as_alone(lm, writers, encoded, 0, limit, known=known) <= 3
     # Here what is held against is a small difference of large sums.
     assert assert_as_alone(lm, writers, encoded, 2, 5e-5, known=known) <= 3
 

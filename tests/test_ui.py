@@ -228,7 +228,9 @@ def test_the_edited_side_has_the_share_that_is_asked_for(run_of, asked):
         ("untouched", "edited"), "refusal"
     )
     # The same message with another share: the untouched model is not asked again.
-    again = talk.answers("one", 0.5, 8)
+    told = []
+    again = talk.answers("one", 0.5, 8, on_text=lambda *part: told.append(part))
+    assert told[0] == ("untouched", first["untouched"].text)
     assert again["untouched"] == first["untouched"]
     talk.answers("one", 0.0, 9)
     assert asked == [

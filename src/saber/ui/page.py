@@ -87,9 +87,10 @@ def _run(folder: Path, talk: Talk | None) -> gr.Blocks:
                 f'<iframe srcdoc="{report}" sandbox title="report" '
                 'style="width:100%;height:82vh;border:0;border-radius:8px"></iframe>'
             )
-        if len(frames.directions(run)):
+        found = frames.directions(run)
+        if len(found):
             with gr.Tab("Directions"):
-                _directions(run)
+                _directions(found)
         said = frames.answers(run, read_answers(folder))
         if len(said):
             with gr.Tab("Answers"):
@@ -105,8 +106,7 @@ def _plain(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|$!" else c for c in text)
 
 
-def _directions(run: reading.Run) -> None:
-    whole = frames.directions(run)
+def _directions(whole: Any) -> None:
     passes = [ALL, *map(str, sorted(whole["pass"].unique()))]
     gr.Markdown(
         "Every direction that a pass looked at: how well it tells targets from neutral prompts that it "

@@ -68,6 +68,8 @@ class Talk:
                 self._lm = self.partner.loaded(self.spec)
             asked = (prompt, limit, said.get("untouched", ()))
             known = self._untouched if self._untouched and self._untouched[0] == asked else None
+            if known is not None and on_text is not None:
+                on_text("untouched", known[1])
             plan = self._plan if share == 1 else self._plan.scaled(share)
             texts = answer(
                 self._lm, plan, prompt, limit, compare=known is None, said=said, on_text=on_text
