@@ -151,8 +151,43 @@ def proved(family: str, where: str, placement: dict[str, str] | None = None) -> 
     return [w.weight for w in found]
 
 
-def edited(family: str, preset: str, where: str, placement: dict[str, str] | None = None) -> dict:
-    """Run the whole pipeline on a device, or with a placement; return what came out, in numbers."""
+def offloaded(family: str, dtype: str) -> dict:
+    """Load a model whose layers wait in main memory; return where its tensors are, and when."""
+    from saber.lm.load import LoadSpec, load
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(family, Path(folder))
+        lm = load(str(path), LoadSpec(device="acc", dtype=dtype, offload=True))
+        whole = load(str(path), LoadSpec(device="acc", dtype=dtype))
+    inside = {id(p) for p in lm.layers.parameters()}
+    during: list[set[str]] = []
+
+    def look(_module, _args):
+        during.append({p.device.type for p in lm.layers.parameters()})
+
+    first = lm.layers[0]
+    handle = first.register_forward_pre_hook(look)
+    ids = torch.tensor([[1, 5, 6, 2]])
+    logits = lm.model(input_ids=ids.to("acc")).logits
+    handle.remove()
+    return {
+        "layers": {p.device.type for p in lm.layers.parameters()},
+        "others": {p.device.type for p in lm.model.parameters() if id(p) not in inside},
+        "during": during,
+        "first": {p.device.type for p in first.parameters()},
+        "logits": (logits.device.type, logits.float().cpu().tolist()),
+        "whole": whole.model(input_ids=ids.to("acc")).logits.float().cpu().tolist(),
+    }
+
+
+def edited(
+    family: str,
+    preset: str,
+    where: str,
+    placement: dict[str, str] | None = None,
+    offload: bool = False,
+) -> dict:
+    """Run the whole pipeline on a device, with a placement, or offloaded; return what came out, in numbers."""
     from architectures import prompt_files
     from test_pipeline import small
 
@@ -163,7 +198,11 @@ def edited(family: str, preset: str, where: str, placement: dict[str, str] | Non
         model = saved(family, path)
         config = small(
             preset,
-            load={"device": where, "device_map": "auto" if placement else ""},
+            load={
+                "device": where,
+                "device_map": "auto" if placement else "",
+                "offload": offload,
+            },
             data={**prompt_files(path), "limit": 4},
         )
         record = pipeline.run(

@@ -23,6 +23,8 @@ SMALL = [
     *("--set", "spectral.permutations=20", "--set", "entanglement.null_draws=20"),
     *("--set", "evaluation.battery_new_tokens=4", "--set", "refine.max_q=1.0"),
 ]
+OFFLOADED = ["llama", "gpt2", "gemma3", "qwen3_moe", "mamba2", "zamba2", "qwen3_next"]
+"""Plain layers, Conv1D, sandwich norms, routed experts, states, shared blocks, several kinds of layers."""
 ONE = ["--passes", "1", "--lambda", "1"]
 
 
@@ -73,12 +75,32 @@ def test_every_kind_of_model_is_edited_on_a_device_as_on_the_cpu(elsewhere, fami
     assert_alike(there, here)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_offloaded_layers_come_one_at_a_time(elsewhere, family, dtype):
+    seen = elsewhere.apply(accelerators.offloaded, (family, dtype))
+    assert (seen["layers"], seen["others"], seen["first"]) == ({"cpu"}, {"acc"}, {"cpu"})
+    assert seen["during"] == [{"cpu", "acc"}]
+    device, logits = seen["logits"]
+    assert device == "acc"
+    assert logits == seen["whole"]
+
+
+@pytest.mark.parametrize("preset", ["default", "orthogonal"])
+@pytest.mark.parametrize("family", OFFLOADED)
+def test_an_offloaded_model_is_edited_as_on_the_cpu(elsewhere, family, preset):
+    there = elsewhere.apply(accelerators.edited, (family, preset, "acc", None, True))
+    here = elsewhere.apply(accelerators.edited, (family, preset, "cpu"))
+    assert_alike(there, here)
+
+
 @pytest.mark.parametrize(
     "call",
     [
         ["--preset", "card", "--passes", "1", "--set", "refine.shortlist=4"],
         [*ONE, "--lengths", "4,6"],
         [*ONE, "--dtype", "bfloat16"],
+        [*ONE, "--dtype", "bfloat16", "--offload"],
         ["--passes", "2"],
         [*ONE, "--retain", "hacking"],
         [*ONE, "--set", "probe.positions=2", "--set", "edit.sensitivity=1"],
@@ -102,6 +124,10 @@ def test_other_commands_go_through_on_a_device(elsewhere):
         ["eval", edited, "--base", "model", *brief],
         ["chat", "run", "--compare", *on],
         ["sweep", "model", "--out", "sweep", *SMALL, "--preset", "orthogonal", "--top-k", "1,2"],
+        ["inspect", "model", *on, "--offload"],
+        ["eval", edited, "--base", "model", *brief, "--offload"],
+        ["chat", "run", "--compare", *on, "--offload"],
+        ["audit", "model", "--out", "audit", *on, "--limit", "4", "--force", "--offload"],
         ["sweep", "model", "--out", "again", *SMALL, "--axis", "edit.lambda=1,10", "--passes", "1"],
     ]
     for call, (status, errors) in zip(

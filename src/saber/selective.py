@@ -29,6 +29,7 @@ from saber.errors import ModelError
 from saber.lm.device import has_float64
 from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
+from saber.lm.offload import home
 from saber.lm.tap import Key
 from saber.lm.writers import Writer
 from saber.moments import RIDGE, Decisions, Moment, Preserved, width
@@ -212,6 +213,7 @@ def _solve(
     ridge: float,
 ) -> Solution:
     weight = lm.model.get_parameter(writer.weight).detach()
+    where = (home(lm.layers[writer.layer]) if writer.layer >= 0 else None) or weight.device
     reading = writer.read(directions.double())
     # (k, experts, d_in); a plain weight has one expert.
     whole = read_off(reading.float().to(weight.device), weight, writer.axis)
@@ -225,7 +227,7 @@ def _solve(
             continue
         moment = moments.get(key) or Moment(decisions.target[key].shape[1])
         fit = partial(_fit, key, moment, read[:, expert], decisions, ridge)
-        part = fit(weight.device) if has_float64(weight.device) else None
+        part = fit(where) if has_float64(where) else None
         part = part or fit(torch.device("cpu"))
         assert part is not None
         parts.append(part.solved)

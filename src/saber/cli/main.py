@@ -371,6 +371,12 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         help="spread over several devices, as transformers does: auto, balanced, ...",
     )
     parser.add_argument(
+        "--offload",
+        action="store_true",
+        default=None,
+        help="keep the layers in main memory: for models larger than the device",
+    )
+    parser.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja file to use as chat template"
     )
     parser.add_argument(
@@ -567,6 +573,7 @@ FLAGS = {
     "device": "load.device",
     "dtype": "load.dtype",
     "device_map": "load.device_map",
+    "offload": "load.offload",
     "chat_template": "load.chat_template",
     "system": "load.system",
     "response_prefix": "load.response_prefix",
@@ -601,6 +608,7 @@ _TASKS = (
     "load.device",
     "load.dtype",
     "load.device_map",
+    "load.offload",
     "load.chat_template",
     "load.system",
     "load.layers_path",

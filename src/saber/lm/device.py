@@ -141,7 +141,10 @@ def memory_for_caches(device: torch.device, weights: int) -> int | None:
     return int(min(0.4 * (total - weights), 0.8 * free))
 
 
-MORE_ROOM = "Use --dtype bfloat16, --device-map auto over several devices, or --device cpu."
+MORE_ROOM = (
+    "Use --dtype bfloat16, --offload (layers wait in main memory), --device-map auto over several devices, "
+    "or --device cpu."
+)
 """What helps where a device has too little memory."""
 
 

@@ -39,6 +39,7 @@ from saber.lm.forward import (
     within_reach,
 )
 from saber.lm.model import LanguageModel
+from saber.lm.offload import is_kept_aside
 
 ROWS_PER_BATCH = 256
 CACHED_PER_BATCH = 20_000
@@ -276,6 +277,9 @@ def cached_tokens(lm: LanguageModel, prefix: Any) -> int:
     held: Counter[torch.device] = Counter()
     for parameter in lm.model.parameters():
         held[parameter.device] += parameter.numel() * parameter.element_size()
+    # Of layers that wait in main memory one at a time is on the device.
+    aside = (layer.parameters() for layer in lm.layers if is_kept_aside(layer))
+    held[lm.device] += max((sum(p.numel() * p.element_size() for p in ps) for ps in aside), default=0)
     rooms = [memory_for_caches(device, weights) for device, weights in held.items()]
     known, each = [room for room in rooms if room is not None], bytes_per_token(prefix)
     return max(1, min(known) // each) if known and each else CACHED_PER_BATCH

@@ -38,6 +38,7 @@ from saber.lm.forward import counts_from_zero
 from saber.lm.headers import gguf_dtype, main_dtype
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
+from saber.lm.offload import is_kept_aside, keep_aside, require_sense
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
 from saber.weight_index import read_index
@@ -53,6 +54,8 @@ class LoadSpec:
     """Compute dtype; auto takes what the device is fast at."""
     device_map: str = ""
     """Passed to transformers (auto, balanced, ...) to spread a model over several devices."""
+    offload: bool = False
+    """Keep the layers in main memory, and bring each to the device for its calls: for models larger than it."""
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's chat template."""
     system: str = ""
@@ -86,7 +89,7 @@ def as_stored(lm: LanguageModel, spec: LoadSpec) -> LanguageModel:
     """
     if lm.dtype == torch.float32 or holds(lm.dtype, lm.stored_dtype):
         return lm
-    there = replace(spec, device="cpu", device_map="", dtype="float32")
+    there = replace(spec, device="cpu", device_map="", offload=False, dtype="float32")
     return load(lm.name, there, tokenizer=lm.tokenizer is not None)
 
 
@@ -111,6 +114,8 @@ def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:
 def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     source, location, gguf = _locate(name, with_tokenizer=with_tokenizer)
     device = choose_device(spec.device)
+    if spec.offload:
+        require_sense(device, spec.device_map)
     share_keys_on_cpu(device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     trusted = {"trust_remote_code": spec.trust_remote_code}
@@ -145,11 +150,18 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         _forget_quantization(model)
     if source == "demo":
         demo.merge_adapter(model)
-    if not spec.device_map:
-        model.to(device)
-    _refuse_offloaded(name, model)
     model.eval().requires_grad_(False)
+    if spec.offload:
+        keep_aside(model, device)
+    elif not spec.device_map:
+        model.to(device)
+    _refuse_left_off(name, model)
     layers_path = find_layers(model, spec.layers_path)
+    if spec.offload and not all(map(is_kept_aside, model.get_submodule(layers_path))):
+        raise ModelError(
+            f"the layers of {name!r} lie inside other module lists, so they cannot wait in main memory.",
+            "Leave out --offload.",
+        )
     lm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
@@ -245,14 +257,15 @@ def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_offloaded(name: str, model: Any) -> None:
+def _refuse_left_off(name: str, model: Any) -> None:
     """Refuse a model of which parts lie elsewhere between their calls, where nothing can be edited."""
     aside = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.is_meta})
     if aside:
         raise ModelError(
             f"{name!r} does not fit on the devices: {len(aside)} of its modules, {aside[0]} for one, "
             "were left off them.",
-            "Use --dtype bfloat16 if it is not that already, more or larger devices, or --device cpu.",
+            "Use --dtype bfloat16 if it is not that already, --offload without --device-map, more or larger "
+            "devices, or --device cpu.",
         )
 
 

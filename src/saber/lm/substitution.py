@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from saber.lm.layers import stream
 from saber.lm.model import LanguageModel
+from saber.lm.offload import at_home, home
 
 TOKENS = 7
 """Tokens of a recorded call: a number that no other axis of a stream has."""
@@ -129,8 +130,8 @@ def layer_calls(lm: LanguageModel) -> list[Call]:
     generator = torch.Generator().manual_seed(2)
     streams = [torch.randn(c.hidden.shape, generator=generator).to(c.hidden) for c in calls]
     # Of a model spread over several devices the stream may come from another than the layer's own.
-    devices = [next((p.device for p in layer.parameters()), None) for layer in lm.layers]
-    return [c.on(s.to(d)) for c, s, d in zip(calls, streams, devices, strict=True)]
+    triples = zip(calls, streams, lm.layers, strict=True)
+    return [c.on(s.to(home(layer))) for c, s, layer in triples]
 
 
 def streams_axis(lm: LanguageModel) -> int | None:
@@ -373,12 +374,13 @@ def benched(layer: nn.Module, call: Call) -> Iterator[Bench]:
     Beside the stream, what a layer writes that is smaller than the stream's rounding would not be there
     at all. One layer is held so at a time.
     """
-    bench = Bench(layer, call)
-    if bench.dtype not in _HALF:
-        yield bench
-        return
-    with widened(layer):
-        yield Bench(layer, call.wide())
+    with at_home(layer):
+        bench = Bench(layer, call)
+        if bench.dtype not in _HALF:
+            yield bench
+            return
+        with widened(layer):
+            yield Bench(layer, call.wide())
 
 
 def _outside(out: Tensor, span: Tensor, given: Tensor) -> float:
