@@ -351,8 +351,8 @@ def document(records: dict[str, dict[str, Any]], compared: list[dict[str, Any]])
         f"{count['by design']} more a norm or gain acts on the stream itself.",
         "",
         f"In bfloat16 the search finds the same writers with the same gains, to {GAIN_LIMIT:.0%}, in "
-        f"**{len(tested) - len(other)} of {len(tested)}** families whose laws hold in float32 (the zeroed law "
-        "alone where a gain acts on the stream itself)"
+        f"**{len(tested) - len(other)} of {len(tested)}** families whose laws hold in float32 (the zeroed "
+        "law alone where a gain acts on the stream itself)"
         + (f"; not in {', '.join(other)}." if other else "."),
         "",
         "| verdict | families | meaning |",
