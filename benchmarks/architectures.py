@@ -322,10 +322,10 @@ def comparison(family: str) -> dict[str, Any]:
 
 VERDICTS = {
     "proved": "both laws below 1e-4, reloaded model equal, one pass of the pipeline done",
-    "by design": "a norm or gain on the stream itself: no edit of writers can hold the second law",
+    "by design": "a norm or gain on the stream itself: no edit of writers can satisfy the second law",
     "failed": "a decoder that SABER does not handle yet",
-    "no decoder": "not causal, or no logits for the tokens that go in",
-    "not run": "does not run on text tokens alone, at least not as built here",
+    "no decoder": "not causal, or gives no logits for its input tokens",
+    "not run": "does not run on text tokens alone, at least as built here",
     "not built": "no small model could be built from its configuration class here",
 }
 
@@ -342,30 +342,33 @@ def document(records: dict[str, dict[str, Any]], compared: list[dict[str, Any]])
         "Written by `benchmarks/architectures.py`; do not edit by hand.",
         "",
         f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} CPU cores, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, float32. Small random models "
-        "(width 64, norm gains and biases moved far from where they start) of every family in "
-        "transformers' causal-LM and image-text-to-text mappings.",
+        f"{torch.__version__}, transformers {transformers.__version__}, float32. Every family in "
+        "transformers' causal-LM and image-text-to-text mappings is tested on a small random model "
+        "(width 64, norm gains and biases set far from their initial values).",
         "",
-        f"**{count['proved']} of {tried}** families ({count['proved'] / max(tried, 1):.1%}) that build, run "
-        f"on text and let the stream pass are proved; {count['by design']} more renormalise the stream "
-        "in place.",
+        f"**{count['proved']} of {tried}** families ({count['proved'] / max(tried, 1):.1%}) are proved, of "
+        "those that can be built, run on text and pass the residual stream on unchanged; in "
+        f"{count['by design']} more a norm or gain acts on the stream itself.",
         "",
         f"In bfloat16 the search finds the same writers with the same gains, to {GAIN_LIMIT:.0%}, in "
-        f"**{len(tested) - len(other)} of {len(tested)}** families whose laws were held against float32"
+        f"**{len(tested) - len(other)} of {len(tested)}** families whose laws hold in float32 (the zeroed "
+        "law alone where a gain acts on the stream itself)"
         + (f"; not in {', '.join(other)}." if other else "."),
         "",
         "| verdict | families | meaning |",
         "|---|---|---|",
         *(f"| {v} | {count[v]} | {meaning} |" for v, meaning in VERDICTS.items()),
         "",
-        "Zeroed: what is left of a layer's output, beside its scaled input, with all writers at zero. "
-        "Ablated: what a full edit of a random direction leaves of it in what a layer writes, the worst "
-        "of two directions and all layers. A star marks a writer behind a norm with a gain.",
+        "*Zeroed*: how far a layer's output differs from its scaled input when all its writers are zero. "
+        "*Ablated*: how much of a random direction a layer still writes after a full edit of that "
+        "direction, the worst of two directions and all layers. A star marks a writer behind a norm with "
+        "a gain.",
         "",
-        "## What the gain and the other writers matter",
+        "## Why gains and the other writers matter",
         "",
-        "Share of a random direction that stays in what the layers write after a full edit (root mean "
-        "square over layers). *Names only*: `o_proj` and `down_proj`, no gain.",
+        "The share of a random direction that stays in what the layers write after a full edit (root mean "
+        "square over layers). *Names only* edits `o_proj` and `down_proj` and ignores gains; *all writers, "
+        "no gain* edits every writer and ignores gains.",
         "",
         "| family | writers | of these by name | names only | all writers, no gain | SABER |",
         "|---|---|---|---|---|---|",
