@@ -123,7 +123,9 @@ def test_any_text_goes_through_a_pipe_of_one_code_page(asked, monkeypatch):
     """As on Windows, where what is no console takes cp1252 and the like alone."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(conversation, "generate", lambda *_, **__: [Completion((), "\u00e9 \u4f60")])
+    monkeypatch.setattr(
+        conversation, "generate", lambda *_, **__: [Completion((), "\u00e9 \u4f60")]
+    )
     assert main(["chat", "run", "--prompt", "one"]) == 0
     out.flush()
     assert out.buffer.getvalue().decode("cp1252").split() == ["edited:", "\u00e9", "?"]

@@ -12,7 +12,7 @@ from typing import Any
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
 from saber.checkpoint.card import costs
-from saber.checkpoint.carry import Cargo, cargo, lies_in
+from saber.checkpoint.carry import Cargo, cargo, fetch_rest, lies_in
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
@@ -97,6 +97,8 @@ class Applied:
     """Whether the base is another one than the plan's."""
     seconds: float
     """Wall time."""
+    notes: tuple[str, ...] = ()
+    """What a user has to know of it."""
 
 
 def apply_to_files(
@@ -143,8 +145,9 @@ def apply_to_files(
         finished = stage.finished(work.identity)
         if finished is not None:
             return Applied(out, finished, len(edits), len(source.shards), forced, 0.0)
+        notes = fetch_rest(model, folder)
         made, resumed = write_files(work, stage, spec, watch)
-    return Applied(out, made, len(edits), resumed, forced, perf_counter() - begun)
+    return Applied(out, made, len(edits), resumed, forced, perf_counter() - begun, notes)
 
 
 def write_files(

@@ -17,7 +17,7 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint import gguf_fit
 from saber.checkpoint.card import DROWNED, export_card
-from saber.checkpoint.carry import cargo
+from saber.checkpoint.carry import cargo, fetch_rest
 from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
@@ -289,6 +289,7 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
     where = origin(run.record, run.plan)
     if files is not None:
         where["base_checkpoint"] = files.mark
+        notes += fetch_rest(name, files.source.folder)
         skipped = cargo(files.source, ()).skipped
         if skipped:
             shown = f"{', '.join(skipped[:5])}{' ...' if skipped[5:] else ''}"

@@ -35,7 +35,7 @@ from saber.lm.device import (
     share_keys_on_cpu,
 )
 from saber.lm.forward import counts_from_zero
-from saber.lm.headers import gguf_dtype, main_dtype
+from saber.lm.headers import gguf_dtype, main_dtype, processor_template
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.padding import ignores_padding
@@ -208,6 +208,8 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
         tokenizer = _read(what, auto_class, location, mistral_format=False, **options)
     if spec.chat_template:
         tokenizer.chat_template = read_template(Path(spec.chat_template))
+    elif not tokenizer.chat_template and "gguf_file" not in options:
+        tokenizer.chat_template = processor_template(location)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, as is usual for a base model.",
@@ -400,11 +402,19 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
         raise _unreadable(what, error) from error
 
 
+_TOKEN = "run hf auth login, or set HF_TOKEN to a token that may read it"
+
+
 def _unreadable(what: str, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "Check the name, the files, and the connection to the hub."
     if is_out_of_memory(error):
         remedy = MORE_ROOM
+    elif "gated repo" in first:
+        remedy = f"Accept its terms on its page of the hub, then {_TOKEN}."
+    elif "valid model identifier" in first:
+        first += "."
+        remedy = f"Check the name; if it is private, {_TOKEN}."
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
     return ModelError(f"cannot read {what}: {first}", remedy)
