@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,27 @@ def _holds_weights(file: str) -> bool:
     return any(fnmatch.fnmatch(file.lower(), pattern) for pattern in OTHER_WEIGHTS)
 
 
+def carry_others(folder: Path, target: Path) -> None:
+    """Copy a model folder's files that hold no weights to where another was saved, but none that is there."""
+    for root, files in _walk(folder):
+        for file in files:
+            path = (root / file).relative_to(folder)
+            if _holds_weights(file) or path.parts[0] in _OURS or (target / path).exists():
+                continue
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, target / path)
+
+
+_OURS = ("README.md", "saber_provenance.json")
+"""What is ours in a folder that we write: an edited base has files of these names too."""
+
+
 def fetch_rest(name: str, folder: Path) -> tuple[str, ...]:
     """Fetch what the hub has of a model beside weights into its folder in the hub's cache; return notes.
 
-    A cache holds what was read so far, which leaves out a processor, code and a licence. The files are those of the commit that `folder` is of. Any
-    other folder stays as it is. Where the hub cannot be asked, a note says what may be missing.
+    A cache holds what was read so far, which leaves out a processor, code and a licence. The files are
+    those of the commit that `folder` is of; any other folder stays as it is. Where the hub cannot be
+    asked, a note says what may be missing.
     """
     from saber.checkpoint.hub_errors import FAILURES
 
@@ -70,8 +87,8 @@ def fetch_rest(name: str, folder: Path) -> tuple[str, ...]:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         return (
-            f"The hub was not asked which other files {name} has: such as were never downloaded "
-            f"(of a processor, a licence) are missing. Before: hf download {name}",
+            f"The hub was not asked what else {name} has: files that were never downloaded (of a "
+            f"processor, a licence) are missing. To have all, run this first: hf download {name}",
         )
     if not left:
         return ()

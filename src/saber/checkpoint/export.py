@@ -17,7 +17,7 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint import gguf_fit
 from saber.checkpoint.card import DROWNED, export_card
-from saber.checkpoint.carry import cargo, fetch_rest
+from saber.checkpoint.carry import cargo, fetch_rest, lies_in
 from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
@@ -300,10 +300,15 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
     assert lm is not None
     if reason:
         notes += (f"Weights, tokenizer and configuration as transformers saves them: {reason}",)
+    others = files_folder(name, getattr(lm.model.config, "_commit_hash", None))
+    if others is not None and lies_in(out, others):
+        others = None  # the run is one of its folders
+    if others is not None:
+        notes += fetch_rest(name, others)
     lm = as_stored(lm, spec.load)
     _weights_of(lm.model, run.plan)
     text = export_card("merged", out, run.record, where, notes)
-    save_merged(lm, run.plan, out, where, {CARD: text})
+    save_merged(lm, run.plan, out, where, {CARD: text}, others)
     return _Written(text, notes)
 
 
