@@ -144,7 +144,8 @@ def export(
     check_formats([kind])
     started = perf_counter()
     # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
-    spec = replace(spec, load=replace(spec.load, dtype="auto"))
+    unpack = spec.load.dequantize or bool(_loading(run).get("dequantize"))
+    spec = replace(spec, load=replace(spec.load, dtype="auto", dequantize=unpack))
     single = out.suffix == ".gguf" and not out.is_dir()
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
@@ -333,10 +334,14 @@ def _placeless(text: str, *paths: Path | None) -> str:
     return text
 
 
+def _loading(run: Run) -> Mapping[str, Any]:
+    """Return how a run loaded its model, as it says; empty where it does not."""
+    return (run.record.get("config") or {}).get("load") or {}
+
+
 def _template(run: Run, spec: ExportSpec, lm: LanguageModel | None) -> dict[str, str]:
     """Return the chat template that stood in for the checkpoint's own, as the file that holds it."""
-    config = (run.record.get("config") or {}).get("load") or {}
-    given = spec.load.chat_template or str(config.get("chat_template") or "")
+    given = spec.load.chat_template or str(_loading(run).get("chat_template") or "")
     if not given:
         return {}
     return {TEMPLATE: lm.tokenizer.chat_template if lm else read_template(Path(given))}

@@ -70,6 +70,10 @@ def files_of(
     for edited in edits:
         stored = source.stored(edited)
         assert stored is not None
+        if DTYPES[stored.dtype].itemsize < 2:
+            raise ModelError(
+                f"{edited} is stored in {stored.dtype}, and the edit was made and measured on plain weights."
+            )
         if not holds(DTYPES[stored.dtype], dtype):
             wanted = str(dtype).removeprefix("torch.")
             raise ModelError(

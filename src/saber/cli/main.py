@@ -402,6 +402,12 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         help="run code that comes with the model",
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        default=None,
+        help="take MXFP4 or FP8 weights as the plain ones that they stand for",
+    )
+    parser.add_argument(
         "--allow-unproven",
         action="store_true",
         default=None,
@@ -586,6 +592,7 @@ FLAGS = {
     "response_prefix": "load.response_prefix",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
+    "dequantize": "load.dequantize",
     "allow_unproven": "load.allow_unproven",
 }
 """Option -> the setting that it gives."""
@@ -619,6 +626,7 @@ _TASKS = (
     "load.system",
     "load.layers_path",
     "load.trust_remote_code",
+    "load.dequantize",
 )
 """Settings that tasks of lm-eval are run by."""
 _NOT_AUDITED = (

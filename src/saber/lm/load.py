@@ -63,6 +63,8 @@ class LoadSpec:
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
+    dequantize: bool = False
+    """Take weights that are quantised (MXFP4, FP8) as the plain ones that they stand for."""
     allow_unproven: bool = False
     """Edit the writers that were found even where they cannot be proved to be all."""
 
@@ -118,7 +120,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted
     )
     auto_class = _auto_class(name, config)
-    _refuse_quantized(name, config)
+    packed = _packing(name, config, dequantize=spec.dequantize)
     if gguf:
         stored = gguf_dtype(str(Path(location) / gguf))
     else:
@@ -129,7 +131,9 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         tokenizer = _tokenizer(name, location, spec, {**files, **trusted})
     placement = {"device_map": spec.device_map} if spec.device_map else {}
     if gguf:
-        files["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        packed = transformers.GgufConfig(dequantize=True)
+    if packed:
+        files["quantization_config"] = packed
     model, told = _read(
         f"the weights of {name!r}",
         auto_class,
@@ -141,7 +145,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         **placement,
     )
     _refuse_incomplete(name, model, told)
-    if gguf:
+    if packed:
         _forget_quantization(model)
     if source == "demo":
         demo.merge_adapter(model)
@@ -220,19 +224,28 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
     return tokenizer
 
 
-def _refuse_quantized(name: str, config: Any) -> None:
-    """Refuse weights that are packed: an edit of rank k has no exact place in them."""
+def _packing(name: str, config: Any, *, dequantize: bool) -> Any:
+    """Return how transformers unpacks a model's weights, None where they are plain.
+
+    Raises `ModelError` for packed ones that are not to be unpacked, or cannot be: an edit of rank k has
+    no exact place in them.
+    """
     for part in (config, config.get_text_config(decoder=True)):
         packed = getattr(part, "quantization_config", None)
         if packed:
             given = packed if isinstance(packed, dict) else packed.to_dict()
             method = given.get("quant_method", "an unnamed method")
             method = str(getattr(method, "value", method))
+            if dequantize and method in _UNPACKED:
+                return getattr(transformers, _UNPACKED[method])(dequantize=True)
+            way = _DEQUANTIZE.get(method, "dequantisation")
+            itself = "pass --dequantize, or " if method in _UNPACKED else ""
             raise ModelError(
                 f"the weights of {name!r} are quantised ({method}); SABER edits plain ones.",
-                "Give the checkpoint it was quantised from, or load this one with "
-                f"{_DEQUANTIZE.get(method, 'dequantisation')} and save it, edit that, and quantise again.",
+                f"Give the checkpoint it was quantised from, or {itself}load this one with "
+                f"{way} and save it, edit that, and quantise again.",
             )
+    return None
 
 
 def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
@@ -260,9 +273,10 @@ def _refuse_offloaded(name: str, model: Any) -> None:
 
 _TEMPLATELESS = "MistralCommonBackend"
 """transformers' tokenizer over Mistral's own package, which takes no chat template."""
+_UNPACKED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Method of quantisation -> transformers' configuration of it, which can undo it."""
 _DEQUANTIZE = {
-    "mxfp4": "transformers' Mxfp4Config(dequantize=True)",
-    "fp8": "transformers' FineGrainedFP8Config(dequantize=True)",
+    **{name: f"transformers' {config}(dequantize=True)" for name, config in _UNPACKED.items()},
     "bitsandbytes": "model.dequantize()",
 }
 
@@ -421,7 +435,7 @@ def _unreadable(what: str, error: Exception) -> ModelError:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Make a de-quantised GGUF model an ordinary one, so that it can be saved."""
+    """Make a dequantised model an ordinary one, so that it can be saved."""
     model.hf_quantizer = None
     model.is_quantized = False
     for config in (model.config, model.config.get_text_config(decoder=True)):
