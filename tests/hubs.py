@@ -21,6 +21,8 @@ class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[dict] = field(default_factory=list)
+    past: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of earlier commits that are still asked for."""
 
     @property
     def head(self) -> str:
@@ -156,12 +158,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, owner: str, name: str, _resolve: str, revision: str, file: str) -> None:
         repo = self._repo(f"{owner}/{name}")
-        if revision not in ("main", repo.head):
+        commit = repo.head if revision == "main" else revision
+        if commit != repo.head and commit not in repo.past:
             self._refuse(404, "Invalid rev id", "RevisionNotFound")
-        if file not in repo.files:
+        files = repo.past.get(commit, repo.files)
+        if file not in files:
             self._refuse(404, "Entry not found", "EntryNotFound")
-        content = repo.files[file]
-        self._send(200, content, {"ETag": f'"{oid(file, content)}"', "X-Repo-Commit": repo.head})
+        etag = f'"{oid(file, files[file])}"'
+        self._send(200, files[file], {"ETag": etag, "X-Repo-Commit": commit})
 
     def _refuse(self, status: int, words: str, code: str = "") -> None:
         raise _Refused(status, words, code)

@@ -1,12 +1,13 @@
 """Models of the hub: what is read of them, what else is fetched, and what is told where they are closed."""
 
 import json
+from pathlib import Path
 
 import hubs
 import pytest
 from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
-from huggingface_hub import constants
-from test_apply import plan_of
+from huggingface_hub import constants, snapshot_download
+from test_apply import assert_same, plan_of
 from test_cli import failing
 from test_export import MEASURED
 
@@ -19,6 +20,7 @@ from saber.checkpoint.runs import Run
 from saber.checkpoint.verification import verify
 from saber.lm.load import load
 from saber.lm.model import fingerprint
+from saber.record import describe_model
 
 NAME = "me/base"
 READ = {"preprocessor_config.json", "processing_own.py", "LICENSE", "assets/logo.svg"}
@@ -64,6 +66,7 @@ def ran(run):
             "name": NAME,
             "source": "hub",
             "base": NAME,
+            "revision": describe_model(lm, mark)["revision"],
             "fingerprint": mark,
             "storage_dtype": "float32",
         },
@@ -121,6 +124,24 @@ def test_a_later_commit_of_the_hub_is_not_mixed_in(hub, tmp_path):
     done = export(run, "merged", tmp_path / "out", lm=lm)
     assert not files(tmp_path / "out") & READ
     assert any("hf download" in note for note in done.notes)
+
+
+def test_a_run_stays_on_its_commit(hub, tmp_path):
+    """Another program may have fetched a later one meanwhile."""
+    run, lm = ran(tmp_path / "run")
+    assert run.model["revision"] == "a" * 40
+    export(run, "merged", tmp_path / "at once", lm=lm)
+    make_model("llama", layers=2, seed=1).save_pretrained(tmp_path / "later")
+    repo = hub.repos[NAME]
+    repo.past["a" * 40] = dict(repo.files)
+    repo.files["model.safetensors"] = (tmp_path / "later" / "model.safetensors").read_bytes()
+    repo.commits.append({"oid": "b" * 40})
+    assert Path(snapshot_download(NAME)).name == "b" * 40
+    export(run, "merged", tmp_path / "exported")
+    apply_to_files(tmp_path / "run", NAME, tmp_path / "applied", ApplySpec(workers=1))
+    for folder in (tmp_path / "exported", tmp_path / "applied"):
+        assert_same(folder, tmp_path / "at once")
+        assert verify(folder, tmp_path / "run", NAME).passed
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])

@@ -25,7 +25,7 @@ from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
-from saber.checkpoint.plan_on_disk import files_folder
+from saber.checkpoint.plan_on_disk import commit_of, files_folder
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
@@ -315,7 +315,7 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
 
 def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Files | None, str]:
     """Return the files that a merged model can be written off, or why it has to be from memory."""
-    revision = getattr(lm.model.config, "_commit_hash", None) if lm else None
+    revision = getattr(lm.model.config, "_commit_hash", None) if lm else commit_of(run.record, name)
     stated = str(run.model.get("storage_dtype", "float32"))
     dtype = lm.stored_dtype if lm else getattr(torch, stated, torch.float32)
     try:

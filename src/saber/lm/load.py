@@ -18,7 +18,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from saber.artifacts import names_gguf
@@ -147,6 +152,8 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     _refuse_incomplete(name, model, told)
     if packed:
         _forget_quantization(model)
+    if source == "hub":
+        model.config._commit_hash = _commit(name)  # as transformers did up to version 5
     if source == "demo":
         demo.merge_adapter(model)
     if not spec.device_map:
@@ -374,6 +381,13 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
         if isinstance(value, torch.dtype):
             return value
     return None
+
+
+def _commit(name: str) -> str | None:
+    """Return the commit of a hub model whose files were just read, None where they are not in a cache."""
+    found = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    folder = Path(found).parent if found else None
+    return folder.name if folder and folder.parent.name == "snapshots" else None
 
 
 def _main_dtype(name: str, location: str) -> torch.dtype:
