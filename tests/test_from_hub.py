@@ -167,3 +167,4 @@ def test_a_template_that_lies_with_the_processor_is_found(hub, model_folder, fil
 def test_what_to_do_where_a_model_is_closed_is_told(hub, capsys, status, code, told):
     hub.refused[NAME] = (status, "Closed", code)
     assert told in failing(capsys, "inspect", NAME)[1]
+    assert told in failing(capsys, "diff", NAME, NAME)[1]

@@ -431,6 +431,9 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
 
 
 _TOKEN = "run hf auth login, or set HF_TOKEN to a token that may read it"
+GATED = f"Accept its terms on its page of the hub, then {_TOKEN}."
+UNKNOWN = f"Check the name; if it is private, {_TOKEN}."
+"""What to do where the hub keeps a model from one: it is gated, or not known by that name."""
 
 
 def _unreadable(what: str, error: Exception) -> ModelError:
@@ -439,10 +442,10 @@ def _unreadable(what: str, error: Exception) -> ModelError:
     if is_out_of_memory(error):
         remedy = MORE_ROOM
     elif "gated repo" in first:
-        remedy = f"Accept its terms on its page of the hub, then {_TOKEN}."
+        remedy = GATED
     elif "valid model identifier" in first:
         first += "."
-        remedy = f"Check the name; if it is private, {_TOKEN}."
+        remedy = UNKNOWN
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
     return ModelError(f"cannot read {what}: {first}", remedy)
