@@ -1,4 +1,4 @@
-"""A stand-in of the hub: as much of its HTTP interface as a push needs, on a port of this machine."""
+"""A stand-in of the hub: as much of its HTTP interface as a push and a download need, on a port here."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[dict] = field(default_factory=list)
+    past: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Files of earlier commits that are still asked for."""
 
     @property
     def head(self) -> str:
@@ -41,8 +43,8 @@ class Hub:
         self.calls: list[str] = []
         self.drops: dict[str, int] = {}
         """Part of a call -> how often the connection breaks in the middle of it."""
-        self.refused: dict[str, tuple[int, str]] = {}
-        """Part of a call -> the status and the words that it is refused with."""
+        self.refused: dict[str, tuple[int, str] | tuple[int, str, str]] = {}
+        """Part of a call -> the status, the words and, if any, the code that it is refused with."""
         self.stored = lambda _name, content: content
         """What becomes of a file's bytes."""
         self.always_public = False
@@ -95,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_HEAD(self) -> None:
+        self._serve()
+
     def do_POST(self) -> None:
         self._serve()
 
@@ -113,10 +118,13 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         body = self._body()
         try:
-            for part, (status, words) in self.hub.refused.items():
+            for part, how in self.hub.refused.items():
                 if part in call:
-                    self._refuse(status, words)
-            self._answer(200, self._route(path, body))
+                    self._refuse(*how)
+            if "/resolve/" in path:
+                self._file(*path.strip("/").split("/", 4))
+            else:
+                self._answer(200, self._route(path, body))
         except _Refused as refused:
             status, words, code, *body = refused.args
             headers = {"X-Error-Message": words, **({"X-Error-Code": code} if code else {})}
@@ -133,14 +141,31 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def _answer(self, status: int, value, headers=()) -> None:
-        content = json.dumps(value).encode()
+        self._send(
+            status,
+            json.dumps(value).encode(),
+            {"Content-Type": "application/json", **dict(headers)},
+        )
+
+    def _send(self, status: int, content: bytes, headers) -> None:
         self.send_response(status)
-        for name, text in dict(headers).items():
+        for name, text in headers.items():
             self.send_header(name, text)
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _file(self, owner: str, name: str, _resolve: str, revision: str, file: str) -> None:
+        repo = self._repo(f"{owner}/{name}")
+        commit = repo.head if revision == "main" else revision
+        if commit != repo.head and commit not in repo.past:
+            self._refuse(404, "Invalid rev id", "RevisionNotFound")
+        files = repo.past.get(commit, repo.files)
+        if file not in files:
+            self._refuse(404, "Entry not found", "EntryNotFound")
+        etag = f'"{oid(file, files[file])}"'
+        self._send(200, files[file], {"ETag": etag, "X-Repo-Commit": commit})
 
     def _refuse(self, status: int, words: str, code: str = "") -> None:
         raise _Refused(status, words, code)

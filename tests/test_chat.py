@@ -1,5 +1,6 @@
 """`saber chat`: a conversation in a terminal, single messages elsewhere."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -116,3 +117,23 @@ def test_an_answer_that_reads_otherwise_later_is_shown_anew(asked, monkeypatch, 
     monkeypatch.setattr(conversation, "generate", generate)
     assert main(["chat", "run", "--prompt", "one"]) == 0
     assert capsys.readouterr().out == "edited: do n\ndon't\n"
+
+
+def test_any_text_goes_through_a_pipe_of_one_code_page(asked, monkeypatch):
+    """As on Windows, where what is no console takes cp1252 and the like alone."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(
+        conversation, "generate", lambda *_, **__: [Completion((), "\u00e9 \u4f60")]
+    )
+    assert main(["chat", "run", "--prompt", "one"]) == 0
+    out.flush()
+    assert out.buffer.getvalue().decode("cp1252").split() == ["edited:", "\u00e9", "?"]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_read_as_such(asked, monkeypatch, errors):
+    typed = io.TextIOWrapper(io.BytesIO(b"hi \xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert main(["chat", "run"]) == 0
+    assert asked == [((), "hi \N{REPLACEMENT CHARACTER}", True)]

@@ -2,7 +2,9 @@
 
 import re
 import struct
+import sys
 import tracemalloc
+from pathlib import Path
 
 import gguf
 import ggufs
@@ -12,12 +14,15 @@ import torch
 from gguf import quants
 from test_export_lora import IDS, random_plan, writers
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import tiny
+
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import gguf_rewrite
-from saber.checkpoint.gguf_file import open_gguf
+from saber.checkpoint.gguf_file import GgufFile, open_gguf
 from saber.checkpoint.gguf_fit import choose, require_alike, require_architecture
 from saber.checkpoint.gguf_lora import write_gguf_lora
-from saber.checkpoint.gguf_names import changes
+from saber.checkpoint.gguf_names import _stem, changes
 from saber.checkpoint.gguf_rewrite import rewrite
 from saber.checkpoint.sketch import Sketch, likeness, take
 from saber.errors import ModelError, OutputError, UnknownName, UsageError
@@ -359,6 +364,34 @@ def test_mistral3_is_kept_as_llama_too(tmp_path):
     require_architecture(file, "mistral3")
     with pytest.raises(ModelError, match="is a 'llama' model"):
         require_architecture(file, "qwen3")
+
+
+HYBRIDS = {
+    "granitemoe": ("granitemoe", {"attn_output", "ffn_down_exps"}),
+    "granitemoehybrid": (
+        "granitehybrid",
+        {"attn_output", "ssm_out", "ffn_down_exps", "ffn_down_shexp"},
+    ),
+    "nemotron_h": (
+        "nemotron_h_moe",
+        {"attn_output", "ssm_out", "ffn_down", "ffn_down_exps", "ffn_down_shexp"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_writers_that_transformers_has_renamed_are_found(family):
+    """Its experts and decoders have other names in memory than in the checkpoints that were converted."""
+    arch, wanted = HYBRIDS[family]
+    key = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
+    file = GgufFile(Path("x.gguf"), arch, {}, gguf.get_tensor_name_map(key, 8), None)
+    model = tiny.tiny_model(family)
+    written = re.compile(r"\.(o_proj|out_proj|down_proj|output_linear)(\.weight)?$")
+    names = [n for n, _ in model.named_parameters() if written.search(n)]
+    found = {name: _stem(file, name) for name in names}
+    assert {stem.split(".")[2] for stem in found.values()} == wanted
+    blocks = {name: re.search(r"layers\.(\d+)\.", name)[1] for name in names}
+    assert all(found[name].split(".")[1] == block for name, block in blocks.items())
 
 
 def test_files_of_another_architecture_or_size_name_the_tensor(tmp_path):

@@ -192,6 +192,18 @@ def test_what_cannot_be_written_off_the_files_is_saved_from_memory(base, tmp_pat
     assert any(reason in note for note in done.notes)
     assert reason in done.card.read_text()
     assert_same(tmp_path / "out", wanted)
+    # A processor, a licence and the like are not transformers' to save, and come along all the same.
+    for name in ("preprocessor_config.json", "LICENSE", "assets/logo.svg"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert "# The base" not in done.card.read_text()
+    assert parcel(tmp_path / "out").files
+
+
+def test_a_run_in_the_models_own_folder_is_not_copied_into_itself(base):
+    run, lm = ran(base, base / "runs" / "one")
+    export(run, "merged", base / "runs" / "one" / "model", lm=lm)
+    assert not (base / "runs" / "one" / "model" / "runs").exists()
 
 
 MIXED = {"llama": "norm", "gpt2": "wte", "mixtral": r"gate\.|experts\.1\."}

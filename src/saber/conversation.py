@@ -37,6 +37,8 @@ class Partner:
     """The fingerprint of the model that the run was made on."""
     system: str = ""
     """The run's system prompt."""
+    dequantize: bool = False
+    """Whether the run took quantised weights as plain ones."""
 
     @classmethod
     def of(cls, name: str, base: str = "") -> Partner:
@@ -51,15 +53,20 @@ class Partner:
         record = read_record(folder)
         model = record["model"]
         system = dig(record, "config", "load", "system") or ""
+        unpack = bool(dig(record, "config", "load", "dequantize"))
         plan = EditPlan.load(folder / PLAN)
-        return cls(base or base_of(folder, model), plan, model["fingerprint"], system)
+        return cls(base or base_of(folder, model), plan, model["fingerprint"], system, unpack)
 
     def loaded(self, spec: LoadSpec) -> LanguageModel:
         """Load the model, with the run's system prompt where `spec` has none.
 
         Raises what `load` does, and `UsageError` where it is not the model that the run was made on.
         """
-        spec = replace(spec, system=spec.system or self.system)
+        spec = replace(
+            spec,
+            system=spec.system or self.system,
+            dequantize=spec.dequantize or self.dequantize,
+        )
         lm = load(self.name, spec)
         if self.mark is not None and not is_of(self.mark, as_stored(lm, spec)):
             raise UsageError(

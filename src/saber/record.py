@@ -50,6 +50,7 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
         "source": lm.source,
         "model_type": lm.model.config.model_type,
         "base": lm.base,
+        "revision": lm.revision,
         "fingerprint": mark,
         "layers": len(lm.layers),
         "d_model": lm.d_model,

@@ -12,8 +12,8 @@ from typing import Any
 from saber import __version__, artifacts
 from saber.checkpoint import blocks, pickled, provenance
 from saber.checkpoint.card import costs
-from saber.checkpoint.carry import Cargo, cargo, lies_in
-from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
+from saber.checkpoint.carry import Cargo, cargo, fetch_rest, lies_in
+from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, commit_of, files_folder
 from saber.checkpoint.provenance import FileMark, Record
 from saber.checkpoint.shards import Source, read_source
 from saber.checkpoint.stage import Stage, in_use
@@ -97,6 +97,8 @@ class Applied:
     """Whether the base is another one than the plan's."""
     seconds: float
     """Wall time."""
+    notes: tuple[str, ...] = ()
+    """What a user has to know of it."""
 
 
 def apply_to_files(
@@ -119,7 +121,8 @@ def apply_to_files(
     if not out.name:  # . or /, beside which nothing can be prepared
         raise OutputError(f"--out {out} has no name of its own.", "Choose a folder in it.")
     plan = DiskPlan.read(plan_folder(run))
-    folder = model_folder(model)
+    record = provenance.run_record(plan)
+    folder = model_folder(model, commit_of(record, model))
     stage = Stage(out, out.with_name(f".{out.name}.part"), spec.sync)
     _check_places(folder, out, stage)
     with stage.locked():
@@ -128,7 +131,6 @@ def apply_to_files(
             source_folder = pickled.convert(folder, stage.folder / "converted", spec.allow_pickle)
         source = read_source(source_folder)
         edits = plan.edits(source)
-        record = provenance.run_record(plan)
         origin = provenance.origin(plan, plan.hash(), source, record)
         forced = _check_base(plan, origin, spec.force)
         told = costs(record, forced)
@@ -143,8 +145,9 @@ def apply_to_files(
         finished = stage.finished(work.identity)
         if finished is not None:
             return Applied(out, finished, len(edits), len(source.shards), forced, 0.0)
+        notes = fetch_rest(model, folder)
         made, resumed = write_files(work, stage, spec, watch)
-    return Applied(out, made, len(edits), resumed, forced, perf_counter() - begun)
+    return Applied(out, made, len(edits), resumed, forced, perf_counter() - begun, notes)
 
 
 def write_files(
@@ -178,9 +181,12 @@ def plan_folder(run: Path) -> Path:
     raise DataError(f"{run} holds no edit plan.", "Give the folder of a finished saber run.")
 
 
-def model_folder(model: str) -> Path:
-    """Return the folder of a model's files; raises `ModelError` for what has none."""
-    folder = files_folder(model)
+def model_folder(model: str, revision: str | None = None) -> Path:
+    """Return the folder of a model's files, of that commit if the hub's cache has it.
+
+    Raises `ModelError` for what has none.
+    """
+    folder = files_folder(model, revision) or files_folder(model)
     if folder is not None:
         return folder
     if model == "demo" or artifacts.names_gguf(model):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ OTHER_WEIGHTS = (
 )
 """Files that hold weights, or point to them: left as they are they would still be unedited."""
 PRIVATE = (".git", ".cache", "__pycache__")
+LARGEST = 100_000_000
+"""Bytes up to which a file of a hub model that is no weight is fetched."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,75 @@ def cargo(source: Source, own: Collection[str]) -> Cargo:
             path = (root / file).relative_to(source.folder).as_posix()
             if path in source.shards or path in own:
                 continue
-            unedited = any(fnmatch.fnmatch(file.lower(), p) for p in OTHER_WEIGHTS)
+            unedited = _holds_weights(file)
             unedited = unedited and not (path == INDEX and _is_ours(source))
             (skipped if unedited else carried).append(path)
     return Cargo(tuple(carried), tuple(skipped))
+
+
+def _holds_weights(file: str) -> bool:
+    """Whether a file holds weights, or points to them, by its name."""
+    return any(fnmatch.fnmatch(file.lower(), pattern) for pattern in OTHER_WEIGHTS)
+
+
+def carry_others(folder: Path, target: Path) -> None:
+    """Copy a model folder's files that hold no weights to where another was saved, but none that is there."""
+    for root, files in _walk(folder):
+        for file in files:
+            path = (root / file).relative_to(folder)
+            if _holds_weights(file) or path.parts[0] in _OURS or (target / path).exists():
+                continue
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, target / path)
+
+
+_OURS = ("README.md", "saber_provenance.json")
+"""What is ours in a folder that we write: an edited base has files of these names too."""
+
+
+def fetch_rest(name: str, folder: Path) -> tuple[str, ...]:
+    """Fetch what the hub has of a model beside weights into its folder in the hub's cache; return notes.
+
+    A cache holds what was read so far, which leaves out a processor, code and a licence. The files are
+    those of the commit that `folder` is of; any other folder stays as it is. Where the hub cannot be
+    asked, a note says what may be missing.
+    """
+    from saber.checkpoint.hub_errors import FAILURES
+
+    if folder.parent.name != "snapshots" or Path(name).expanduser().exists():
+        return ()
+    try:
+        left = _fetched(name, folder)
+    except FAILURES as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        return (
+            f"The hub was not asked what else {name} has: files that were never downloaded (of a "
+            f"processor, a licence) are missing. To have all, run this first: hf download {name}",
+        )
+    if not left:
+        return ()
+    return (f"Left on the hub, as they are larger than {LARGEST // 10**6} MB: {', '.join(left)}",)
+
+
+def _fetched(name: str, folder: Path) -> list[str]:
+    """Fetch a commit's files that are no weights; return those that are too large."""
+    from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download
+
+    left = []
+    api = HfApi(endpoint=constants.ENDPOINT)
+    for entry in api.list_repo_tree(name, recursive=True, revision=folder.name):
+        path = Path(entry.path)
+        if not isinstance(entry, RepoFile) or (folder / path).exists():
+            continue
+        hidden = any(part.startswith(".") or part in PRIVATE for part in path.parts)
+        if hidden or _holds_weights(path.name):
+            continue
+        if entry.size > LARGEST:
+            left.append(entry.path)
+        else:
+            hf_hub_download(name, entry.path, revision=folder.name)
+    return left
 
 
 def lies_in(place: Path, folder: Path) -> bool:

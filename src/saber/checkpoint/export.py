@@ -17,7 +17,7 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint import gguf_fit
 from saber.checkpoint.card import DROWNED, export_card
-from saber.checkpoint.carry import cargo
+from saber.checkpoint.carry import cargo, fetch_rest, lies_in
 from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
 from saber.checkpoint.gguf_names import changes
@@ -25,7 +25,7 @@ from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
-from saber.checkpoint.plan_on_disk import files_folder
+from saber.checkpoint.plan_on_disk import commit_of, files_folder
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
@@ -144,7 +144,8 @@ def export(
     check_formats([kind])
     started = perf_counter()
     # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
-    spec = replace(spec, load=replace(spec.load, dtype="auto"))
+    unpack = spec.load.dequantize or bool(_loading(run).get("dequantize"))
+    spec = replace(spec, load=replace(spec.load, dtype="auto", dequantize=unpack))
     single = out.suffix == ".gguf" and not out.is_dir()
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
@@ -289,6 +290,7 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
     where = origin(run.record, run.plan)
     if files is not None:
         where["base_checkpoint"] = files.mark
+        notes += fetch_rest(name, files.source.folder)
         skipped = cargo(files.source, ()).skipped
         if skipped:
             shown = f"{', '.join(skipped[:5])}{' ...' if skipped[5:] else ''}"
@@ -299,16 +301,21 @@ def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> 
     assert lm is not None
     if reason:
         notes += (f"Weights, tokenizer and configuration as transformers saves them: {reason}",)
+    others = files_folder(name, getattr(lm.model.config, "_commit_hash", None))
+    if others is not None and lies_in(out, others):
+        others = None  # the run is one of its folders
+    if others is not None:
+        notes += fetch_rest(name, others)
     lm = as_stored(lm, spec.load)
     _weights_of(lm.model, run.plan)
     text = export_card("merged", out, run.record, where, notes)
-    save_merged(lm, run.plan, out, where, {CARD: text})
+    save_merged(lm, run.plan, out, where, {CARD: text}, others)
     return _Written(text, notes)
 
 
 def _files(run: Run, name: str, out: Path, lm: LanguageModel | None) -> tuple[Files | None, str]:
     """Return the files that a merged model can be written off, or why it has to be from memory."""
-    revision = getattr(lm.model.config, "_commit_hash", None) if lm else None
+    revision = getattr(lm.model.config, "_commit_hash", None) if lm else commit_of(run.record, name)
     stated = str(run.model.get("storage_dtype", "float32"))
     dtype = lm.stored_dtype if lm else getattr(torch, stated, torch.float32)
     try:
@@ -327,10 +334,14 @@ def _placeless(text: str, *paths: Path | None) -> str:
     return text
 
 
+def _loading(run: Run) -> Mapping[str, Any]:
+    """Return how a run loaded its model, as it says; empty where it does not."""
+    return (run.record.get("config") or {}).get("load") or {}
+
+
 def _template(run: Run, spec: ExportSpec, lm: LanguageModel | None) -> dict[str, str]:
     """Return the chat template that stood in for the checkpoint's own, as the file that holds it."""
-    config = (run.record.get("config") or {}).get("load") or {}
-    given = spec.load.chat_template or str(config.get("chat_template") or "")
+    given = spec.load.chat_template or str(_loading(run).get("chat_template") or "")
     if not given:
         return {}
     return {TEMPLATE: lm.tokenizer.chat_template if lm else read_template(Path(given))}

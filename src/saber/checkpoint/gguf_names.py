@@ -6,6 +6,7 @@ stack of experts the experts first; token embeddings have a row for each token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,11 @@ from saber.checkpoint.gguf_file import Change, GgufFile, GgufTensor
 from saber.errors import ModelError
 
 PREFIXES = ("language_model.", "model.language_model.", "text_model.")
+ALIKE = (
+    (re.compile(r"\.\w+\.experts\.down_proj$"), ".mlp.experts.down_proj"),
+    (re.compile(r"^model\.layers\."), "backbone.layers."),
+)
+"""What transformers calls otherwise than the library, which has names of older checkpoints."""
 
 
 def changes(file: GgufFile, plan: EditPlan) -> list[Change]:
@@ -61,6 +67,8 @@ def _stem(file: GgufFile, parameter: str) -> str:
         if prefix in plain:
             rest = plain.partition(prefix)[2]
             names += [rest, f"model.{rest}"]
+    for written, known in ALIKE:
+        names += [written.sub(known, name) for name in names]
     for candidate in names:
         found = file.names.get_name(candidate)
         if found is not None:

@@ -18,7 +18,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, apply
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import ApplySpec, Work, plan_folder, write_files
-from saber.checkpoint.carry import lies_in
+from saber.checkpoint.carry import carry_others, lies_in
 from saber.checkpoint.plan_on_disk import DiskPlan, TensorEdit, files_folder
 from saber.checkpoint.shards import CONFIG, DTYPES, Source, fingerprint, read_source
 from saber.checkpoint.stage import Stage
@@ -70,6 +70,10 @@ def files_of(
     for edited in edits:
         stored = source.stored(edited)
         assert stored is not None
+        if DTYPES[stored.dtype].itemsize < 2:
+            raise ModelError(
+                f"{edited} is stored in {stored.dtype}, and the edit was made and measured on plain weights."
+            )
         if not holds(DTYPES[stored.dtype], dtype):
             wanted = str(dtype).removeprefix("torch.")
             raise ModelError(
@@ -117,12 +121,14 @@ def save_merged(
     folder: Path,
     metadata: Mapping[str, str] | None = None,
     added: Mapping[str, str] | None = None,
+    others: Path | None = None,
 ) -> None:
     """Apply the plan for good, and save model, tokenizer and generation config to `folder`.
 
     The edit is made in float32 and rounded once, to the compute dtype, before the cast to the
     checkpoint's own; tensors that the files hold in a wider one stay in it (`wider`). `metadata` goes into
-    the `__metadata__` of the weights; `added` are further text files by name, such as a card. The folder
+    the `__metadata__` of the weights; `added` are further text files by name, such as a card; `others`
+    is the model's own folder, whose other files (a processor's, code, a licence) are copied. The folder
     appears whole or not at all. The model in memory stays edited. Raises `OutputError` when the disk is
     or would be full.
     """
@@ -138,6 +144,8 @@ def save_merged(
                 stamp(file, metadata or {})
             for name, text in (added or {}).items():
                 artifacts.write_text(part / name, text)
+            if others is not None:
+                carry_others(others, part)
     except (SafetensorError, RuntimeError) as error:
         raise OutputError(f"cannot save the model to {folder}: {error}.") from error
 

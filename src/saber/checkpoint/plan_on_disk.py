@@ -104,6 +104,13 @@ def files_folder(name: str, revision: str | None = None) -> Path | None:
     return None if path.exists() or name.count("/") != 1 else hub_folder(name, revision)
 
 
+def commit_of(record: Mapping[str, Any], name: str) -> str | None:
+    """Return the commit of a hub model that a run with this record was made on, None for another model."""
+    model = record.get("model") or {}
+    commit = model.get("revision") if model.get("name") == name else None
+    return str(commit) if commit else None
+
+
 def hub_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the cached folder of a hub model, None when there is none."""
     from huggingface_hub import try_to_load_from_cache

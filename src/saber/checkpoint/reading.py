@@ -179,7 +179,9 @@ def _headers(files: list[Path]) -> dict[str, Stored]:
 
 def _fetched(name: str) -> Path:
     """Return the folder of a hub checkpoint, downloaded unless it is in the cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
+
+    from saber.lm.load import GATED, UNKNOWN
 
     try:
         return Path(
@@ -187,10 +189,12 @@ def _fetched(name: str) -> Path:
         )
     except (OSError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
-            f"cannot fetch {name!r}: {first}",
-            "Check the name and the connection to the hub, or give a folder.",
-        ) from error
+        remedy = "Check the name and the connection to the hub, or give a folder."
+        if isinstance(error, errors.GatedRepoError):
+            first, remedy = "it is a gated repository.", GATED
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            first, remedy = "the hub shows no such repository.", UNKNOWN
+        raise ModelError(f"cannot fetch {name!r}: {first}", remedy) from error
 
 
 def _demo() -> Checkpoint:

@@ -9,8 +9,8 @@ from pathlib import Path
 from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import model_folder, plan_folder
-from saber.checkpoint.plan_on_disk import DiskPlan
-from saber.checkpoint.provenance import FILE, Record, carried
+from saber.checkpoint.plan_on_disk import DiskPlan, commit_of
+from saber.checkpoint.provenance import FILE, Record, carried, run_record
 from saber.checkpoint.shards import fingerprint, read_source
 from saber.checkpoint.stream import touched, write_shard
 from saber.errors import DataError, SaberError
@@ -155,7 +155,8 @@ def _against_base(
             "Leave --base out; --run RUN holds plan, seed and model against the run's"
             + (", and with it a GGUF file against its base." if whole is not None else "."),
         )
-    source = read_source(model_folder(base))
+    made_on = commit_of(run_record(plan), base) if plan else None
+    source = read_source(model_folder(base, made_on))
     # Adapters and GGUF files carry the fingerprint of the model in memory alone; its files' is the run's.
     wanted = origin.get("base_checkpoint") or (plan.checkpoint if plan else None)
     if wanted is None:

@@ -50,6 +50,7 @@ def apply_command(arguments: argparse.Namespace) -> int:
         "resumed": made.resumed,
         "forced": made.forced,
         "seconds": made.seconds,
+        "notes": list(made.notes),
         **dataclasses.asdict(made.record),
     }
     return push.finish(arguments, target, made.folder, row)
@@ -75,6 +76,8 @@ def _tell(made: Applied) -> None:
             + ", ".join(made.record.skipped[:5])
             + (" ..." if len(made.record.skipped) > 5 else "")
         )
+    for note in made.notes:
+        out.print(f"[yellow]note[/]: {note}", highlight=False, soft_wrap=True)
     if made.forced:
         out.print("[yellow]note[/]: the plan was made from another model (--force)")
     out.print(f"model: {made.folder}", soft_wrap=True)

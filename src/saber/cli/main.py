@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code (0 done, 1 failed, 2 wrong use, 3 target missed, 130)."""
+    _bear_all_texts()
     arguments = build_parser().parse_args(argv)
     arguments.line = shlex.join(["saber", *(sys.argv[1:] if argv is None else argv)])
     try:
@@ -56,6 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             SaberError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ") + "."),
             arguments,
         )
+
+
+def _bear_all_texts() -> None:
+    """Let characters that a stream's encoding lacks be shown as `?`, and bytes that it cannot read as U+FFFD.
+
+    Answers may hold any character, and a pipe or file on Windows takes those of one code page alone.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(ValueError):  # closed, or read from already
+                stream.reconfigure(errors="replace")
 
 
 def _enter_runs(arguments: argparse.Namespace) -> None:
@@ -394,6 +408,12 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         help="run code that comes with the model",
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        default=None,
+        help="take MXFP4 or FP8 weights as the plain ones that they stand for",
+    )
+    parser.add_argument(
         "--allow-unproven",
         action="store_true",
         default=None,
@@ -579,6 +599,7 @@ FLAGS = {
     "response_prefix": "load.response_prefix",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
+    "dequantize": "load.dequantize",
     "allow_unproven": "load.allow_unproven",
 }
 """Option -> the setting that it gives."""
@@ -613,6 +634,7 @@ _TASKS = (
     "load.system",
     "load.layers_path",
     "load.trust_remote_code",
+    "load.dequantize",
 )
 """Settings that tasks of lm-eval are run by."""
 _NOT_AUDITED = (

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
+
+from saber import artifacts
 
 FLOATS = {
     "F64": torch.float64,
@@ -17,6 +20,8 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 """Dtypes of plain weights, by their name in the files."""
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
+"""Where a processor keeps a chat template, in files that are no tokenizer's."""
 
 
 def weight_files(location: str) -> list[str]:
@@ -55,3 +60,22 @@ def main_dtype(location: str) -> torch.dtype | None:
                 entries[tensor.get_dtype()] += math.prod(tensor.get_shape())
     most = max(FLOATS, key=lambda code: entries[code])
     return FLOATS[most] if entries[most] else None
+
+
+def processor_template(location: str) -> str | None:
+    """Return the chat template that lies with a model's processor, None where there is none.
+
+    Models with images of some years have theirs there alone, where tokenizers do not look. Raises
+    `DataError` for a file that is no JSON.
+    """
+    for name in PROCESSOR_FILES:
+        path = cached_file(
+            location,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        text = artifacts.read_json(Path(path)).get("chat_template") if path else None
+        if isinstance(text, str) and text:
+            return text
+    return None

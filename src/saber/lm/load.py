@@ -18,7 +18,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from saber.artifacts import names_gguf
@@ -35,7 +40,7 @@ from saber.lm.device import (
     share_keys_on_cpu,
 )
 from saber.lm.forward import counts_from_zero
-from saber.lm.headers import gguf_dtype, main_dtype
+from saber.lm.headers import gguf_dtype, main_dtype, processor_template
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.offload import is_kept_aside, keep_aside, require_sense
@@ -66,6 +71,8 @@ class LoadSpec:
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
+    dequantize: bool = False
+    """Take weights that are quantised (MXFP4, FP8) as the plain ones that they stand for."""
     allow_unproven: bool = False
     """Edit the writers that were found even where they cannot be proved to be all."""
 
@@ -123,7 +130,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted
     )
     auto_class = _auto_class(name, config)
-    _refuse_quantized(name, config)
+    packed = _packing(name, config, dequantize=spec.dequantize)
     if gguf:
         stored = gguf_dtype(str(Path(location) / gguf))
     else:
@@ -134,7 +141,9 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         tokenizer = _tokenizer(name, location, spec, {**files, **trusted})
     placement = {"device_map": spec.device_map} if spec.device_map else {}
     if gguf:
-        files["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        packed = transformers.GgufConfig(dequantize=True)
+    if packed:
+        files["quantization_config"] = packed
     model, told = _read(
         f"the weights of {name!r}",
         auto_class,
@@ -146,8 +155,10 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         **placement,
     )
     _refuse_incomplete(name, model, told)
-    if gguf:
+    if packed:
         _forget_quantization(model)
+    if source == "hub":
+        model.config._commit_hash = _commit(name)  # as transformers did up to version 5
     if source == "demo":
         demo.merge_adapter(model)
     model.eval().requires_grad_(False)
@@ -220,6 +231,8 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
         tokenizer = _read(what, auto_class, location, mistral_format=False, **options)
     if spec.chat_template:
         tokenizer.chat_template = read_template(Path(spec.chat_template))
+    elif not tokenizer.chat_template and "gguf_file" not in options:
+        tokenizer.chat_template = processor_template(location)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, as is usual for a base model.",
@@ -230,19 +243,28 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
     return tokenizer
 
 
-def _refuse_quantized(name: str, config: Any) -> None:
-    """Refuse weights that are packed: an edit of rank k has no exact place in them."""
+def _packing(name: str, config: Any, *, dequantize: bool) -> Any:
+    """Return how transformers unpacks a model's weights, None where they are plain.
+
+    Raises `ModelError` for packed ones that are not to be unpacked, or cannot be: an edit of rank k has
+    no exact place in them.
+    """
     for part in (config, config.get_text_config(decoder=True)):
         packed = getattr(part, "quantization_config", None)
         if packed:
             given = packed if isinstance(packed, dict) else packed.to_dict()
             method = given.get("quant_method", "an unnamed method")
             method = str(getattr(method, "value", method))
+            if dequantize and method in _UNPACKED:
+                return getattr(transformers, _UNPACKED[method])(dequantize=True)
+            way = _DEQUANTIZE.get(method, "dequantisation")
+            itself = "pass --dequantize, or " if method in _UNPACKED else ""
             raise ModelError(
                 f"the weights of {name!r} are quantised ({method}); SABER edits plain ones.",
-                "Give the checkpoint it was quantised from, or load this one with "
-                f"{_DEQUANTIZE.get(method, 'dequantisation')} and save it, edit that, and quantise again.",
+                f"Give the checkpoint it was quantised from, or {itself}load this one with "
+                f"{way} and save it, edit that, and quantise again.",
             )
+    return None
 
 
 def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
@@ -271,9 +293,10 @@ def _refuse_left_off(name: str, model: Any) -> None:
 
 _TEMPLATELESS = "MistralCommonBackend"
 """transformers' tokenizer over Mistral's own package, which takes no chat template."""
+_UNPACKED = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""Method of quantisation -> transformers' configuration of it, which can undo it."""
 _DEQUANTIZE = {
-    "mxfp4": "transformers' Mxfp4Config(dequantize=True)",
-    "fp8": "transformers' FineGrainedFP8Config(dequantize=True)",
+    **{name: f"transformers' {config}(dequantize=True)" for name, config in _UNPACKED.items()},
     "bitsandbytes": "model.dequantize()",
 }
 
@@ -373,6 +396,13 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
     return None
 
 
+def _commit(name: str) -> str | None:
+    """Return the commit of a hub model whose files were just read, None where they are not in a cache."""
+    found = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    folder = Path(found).parent if found else None
+    return folder.name if folder and folder.parent.name == "snapshots" else None
+
+
 def _main_dtype(name: str, location: str) -> torch.dtype:
     """Return the dtype of most of the weights, for a configuration that names none."""
     try:
@@ -413,18 +443,29 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
         raise _unreadable(what, error) from error
 
 
+_TOKEN = "run hf auth login, or set HF_TOKEN to a token that may read it"
+GATED = f"Accept its terms on its page of the hub, then {_TOKEN}."
+UNKNOWN = f"Check the name; if it is private, {_TOKEN}."
+"""What to do where the hub keeps a model from one: it is gated, or not known by that name."""
+
+
 def _unreadable(what: str, error: Exception) -> ModelError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = "Check the name, the files, and the connection to the hub."
     if is_out_of_memory(error):
         remedy = MORE_ROOM
+    elif "gated repo" in first:
+        remedy = GATED
+    elif "valid model identifier" in first:
+        first += "."
+        remedy = UNKNOWN
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
     return ModelError(f"cannot read {what}: {first}", remedy)
 
 
 def _forget_quantization(model: Any) -> None:
-    """Make a de-quantised GGUF model an ordinary one, so that it can be saved."""
+    """Make a dequantised model an ordinary one, so that it can be saved."""
     model.hf_quantizer = None
     model.is_quantized = False
     for config in (model.config, model.config.get_text_config(decoder=True)):

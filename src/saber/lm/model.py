@@ -103,6 +103,12 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.dtype
 
     @property
+    def revision(self) -> str | None:
+        """The commit of a hub model that was loaded, None for any other model."""
+        commit = getattr(self.model.config, "_commit_hash", None) if self.source == "hub" else None
+        return str(commit) if commit else None
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Token ids that end an answer, from the generation config and the tokenizer."""
         configured = self.model.generation_config.eos_token_id

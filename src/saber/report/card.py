@@ -260,6 +260,7 @@ def provenance(run: Run) -> str:
     environment = run.get("environment") or {}
     rows = [
         ("base model", base_model(run) or reading.model_name(run)),
+        ("base commit", model.get("revision")),
         ("base fingerprint", model.get("fingerprint")),
         ("architecture", model.get("model_type")),
         ("size", f"{count(model.get('layers'), 'layer')}, d_model {number(model.get('d_model'))}, "
