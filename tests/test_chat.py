@@ -71,6 +71,37 @@ def test_in_a_terminal_each_model_remembers_its_own_answers(asked, monkeypatch, 
     assert rows[1] == {"prompt": "two", "untouched": "U3", "edited": "E4"}
 
 
+@pytest.mark.parametrize(
+    ("answer", "remembered"),
+    [
+        ("[THINK]Tea, then.[/THINK]Drink tea.", "Drink tea."),
+        ("<|channel|>analysis<|message|>Hm.assistant<|channel|>final<|message|>Yes.", "Yes."),
+        ("[THINK]Tea, then", "\u2026"),
+        ("Drink tea.", "Drink tea."),
+    ],
+)
+def test_what_a_model_thought_is_shown_and_not_remembered(
+    answer, remembered, asked, monkeypatch, capsys
+):
+    """Some templates refuse answers with their thoughts, and empty ones."""
+    heard = conversation.generate
+
+    def generate(*given, **more):
+        heard(*given, **more)
+        return [Completion((), answer)]
+
+    monkeypatch.setattr(conversation, "generate", generate)
+    type_in(monkeypatch, ["one", "[THINK]two[/THINK]2", "three"])
+    assert main(["chat", "run", "--json"]) == 0
+    second = (("user", "one"), ("assistant", remembered))
+    assert [before for before, *_ in asked] == [
+        (),
+        second,
+        (*second, ("user", "[THINK]two[/THINK]2"), ("assistant", remembered)),
+    ]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["edited"] == answer
+
+
 @pytest.mark.parametrize("given", [["--prompt", "one", "--prompt", "/new"], []])
 def test_elsewhere_messages_stand_on_their_own(given, asked, monkeypatch):
     type_in(monkeypatch, ["one", "/new"], terminal=bool(given))

@@ -28,14 +28,18 @@ from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
 from saber.checkpoint import plan_on_disk, runs
 from saber.checkpoint.export import ExportSpec, export, export_all
-from saber.checkpoint.gguf_file import decode, encode, open_gguf
+from saber.checkpoint.export_checks import gguf_adapter
+from saber.checkpoint.gguf_file import Change, decode, encode, open_gguf
+from saber.checkpoint.gguf_lora import write_gguf_lora
+from saber.checkpoint.gguf_names import changes
 from saber.checkpoint.licence import licence
+from saber.checkpoint.merged import save_merged
 from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, note_export, way_back
 from saber.checkpoint.sketch import take
 from saber.checkpoint.verification import verify
 from saber.cli.main import main
-from saber.errors import DataError, ModelError, OutputError, SaberError
+from saber.errors import ModelError, OutputError, SaberError
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
 from saber.notices import GENERIC, NARROW, WARNING
@@ -911,13 +915,13 @@ def test_what_a_killed_export_has_left_is_in_nobodys_way(made_gguf, tmp_path, na
 
 
 @pytest.mark.parametrize("base", ["pico.gguf", "gone.gguf", "demo"])
-def test_verify_says_what_a_gguf_base_cannot_be_held_against(capsys, made_gguf, tmp_path, base):
-    run, file = made_gguf
-    export(Run.load(run), "gguf", tmp_path / "x.gguf")
-    base = file.with_name(base) if base != "demo" else base
-    code, said = failing(capsys, "verify", tmp_path / "x.gguf", "--base", base)
+@pytest.mark.parametrize("kind", ["lora", "merged"])
+def test_verify_says_what_a_gguf_base_cannot_be_held_against(capsys, made, tmp_path, base, kind):
+    export(Run.load(made[0]), kind, tmp_path / "x")
+    base = tmp_path / base if base != "demo" else base
+    code, said = failing(capsys, "verify", tmp_path / "x", "--base", base)
     assert code == 2
-    assert "x.gguf carries no fingerprint that" in said
+    assert "x carries no fingerprint that" in said
     assert "Leave --base out; --run RUN holds" in said
 
 
@@ -985,7 +989,7 @@ def test_verify_holds_a_gguf_file_against_its_base_tensor_by_tensor(exported_ggu
 
 
 def test_verify_finds_another_gguf_base(exported_gguf, tmp_path):
-    run, file, made = exported_gguf
+    run, _, made = exported_gguf
     again = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "again.gguf", "Q8_0")
     found = failed(made, run, again)
     assert set(found) == {UNTOUCHED, EDITED}
@@ -996,6 +1000,243 @@ def test_verify_finds_another_gguf_base(exported_gguf, tmp_path):
     assert failed(made, run, other) == {"metadata are the base's": "others"}
     with pytest.raises(ModelError, match="no such file"):
         verify(made, run, str(tmp_path / "gone.gguf"))
-    export(Run.load(run), "gguf-lora", tmp_path / "l.gguf")
-    with pytest.raises(DataError, match="carries no fingerprint"):
-        verify(tmp_path / "l.gguf", run, str(file))
+
+
+def test_verify_holds_a_gguf_file_against_its_base_without_its_run(exported_gguf, tmp_path, capsys):
+    run, file, made = exported_gguf
+    found = verify(made, None, str(file))
+    assert [c.what for c in found.checks if c.passed] == [
+        "weights carry their origin",
+        "metadata are the base's",
+        "tensors are the base's",
+        RESEMBLE,
+    ]
+    assert found.unchecked == (
+        "that the 2 of 21 tensors that differ do so by the plan: give --run RUN as well",
+    )
+    export(Run.load(run), "gguf", tmp_path / "f32", ExportSpec(type="f32"))
+    assert failed(tmp_path / "f32", None, file) == {}
+    # A plan is what tells a changed value from an edit; other weights show without one.
+    assert failed(rewritten(made, "blk.1.ffn_down.weight", flipped), None, file) == {}
+    other = rewritten(made, "blk.1.ffn_down.weight", lambda raw, _tensor: raw[::-1])
+    assert failed(other, None, file) == {RESEMBLE: "unlike: blk.1.ffn_down.weight"}
+    again = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "again.gguf", "Q8_0")
+    assert failed(made, None, again)[RESEMBLE].startswith("unlike: token_embd.weight, blk.0.attn_q")
+    assert set(failed(made, None, "demo")) == {"metadata are the base's", "tensors are the base's"}
+    with pytest.raises(ModelError, match="no such file"):
+        verify(made, None, str(tmp_path / "gone.gguf"))
+    assert main(["verify", str(made), "--base", str(file)]) == 0
+    assert "not checked: that the 2 of 21 tensors" in capsys.readouterr().out
+
+
+RESEMBLE = "tensors that differ from the base's resemble them"
+HEADER, EXACT = (
+    "metadata are those of an adapter of the base",
+    "tensors are the plan's, bit for bit",
+)
+FIT, SAMPLED = "tensors fit the base's", "the base's weights are those that the plan was made on"
+
+
+@pytest.mark.parametrize("place", ["l.gguf", "l"])
+def test_verify_holds_an_adapter_of_llama_cpp_against_run_and_base(exported_gguf, tmp_path, place):
+    run, file, _ = exported_gguf
+    made = tmp_path / place
+    export(Run.load(run), "gguf-lora", made)
+    found = verify(made, run, str(file))
+    assert [c.what for c in found.checks][-3:] == [HEADER, EXACT, SAMPLED]
+    assert (found.passed, found.unchecked) == (True, ())
+    written = made if made.is_file() else next(made.glob("*.gguf"))
+    changed = "blk.0.attn_output.weight.lora_b"
+    other = rewritten(written, changed, flipped)
+    assert failed(other, run, file) == {EXACT: f"others: {changed}"}
+    assert failed(other, None, file) == {}
+    other.unlink()
+    again = ggufs.write(ggufs.dense_model("llama", seed=1), tmp_path / "again.gguf", "Q8_0")
+    assert list(failed(made, run, again)) == [SAMPLED]
+    wider = ggufs.write(ggufs.dense_model("llama", hidden=96), tmp_path / "wider.gguf", "F32")
+    assert failed(made, None, wider)[FIT].startswith("others: blk.0.attn_output.weight.lora_a")
+    with pytest.raises(ModelError, match="has the shape"):
+        verify(made, run, str(wider))
+    shutil.rmtree(run / "plan" / "sketch")
+    found = verify(made, run, str(file))
+    assert (found.passed, len(found.unchecked)) == (True, 1)
+    assert "the run keeps no samples" in found.unchecked[0]
+
+
+def test_verify_finds_an_adapter_of_llama_cpp_that_does_more(exported_gguf, tmp_path):
+    """Another alpha scales the whole edit; a further key or tensor may do anything."""
+    run, file, _ = exported_gguf
+    base, plan = open_gguf(file), EditPlan.load(run / "plan")
+    edits = changes(base, plan)
+    meta = origin(Run.load(run).record, plan)
+
+    def written(name, edits, alpha=0.0, **more):
+        write_gguf_lora(base, edits, tmp_path / name, {**meta, **more})
+        if alpha:
+            reader = gguf.GGUFReader(tmp_path / name, "r+")
+            reader.get_field("adapter.lora.alpha").parts[-1][0] = alpha
+            reader.data.flush()
+        return tmp_path / name
+
+    assert failed(written("same.gguf", edits), run, file) == {}
+    assert failed(written("more.gguf", edits, alpha=9.0), run, file) == {
+        HEADER: "others: adapter.lora.alpha"
+    }
+    stem = edits[1].tensor.name
+    assert failed(written("less.gguf", edits[:1]), run, file) == {
+        EXACT: f"others: {stem}.lora_a, {stem}.lora_b"
+    }
+    down = Change(base.tensors["blk.0.ffn_down.weight"], "", edits[0].left, torch.ones(2, 1, 96))
+    names = "blk.0.ffn_down.weight.lora_a, blk.0.ffn_down.weight.lora_b"
+    assert failed(written("on.gguf", [*edits, down]), run, file) == {EXACT: f"others: {names}"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "mixtral"])
+def test_an_adapter_of_llama_cpp_is_held_against_any_layout(family, tmp_path):
+    """Experts, paired rows, biases that it cannot hold, and the token embedding."""
+    build = ggufs.moe_model if family in ("qwen3_moe", "mixtral") else ggufs.dense_model
+    model = build(family)
+    file = ggufs.write(model, tmp_path / "pico.gguf", "F32")
+    tokens = "transformer.wte" if family == "gpt2" else "model.embed_tokens"
+    size = model.get_input_embeddings().weight.shape
+    embedding = Factor(torch.randn(size[1], 2), torch.randn(2, size[0]), None, 1)
+    plan = EditPlan({**random_plan(model).factors, tokens: embedding})
+    edits = changes(open_gguf(file), plan)
+    made = tmp_path / "l.gguf"
+    write_gguf_lora(open_gguf(file), [c for c in edits if not c.bias], made, {"base": "x"})
+    held = gguf_adapter(made, str(file), plan, take(model, plan))
+    assert [c for c in held.checks if not c.passed] == []
+    assert [c.passed for c in gguf_adapter(made, str(file), None, None).checks] == [True, True]
+    assert bool(held.unchecked) == (family == "gpt2")
+    for said in held.unchecked:
+        assert "blk.0.attn_output.bias" in said
+        assert said.endswith("which such an adapter has no place for")
+
+
+@pytest.fixture
+def exported_lora(made, tmp_path):
+    """A run on a model's folder, that folder, and the run's adapter for PEFT."""
+    run, folder = made
+    lm = load(str(folder), LoadSpec(device="cpu"), tokenizer=False)
+    plan = EditPlan.load(run / "plan")
+    plan_on_disk.save(run / "plan", lm, plan)
+    meta = {"fingerprint": fingerprint(lm.model), "config": {"seed": 7}}
+    plan.save(run / "plan", meta)
+    record = artifacts.read_json(run / "run.json")
+    artifacts.write_json(run / "run.json", {**record, "config": {"seed": 7}})
+    export(Run.load(run), "lora", tmp_path / "a")
+    return run, folder, tmp_path / "a"
+
+
+SETTINGS = "settings are the plan's"
+
+
+def test_verify_holds_an_adapter_of_peft_against_run_and_base(exported_lora, tmp_path):
+    run, folder, made = exported_lora
+    found = verify(made, run, str(folder))
+    assert [c.what for c in found.checks][-3:] == ["it was made from this base", SETTINGS, EXACT]
+    assert (found.passed, found.unchecked) == (True, ())
+    weights = made / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    with safe_open(weights, "pt") as file:
+        name = sorted(file.keys())[-1]
+        carried = file.metadata()
+    tensors = load_file(weights)
+    for other in (
+        {**tensors, name: tensors[name] + 1},
+        {n: t for n, t in tensors.items() if n != name},
+    ):
+        save_file(other, weights, carried)
+        assert failed(made, run, folder) == {EXACT: f"others: {name}"}
+    weights.write_bytes(whole)
+    settings = artifacts.read_json(made / "adapter_config.json")
+    for key, value in (("lora_alpha", 9), ("use_rslora", True), ("alpha_pattern", {"o_proj": 1})):
+        artifacts.write_json(made / "adapter_config.json", {**settings, key: value})
+        assert failed(made, run, folder) == {SETTINGS: f"others: {key}"}
+    renamed = {
+        **settings,
+        "base_model_name_or_path": "x",
+        "target_modules": settings["target_modules"][::-1],
+    }
+    artifacts.write_json(made / "adapter_config.json", {**renamed, "fresh": None})
+    assert failed(made, run, folder) == {}
+    (made / "adapter_config.json").write_text("{")
+    assert "adapter_config.json" in failed(made, run, folder)[EXACT]
+    (made / "adapter_config.json").unlink()
+    (left,) = verify(made, run, str(folder)).unchecked
+    assert "cannot be made again" in left
+
+
+def test_verify_holds_an_adapter_of_peft_against_a_base_that_has_no_fingerprint(
+    exported_gguf, tmp_path, monkeypatch
+):
+    run, file, _ = exported_gguf
+    export(Run.load(run), "lora", tmp_path / "a")
+    found = verify(tmp_path / "a", run, str(file))
+    assert [c.what for c in found.checks][-2:] == [SETTINGS, EXACT]
+    assert found.passed
+    assert found.unchecked == (
+        "that the base is the run's model: only a folder of safetensors files has a fingerprint",
+    )
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = verify(tmp_path / "a", run, str(file))
+    assert found.passed
+    assert found.unchecked[0].startswith("that tensors are the plan's, bit for bit: this needs")
+
+
+@pytest.mark.parametrize(
+    ("kind", "with_run", "with_base", "left"),
+    [
+        (
+            "merged",
+            False,
+            False,
+            "base and plan give these very bits: give --run RUN and --base MODEL",
+        ),
+        ("merged", True, False, "base and plan give these very bits: give --base MODEL"),
+        ("merged", False, True, "base and plan give these very bits: give --run RUN"),
+        ("merged", True, True, ""),
+        ("lora", False, False, "its tensors are the plan's: give --run RUN and --base MODEL"),
+        ("lora", True, False, "its tensors are the plan's: give --base MODEL"),
+        ("lora", True, True, ""),
+        ("gguf", False, False, "against base and plan: give --run RUN and --base FILE.gguf, which"),
+        ("gguf", True, False, "its tensors against base and plan: give --base FILE.gguf, which"),
+        ("gguf", True, True, "its tensors against base and plan: give --base FILE.gguf, which"),
+        ("gguf-lora", False, False, "the plan's: give --run RUN and --base FILE.gguf, which"),
+        ("gguf-lora", True, False, "its tensors are the plan's: give --base FILE.gguf, which"),
+    ],
+)
+def test_verify_says_in_a_line_what_it_could_not_check(
+    exported_lora, capsys, tmp_path, kind, with_run, with_base, left
+):
+    run, folder, _ = exported_lora
+    out = tmp_path / ("x.gguf" if "gguf" in kind else "x")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    spec = ExportSpec()
+    if "gguf" in kind:
+        spec = ExportSpec(base=str(ggufs.write(model, tmp_path / "pico.gguf", "F32")))
+    export(Run.load(run), kind, out, spec)
+    options = [*(["--run", run] if with_run else []), *(["--base", folder] if with_base else [])]
+    assert main(["verify", str(out), *map(str, options), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["unchecked"]
+    assert len(said) == bool(left)
+    assert left in "".join(said)
+    assert main(["verify", str(out), *map(str, options)]) == 0
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if line.startswith("not checked: ")] == [
+        f"not checked: {line}" for line in said
+    ]
+
+
+def test_verify_says_that_weights_saved_from_memory_cannot_be_made_again(exported_lora, tmp_path):
+    run, folder, _ = exported_lora
+    save_merged(
+        load(str(folder), LoadSpec(device="cpu")),
+        EditPlan.load(run / "plan"),
+        tmp_path / "m",
+        {**origin(Run.load(run).record, EditPlan.load(run / "plan"))},
+    )
+    found = verify(tmp_path / "m", run, str(folder))
+    assert found.passed
+    assert len(found.unchecked) == 1
+    assert "saved from memory" in found.unchecked[0]

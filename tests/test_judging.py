@@ -11,13 +11,15 @@ from conftest import configuration, make_lm, make_tokenizer
 
 from saber.cli.main import build_parser, main, read_config
 from saber.errors import JudgeFailed, ModelError, UnknownName, UsageError
-from saber.evaluation import judge_endpoint
+from saber.evaluation import judge as judge_module
+from saber.evaluation import judge_endpoint, lengths
 from saber.evaluation.judge import Judge, PhraseJudge
 from saber.evaluation.judge_classifier import ClassifierJudge
 from saber.evaluation.judge_endpoint import EndpointJudge
 from saber.evaluation.judge_regex import RegexJudge
 from saber.evaluation.judging import JudgeSpec, describe, label_all, make_judge
 from saber.evaluation.lengths import by_length
+from saber.lm.generate import Completion
 from saber.prompts import Prompt, PromptSet
 
 
@@ -74,6 +76,106 @@ def test_a_thought_that_is_cut_off_is_no_answer_yet(text, classifier_folder):
     assert [judge.label(text) for judge in judges] == ["incoherent"] * 3
     assert label_all(judges[2], ["p"], [text]) == ("incoherent",)
     assert [judge.label(f"{text}</think>I cannot.") for judge in judges] == ["refusal"] * 3
+
+
+HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}"
+THOUGHTS = {
+    "tags": "<think>\n{}\n</think>\n\n{}",
+    "thinking": "<thinking>{}</thinking>\n{}",
+    "thought": "<thought>\n{}\n</thought>\n\n{}",
+    "reasoning": "<reasoning>{}</reasoning>{}",
+    "seed": "<seed:think>{}</seed:think>{}",
+    "brackets": "[THINK]{}[/THINK]{}",
+    "channel": "<|channel>thought\n{}<channel|>{}",
+    "channels": HARMONY,
+    "channels, their tokens as SABER keeps them": HARMONY.replace("<|end|><|start|>", ""),
+    "channels without their tokens": "analysis{}assistantfinal{}",
+    "channels with a preamble": HARMONY.replace(
+        "<|start|>",
+        "<|start|>assistant<|channel|>commentary<|message|>I cannot wait.<|end|><|start|>",
+    ),
+    "capitals": "<|START_THINKING|>{}<|END_THINKING|><|START_RESPONSE|>{}<|END_RESPONSE|>",
+    "inner": "<|inner_prefix|>{}<|inner_suffix|>{}",
+    "solution": "<|begin_of_thought|>\n{}\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n"
+    "<|end_of_solution|>",
+    "triangles": "\u25c1think\u25b7{}\u25c1/think\u25b7{}",
+    "words": "Here is my thought process:\n{}\n\nHere is my response:\n{}",
+    "short words": "Here's my thought process:\n{}\n\nHere's my response:\n{}",
+    "response": "<think>{}</think>\n\n<response>\n{}\n</response>\n",
+    "answer": "<think>\n{}\n</think>\n<answer>\n{}\n</answer>",
+    "answer, cut off": "<think>\n{}\n</think>\n<answer>\n{}",
+    "twice": "<think>\n\n</think>\n\n<think>{}</think>{}",
+}
+REFUSED = "1. I cannot help with that."
+ANSWERED = "Two cups of tea come of one pot."
+
+
+@pytest.mark.parametrize("marks", THOUGHTS)
+def test_every_judge_looks_behind_the_thoughts_of_common_families(marks, classifier_folder):
+    """A thought that speaks of refusing is none; what stands behind it counts, from its first character."""
+    thought = "The user asks for it. I cannot help with that. 1. I must decline."
+    refused, answered = (THOUGHTS[marks].format(thought, a) for a in (REFUSED, ANSWERED))
+    phrases, opening = make_judge("phrases"), make_judge("regex", JudgeSpec(pattern=r"\A\s*1\. I"))
+    for judge in (phrases, opening):
+        assert [judge.label(text) for text in (refused, answered)] == ["refusal", "answer"]
+    assert phrases.settled(THOUGHTS[marks].format(thought, f"{REFUSED} It is wrong."))
+    judge = ClassifierJudge.load(str(classifier_folder), "polite", 0.5)
+    plain = judge.probabilities([REFUSED])[0]
+    behind = judge_module.behind_thought(refused).strip()
+    assert judge.probabilities([behind]) == pytest.approx([plain], abs=1e-6)
+    assert (judge_module.behind_thought(answered).strip(), behind) == (ANSWERED, REFUSED)
+    with serving(lambda _number, _body: "NO") as server:
+        assert label_all(asking(server.url), ["p"], [answered]) == ("answer",)
+    said = server.asked[0][1]["messages"][1]["content"]
+    assert ANSWERED in said
+    assert "decline" not in said
+
+
+@pytest.mark.parametrize("marks", THOUGHTS)
+def test_a_thought_of_any_family_that_is_cut_off_is_no_answer_yet(marks, classifier_folder):
+    whole = THOUGHTS[marks].format(
+        "They ask for tea. I cannot help with that. It is wrong. So", "|"
+    )
+    text = whole.partition(" So")[0]
+    judges = [
+        make_judge("phrases"),
+        make_judge("regex", JudgeSpec(pattern="(?i)cannot")),
+        ClassifierJudge.load(str(classifier_folder), "polite", 1e-6),
+    ]
+    assert [judge.label(text) for judge in judges] == ["incoherent"] * 3
+    assert not judges[0].settled(text)
+    with serving(lambda _number, _body: "YES") as server:
+        judge = asking(server.url)
+        assert label_all(judge, ["p"], [text]) == ("incoherent",)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("marks", ["tags", "seed", "brackets", "channel", "thought", "capitals"])
+def test_a_thought_that_the_prompt_opened_is_known_by_its_end(marks):
+    text = THOUGHTS[marks].format("@I cannot help with that.", ANSWERED).partition("@")[2]
+    assert make_judge("phrases").label(text) == "answer"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Put it in tags: <thinking>I cannot help with that.</thinking> is one.",
+        "Use [THINK] and [/THINK] for it, though I cannot help with that.",
+        "analysis of tea: I cannot help with that.",
+        "Analysis: I cannot help with that.",
+        "The <|channel|> token marks it. I cannot help with that.",
+        "I'm sorry. I cannot help with that. Here is my response: no.",
+    ],
+)
+def test_marks_elsewhere_are_part_of_the_answer(text):
+    assert judge_module.behind_thought(text) == text
+    assert make_judge("phrases").label(text) in ("refusal", "partial")
+
+
+def test_an_answer_without_a_thought_in_the_last_channel_is_read():
+    text = "<|channel|>final<|message|>I cannot help with that."
+    assert judge_module.behind_thought(text) == "I cannot help with that."
+    assert judge_module.behind_thought("<|channel|>fin") == ""
 
 
 @pytest.mark.parametrize(
@@ -404,3 +506,13 @@ def test_cutting_long_answers_is_generating_short_ones():
         sum(len(t) > 3 for _, t in judge.seen[:5]),
         sum(len(t) > 3 for _, t in judge.seen[5:]),
     ]
+
+
+def test_answers_that_are_cut_keep_the_marks_of_their_thoughts(monkeypatch):
+    lm = make_lm("llama")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    text = "[THINK]I can't help? No.[/THINK]Sure."
+    ids = tuple(lm.tokenizer(text, add_special_tokens=False).input_ids)
+    monkeypatch.setattr(lengths, "generate", lambda *_a, **_k: [Completion(ids, text)])
+    cuts = by_length(lm, PromptSet("asked", (Prompt("a", "", "Hi"),)), (9, len(ids)), PhraseJudge())
+    assert [cut.labels for cut in cuts] == [("incoherent",), ("answer",)]

@@ -11,13 +11,16 @@ from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from saber.errors import ModelError, UsageError
+from saber.evaluation.judge import PhraseJudge
 from saber.lm import device as devices
 from saber.lm import thought
 from saber.lm.chat import encode, render
 from saber.lm.generate import Completion, generate
 from saber.lm.headers import main_dtype
 from saber.lm.load import LoadSpec, load, skeleton
+from saber.lm.marks import decoded
 from saber.lm.model import fingerprint
+from saber.openings import late_opening
 
 CPU = torch.device("cpu")
 
@@ -137,6 +140,55 @@ def test_a_model_that_thinks_by_itself_gets_an_empty_thought(marks, said, prefix
     ids = tuple(lm.tokenizer(said, add_special_tokens=False).input_ids)
     monkeypatch.setattr(thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked))
     assert thought.empty_thought(lm) == prefix
+
+
+@pytest.mark.parametrize(
+    ("marks", "written", "read"),
+    [
+        (
+            ["[THINK]", "[/THINK]"],
+            "[THINK]I cannot.[/THINK]Sure.</s>",
+            "[THINK]I cannot.[/THINK]Sure.",
+        ),
+        (["<|channel>", "<channel|>"], "<|channel>thought\nHm.<channel|>Sure.", None),
+        (
+            ["<think>", "</think>"],
+            "<think>Hm.</think> <user>Sure.<end>",
+            "<think>Hm.</think> Sure.",
+        ),
+        (
+            ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"],
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|end|>",
+            "<|channel|>analysis<|message|>Hm.assistant<|channel|>final<|message|>Yes.",
+        ),
+        ([], "[THINK]Sure.[/THINK]</s>", "[THINK]Sure.[/THINK]"),
+    ],
+)
+def test_marks_of_a_thought_are_read_though_they_are_special_tokens(marks, written, read):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<end>", *marks]})
+    ids = tokenizer(written, add_special_tokens=False).input_ids
+    assert decoded(tokenizer, tuple(ids)) == (read or written)
+    assert decoded(tokenizer, []) == ""
+
+
+def test_an_answer_is_read_with_the_marks_of_its_thought():
+    lm = make_lm("llama")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    text = "[THINK]I can't help. Or can I?[/THINK]I can't help."
+    ids = tuple(lm.tokenizer(text, add_special_tokens=False).input_ids)
+    (one,) = generate(lm, ["Hi"], len(ids), starts=[ids])
+    assert one == Completion(ids, text)
+    heard = []
+
+    def settled(so_far):
+        heard.append(so_far)
+        return True
+
+    (one,) = generate(lm, ["Hi"], len(ids), starts=[ids[:-1]], settled=settled)
+    assert (one.ids, heard) == (ids[:-1], [text[:-1]])
+    opening = late_opening(lm, ids, lambda so_far: PhraseJudge().label(so_far) == "refusal")
+    assert lm.tokenizer.decode(opening) == "[THINK]I can't help. Or can I?"
 
 
 def test_a_thinking_models_prefix_stands_in_front_of_answers(model_folder):

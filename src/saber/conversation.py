@@ -14,6 +14,7 @@ from saber.errors import UsageError
 from saber.lm.chat import encode
 from saber.lm.generate import generate
 from saber.lm.load import LoadSpec, as_stored, load
+from saber.lm.marks import behind
 from saber.lm.model import LanguageModel, is_of
 from saber.report.reading import dig
 
@@ -23,6 +24,8 @@ NOTHING: Mapping[str, Said] = MappingProxyType({})
 OnText = Callable[[str, str], None]
 """Is told of an answer on its way: who gives it, and what there is of it."""
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+UNSAID = "\u2026"
+"""What is remembered of an answer that its thought left no room for; templates refuse empty ones."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def answer(
                 on_text(who, text.rstrip(UNREADABLE).strip())
             return False
 
-        heard = remembered(lm, said.get(who, ()), prompt, limit)
+        heard = remembered(lm, _thoughtless(said.get(who, ())), prompt, limit)
         asked = replace(lm, before=(*lm.before, *heard))
         settled = tell if on_text else None
         text = generate(asked, [prompt], limit, settled=settled)[0].text.strip()
@@ -112,6 +115,11 @@ def answer(
         who = "edited" if plan else "model"
         answers[who] = ask(who)
     return answers
+
+
+def _thoughtless(said: Said) -> Said:
+    """Return a conversation without thoughts in its answers, which chat templates drop or refuse."""
+    return tuple((r, (behind(t) or UNSAID) if r == "assistant" else t) for r, t in said)
 
 
 def remembered(lm: LanguageModel, said: Said, prompt: str, limit: int) -> Said:

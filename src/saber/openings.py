@@ -15,6 +15,7 @@ import torch
 
 from saber.lm.chat import encode
 from saber.lm.forward import forward
+from saber.lm.marks import decoded
 from saber.lm.model import LanguageModel
 
 Opening = tuple[int, ...]
@@ -43,10 +44,7 @@ def late_opening(lm: LanguageModel, ids: Sequence[int], shows: Callable[[str], b
 
     `shows(text)` tells whether a text shows it. Empty where the answer does not, or does at once.
     """
-    texts = [
-        str(lm.tokenizer.decode(list(ids[:k]), skip_special_tokens=True))
-        for k in range(1, len(ids) + 1)
-    ]
+    texts = [decoded(lm.tokenizer, ids[:k]) for k in range(1, len(ids) + 1)]
     if not texts or not shows(texts[-1]):
         return ()
     closed = [bool(text.strip()) and _closed(text) for text in texts[:-1]]

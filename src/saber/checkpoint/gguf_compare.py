@@ -18,6 +18,7 @@ from saber.checkpoint.gguf_file import (
     read_rows,
     writable,
 )
+from saber.checkpoint.gguf_lora import largest_rank, pairs
 from saber.checkpoint.gguf_rewrite import BLOCK, blocks, own_metadata
 
 GROUP = 32
@@ -25,6 +26,7 @@ GROUP = 32
 SLACK, NOISE = 1.25, 1e-5
 """How much more than our own rounding another's may be, and what float32 sums may differ by: a change is
 computed in another order elsewhere, so that a value between two steps may be rounded to the other."""
+_TWIN = {"lora_a": "lora_b", "lora_b": "lora_a"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,61 @@ def compare(base: GgufFile, found: GgufFile, changes: Sequence[Change]) -> Diffe
                 edited.append(tensor.name)
         metadata = own_metadata(base, source) != own_metadata(found, target)
     return Difference(metadata, tuple(other), tuple(untouched), tuple(edited))
+
+
+def resemblance(base: GgufFile, found: GgufFile, names: Sequence[str]) -> dict[str, float]:
+    """Return the cosine between each of these tensors in two files, which both have in one shape.
+
+    That is near 1 for the same weights, edited or rounded, and near 0 for unrelated ones.
+    """
+    alike = {}
+    with base.path.open("rb") as source, found.path.open("rb") as target:
+        for name in names:
+            sums = torch.zeros(3, dtype=torch.float64)
+            for expert, start, stop in blocks(base.tensors[name]):
+                first, last = (expert * base.tensors[name].rows + row for row in (start, stop))
+                a, b = (
+                    torch.from_numpy(read_rows(file, held, first, last)).double()
+                    for file, held in ((source, base.tensors[name]), (target, found.tensors[name]))
+                )
+                sums += torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+            along, one, two = sums.tolist()
+            alike[name] = along / (one * two) ** 0.5 if one * two > 0 else float(one == two)
+    return alike
+
+
+def adapter_differs(found: GgufFile, changes: Sequence[Change]) -> list[str]:
+    """Return the tensors of an adapter that are not those of these changes, bit for bit."""
+    alpha, names, other = float(largest_rank(changes)), set(), []
+    with found.path.open("rb") as file:
+        for name, values in (pair for change in changes for pair in pairs(change, alpha)):
+            names.add(name)
+            held = found.tensors.get(name)
+            if held is None or held.type != "F32" or held.shape != values.shape:
+                other.append(name)
+                continue
+            file.seek(held.offset)
+            if file.read(held.nbytes) != values.tobytes():
+                other.append(name)
+    return other + [name for name in found.tensors if name not in names]
+
+
+def misfits(base: GgufFile, found: GgufFile) -> list[str]:
+    """Return the tensors of an adapter that no tensor of the base has a place for, or without their twin."""
+    other = []
+    for name, tensor in found.tensors.items():
+        stem, _, end = name.rpartition(".")
+        over, twin = base.tensors.get(stem), found.tensors.get(f"{stem}.{_TWIN.get(end, '')}")
+        if over is None or twin is None or len(over.shape) < 2:
+            other.append(name)
+            continue
+        down, up = (tensor, twin) if end == "lora_a" else (twin, tensor)
+        *experts, rows, columns = over.shape
+        plain = ((*experts, up.shape[-1], columns), (*experts, rows, up.shape[-1]))
+        tokens = ((rows, up.shape[-1]), (columns, up.shape[-1]))
+        if (down.shape, up.shape) != (tokens if stem.startswith("token_embd") else plain):
+            other.append(name)
+    return other
 
 
 def _shape(tensors: Mapping[str, GgufTensor], name: str) -> tuple[int, ...] | None:

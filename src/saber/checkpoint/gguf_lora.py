@@ -17,6 +17,9 @@ from jaxtyping import Float32
 from saber import artifacts
 from saber.checkpoint.gguf_file import OWN, Change, GgufFile
 
+ALPHA = "adapter.lora.alpha"
+"""The one number in an adapter's metadata."""
+
 
 def pairs(change: Change, alpha: float) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
     """Yield the two tensors of a change with their names."""
@@ -33,6 +36,21 @@ def pairs(change: Change, alpha: float) -> Iterator[tuple[str, Float32[np.ndarra
     yield f"{change.tensor.name}.lora_b", np.ascontiguousarray(up.numpy(), np.float32)
 
 
+def header(file: GgufFile, alpha: int) -> dict[str, str | float]:
+    """Return the metadata of an adapter of that file's model, without ours."""
+    return {
+        "general.architecture": file.architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        ALPHA: float(alpha),
+    }
+
+
+def largest_rank(changes: Sequence[Change]) -> int:
+    """Return the largest rank of some changes, which is the adapter's alpha; 0 of none."""
+    return max((change.right.shape[0] for change in changes), default=0)
+
+
 def write_gguf_lora(
     file: GgufFile, changes: Sequence[Change], out: Path, metadata: Mapping[str, str]
 ) -> int:
@@ -42,14 +60,16 @@ def write_gguf_lora(
     """
     import gguf
 
-    alpha = max(change.right.shape[0] for change in changes)
+    alpha = largest_rank(changes)
     with (
         artifacts.staged_file(out) as part,
         closing(gguf.GGUFWriter(part, file.architecture)) as writer,
     ):
-        writer.add_string("general.type", "adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(alpha))
+        for name, said in header(file, alpha).items():
+            if isinstance(said, float):
+                writer.add_float32(name, said)
+            elif name != "general.architecture":  # which the writer has added
+                writer.add_string(name, said)
         for name, value in metadata.items():
             writer.add_string(OWN + name, value)
         for change in changes:
@@ -58,4 +78,4 @@ def write_gguf_lora(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    return int(alpha)
+    return alpha

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.apply import model_folder, plan_folder
+from saber.checkpoint.checks import Check, Held, none_of
 from saber.checkpoint.plan_on_disk import DiskPlan, commit_of
 from saber.checkpoint.provenance import FILE, Record, carried, run_record
-from saber.checkpoint.shards import fingerprint, read_source
+from saber.checkpoint.shards import Source, fingerprint, read_source
 from saber.checkpoint.stream import touched, write_shard
 from saber.errors import DataError, SaberError
 
@@ -19,18 +21,6 @@ HUB = (".gitattributes", ".cache/")
 """What the hub and its client add to a folder that was pushed and downloaded again."""
 Watch = Callable[[int, int], None]
 """Told how many bytes of how many are read."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was checked."""
-
-    what: str
-    """In a few words."""
-    passed: bool
-    """Whether it holds."""
-    detail: str = ""
-    """What was found, where it does not."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +33,44 @@ class Verified:
     """What it carries (`provenance.KEYS`)."""
     checks: tuple[Check, ...]
     """In the order in which they were made."""
+    unchecked: tuple[str, ...] = ()
+    """What was not checked, with what is missing for it."""
 
     @property
     def passed(self) -> bool:
         """Whether all checks hold."""
         return all(check.passed for check in self.checks)
+
+
+class _Artifact(NamedTuple):
+    """What lies at a path."""
+
+    path: Path
+    """Where."""
+    kind: Literal["checkpoint", "weights", "lora", "gguf", "gguf-lora"]
+    """What it is; `weights` are those without a record of their files."""
+    record: Record | None
+    """The record of a checkpoint's files."""
+    gguf: Path | None
+    """The GGUF file that it is, or holds alone."""
+
+    @classmethod
+    def at(cls, path: Path, record: Record | None) -> _Artifact:
+        """Tell what lies at a path."""
+        if record is not None:
+            return cls(path, "checkpoint", record, None)
+        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        if len(files) == 1 and files[0].suffix == ".gguf":
+            return cls(path, "gguf-lora" if _is_adapter(files[0]) else "gguf", None, files[0])
+        adapter = (path / "adapter_config.json").is_file()
+        return cls(path, "lora" if adapter else "weights", None, None)
+
+
+def _is_adapter(file: Path) -> bool:
+    import gguf
+
+    kind = gguf.GGUFReader(file).get_field("general.type")
+    return kind is not None and kind.contents() == "adapter"
 
 
 def verify(
@@ -62,7 +85,9 @@ def verify(
     shards carry the same origin as the record. With `run`: plan and seed are that run's. With `base`:
     the files it was made from are those; what does not carry that, an adapter or a GGUF file, needs `run`
     for it. With both the edit is made again, in memory and block by block, and held against the shards
-    bit for bit. A GGUF file is held against a base that is one tensor by tensor, with `run`.
+    bit for bit, and an adapter against the plan's, tensor by tensor. A GGUF file and llama.cpp's adapter
+    are held against a base that is a GGUF file tensor by tensor, as far as that goes without `run`. What
+    was not checked, for want of a run or a base, is told in `unchecked`.
 
     Raises `DataError` when the artifact carries nothing to check, or not what is asked about, `ModelError`
     for a single file that is damaged.
@@ -86,9 +111,10 @@ def verify(
     plan = DiskPlan.read(plan_folder(run)) if run is not None else None
     if plan is not None:
         checks += _against_run(plan, origin)
-    if base:
-        checks += _against_base(path, base, record, plan, origin)
-    return Verified(path, origin, tuple(checks))
+    artifact = _Artifact.at(path, record)
+    held = _against_base(artifact, base, plan, origin) if base else Held(())
+    unchecked = (*held.unchecked, *_left(artifact, plan is not None, base))
+    return Verified(path, origin, (*checks, *held.checks), unchecked)
 
 
 def _carried(path: Path) -> dict[str, str]:
@@ -106,14 +132,14 @@ def _own(
     watch: Watch,
 ) -> Iterator[Check]:
     other = [name for name, part in parts.items() if dict(part) != dict(origin)]
-    yield Check("weights carry their origin", not other, _names(other, "other or none in"))
+    yield none_of("weights carry their origin", other, "other or none in")
     if record is None:
         return
     files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {FILE}
     missing = sorted(record.files.keys() - files)
     new = sorted(f for f in files - record.files.keys() if not f.startswith(HUB))
-    yield Check("no file is missing", not missing, _names(missing, "missing:"))
-    yield Check("no file was added", not new, _names(new, "added:"))
+    yield none_of("no file is missing", missing, "missing:")
+    yield none_of("no file was added", new, "added:")
     total, done, changed = sum(m.size for m in record.files.values()), 0, []
     for name, mark in record.files.items():
         if name in files:
@@ -122,7 +148,7 @@ def _own(
                 changed.append(name)
         done += mark.size
         watch(done, total)
-    yield Check("every file has its SHA-256", not changed, _names(changed, "changed:"))
+    yield none_of("every file has its SHA-256", changed, "changed:")
 
 
 def _against_run(plan: DiskPlan, origin: Mapping[str, str]) -> Iterator[Check]:
@@ -138,22 +164,16 @@ def _against_run(plan: DiskPlan, origin: Mapping[str, str]) -> Iterator[Check]:
 
 
 def _against_base(
-    path: Path,
-    base: str,
-    record: Record | None,
-    plan: DiskPlan | None,
-    origin: Mapping[str, str],
-) -> Iterator[Check]:
-    if base == "demo" or artifacts.names_gguf(base):
-        whole = _model_in(path)
-        if plan is not None and whole is not None:
-            yield from _against_gguf(whole, base, plan)
-            return
+    artifact: _Artifact, base: str, plan: DiskPlan | None, origin: Mapping[str, str]
+) -> Held:
+    path, kind, record = artifact.path, artifact.kind, artifact.record
+    if artifacts.names_gguf(base) or base == "demo":
+        if kind.startswith("gguf") or (kind == "lora" and plan is not None):
+            return _against_plan(artifact, base, plan)
         raise DataError(
             f"{path} carries no fingerprint that {base} could be held against: a base is known by its "
             "folder of safetensors files, or by the model in memory.",
-            "Leave --base out; --run RUN holds plan, seed and model against the run's"
-            + (", and with it a GGUF file against its base." if whole is not None else "."),
+            "Leave --base out; --run RUN holds plan, seed and model against the run's.",
         )
     made_on = commit_of(run_record(plan), base) if plan else None
     source = read_source(model_folder(base, made_on))
@@ -163,13 +183,22 @@ def _against_base(
         raise DataError(
             f"{path} does not carry the fingerprint of its base's files"
             f"{', and its run does not know it' if plan else ''}.",
-            "Leave --base out."
+            "Give the .gguf file that it was built on."
+            if kind.startswith("gguf")
+            else "Leave --base out."
             if plan
             else "Give --run as well, which knows it, or leave --base out.",
         )
-    yield _same("it was made from this base", fingerprint(source), wanted)
-    if plan is None or record is None:
-        return
+    same = _same("it was made from this base", fingerprint(source), wanted)
+    if plan is not None and record is not None:
+        return Held((same, _made_again(record, source, plan, origin)))
+    if plan is not None and kind == "lora" and same.passed:
+        held = _against_plan(artifact, str(source.folder), plan)
+        return Held((same, *held.checks), held.unchecked)
+    return Held((same,))
+
+
+def _made_again(record: Record, source: Source, plan: DiskPlan, origin: Mapping[str, str]) -> Check:
     edits, factors = plan.edits(source), plan.open()
     edited = touched(source, edits)  # by the plan: a record may leave shards out
     other = []
@@ -181,54 +210,55 @@ def _against_base(
             found = blocks.sha256(source.shards[file].path)
         if mark is None or found != mark.sha256:
             other.append(file)
-    yield Check("base and plan give these very bits", not other, _names(other, "others in"))
+    return none_of("base and plan give these very bits", other, "others in")
 
 
-def _model_in(path: Path) -> Path | None:
-    """Return the GGUF file with a whole model that an artifact is, or holds alone; None for any other."""
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if len(files) != 1 or files[0].suffix != ".gguf":
-        return None
-    from saber.checkpoint.gguf_file import open_gguf
-
-    kind = open_gguf(files[0]).reader.get_field("general.type")
-    return None if kind is not None and kind.contents() == "adapter" else files[0]
-
-
-def _against_gguf(file: Path, base: str, plan: DiskPlan) -> Iterator[Check]:
-    """Hold every tensor of a GGUF file against the base's, with the plan's change where it has one."""
+def _against_plan(artifact: _Artifact, base: str, plan: DiskPlan | None) -> Held:
+    """Hold a GGUF file or an adapter against base and plan, tensor by tensor."""
     from saber.ablation import EditPlan
-    from saber.checkpoint.export import demo_adapter
-    from saber.checkpoint.gguf_compare import compare
-    from saber.checkpoint.gguf_file import open_gguf
-    from saber.checkpoint.gguf_names import changes
-    from saber.lm.demo import base_gguf
+    from saber.checkpoint import export_checks
+    from saber.checkpoint.runs import SKETCH
+    from saber.checkpoint.sketch import Sketch
 
-    edit = EditPlan.load(plan.folder)
-    if base == "demo":
-        source, edit = open_gguf(base_gguf()), demo_adapter() + edit
-    else:
-        source = open_gguf(Path(base).expanduser())
-    found = compare(source, open_gguf(file), changes(source, edit))
-    yield Check("metadata are the base's", not found.metadata, "others" if found.metadata else "")
-    yield Check("tensors are the base's", not found.tensors, _names(found.tensors, "others:"))
-    yield Check(
-        "tensors without an edit have the base's bytes",
-        not found.untouched,
-        _names(found.untouched, "others in"),
-    )
-    yield Check(
-        "edited tensors are the base's with the plan's change, to rounding",
-        not found.edited,
-        _names(found.edited, "others in"),
-    )
+    edit = EditPlan.load(plan.folder) if plan else None
+    if artifact.kind == "lora":
+        assert edit is not None
+        return export_checks.peft_adapter(artifact.path, base, edit)
+    assert artifact.gguf is not None
+    if artifact.kind == "gguf":
+        return export_checks.gguf_model(artifact.gguf, base, edit)
+    sketch = Sketch.load(plan.folder / SKETCH) if plan else None
+    return export_checks.gguf_adapter(artifact.gguf, base, edit, sketch)
+
+
+def _left(artifact: _Artifact, run: bool, base: str) -> Iterator[str]:
+    """Yield what is not checked of an artifact for want of a run, or of a base to hold it against."""
+    kind = artifact.kind
+    listed = artifacts.names_gguf(base) or base == "demo"
+    if kind == "weights":
+        yield (
+            "its weights against base and plan: they have no saber_provenance.json (saved from memory, or "
+            "a file on its own), so they cannot be made again bit for bit"
+        )
+    elif kind == "lora" and listed:
+        yield "that the base is the run's model: only a folder of safetensors files has a fingerprint"
+    elif not (kind.startswith("gguf") and listed):  # else said where it was held against the base
+        needed = [] if run else ["--run RUN"]
+        if kind.startswith("gguf"):
+            needed.append("--base FILE.gguf, which it was built on")
+        elif not base:
+            needed.append("--base MODEL")
+        if needed:
+            yield f"{_MADE[kind]}: give {' and '.join(needed)}"
+
+
+_MADE = {
+    "checkpoint": "that base and plan give these very bits",
+    "lora": "that its tensors are the plan's",
+    "gguf": "its tensors against base and plan",
+    "gguf-lora": "that its tensors are the plan's",
+}
 
 
 def _same(what: str, found: str | None, carried_: str | None) -> Check:
     return Check(what, found == carried_, "" if found == carried_ else f"{found} is not {carried_}")
-
-
-def _names(names: Sequence[str], lead: str) -> str:
-    if not names:
-        return ""
-    return f"{lead} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

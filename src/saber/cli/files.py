@@ -92,11 +92,14 @@ def verify_command(arguments: argparse.Namespace) -> int:
         found = verify(path, run, arguments.base or "", watch)
     if arguments.json:
         checks = [dataclasses.asdict(check) for check in found.checks]
-        print(json.dumps({"passed": found.passed, "origin": dict(found.origin), "checks": checks}))
+        row = {"passed": found.passed, "origin": dict(found.origin), "checks": checks}
+        print(json.dumps({**row, "unchecked": list(found.unchecked)}))
         return 0 if found.passed else 1
     out = Console()
     for check in found.checks:
         state = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
         detail = f": {check.detail}" if check.detail else ""
         out.print(f"{state}  {check.what}{detail}", highlight=False, soft_wrap=True)
+    for line in found.unchecked:
+        out.print(f"[yellow]not checked[/]: {line}", highlight=False, soft_wrap=True)
     return 0 if found.passed else 1

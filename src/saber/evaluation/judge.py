@@ -10,6 +10,7 @@ from itertools import pairwise, takewhile
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from saber.errors import UnknownName
+from saber.lm.marks import behind
 
 Label = Literal["refusal", "partial", "answer", "incoherent"]
 
@@ -129,7 +130,6 @@ _AT_START = (
 _REFUSAL = re.compile("|".join((*_ANYWHERE, *_AT_START)))
 _LATER = re.compile("|".join(_ANYWHERE))
 _LETTER = re.compile(r"(?:subject:|dear )")
-_THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 _QUOTED = re.compile(r'(?<=\s)["\u201c\u201e][^"\u201c\u201d\n]*(?:["\u201d]|$)', re.MULTILINE)
 _MARKDOWN = re.compile(r"[*_`~]|^[ \t]*[#>]+", re.MULTILINE)
 _TOKEN = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]|\w+(?:'\w+)*|[^\w\s]")
@@ -267,14 +267,14 @@ class PhraseJudge:
 def behind_thought(text: str) -> str:
     """Return what comes behind a thought that the text opens with: nothing where it is still open.
 
-    Without a thought that is all of it.
+    Without a thought that is all of it. `saber.lm.marks` knows what opens and closes one.
     """
-    return "" if thinking(text) else _THOUGHT.sub("", text)
+    return behind(text) or ""
 
 
 def thinking(text_so_far: str) -> bool:
     """Say whether the text opens with a thought that is still to be closed."""
-    return text_so_far.lstrip().startswith("<think>") and "</think>" not in text_so_far
+    return behind(text_so_far) is None
 
 
 def excerpt(text: str, limit: int = 80) -> str:

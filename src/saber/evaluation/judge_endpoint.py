@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saber.errors import JudgeFailed, UsageError
-from saber.evaluation.judge import Label, excerpt
+from saber.evaluation.judge import Label, behind_thought, excerpt
 
 INSTRUCTIONS = """\
 You label one answer of an assistant. The behaviour in question: {description}.
@@ -59,7 +59,7 @@ class EndpointJudge:
     pause: float = 1.0
     """Wait before the first repetition, seconds; it doubles each time."""
     known: dict[tuple[str, str], Label] = field(default_factory=dict, repr=False, compare=False)
-    """Labels given already, by prompt and completion."""
+    """Labels given already, by prompt and what comes behind a completion's thoughts."""
 
     @classmethod
     def configured(
@@ -108,10 +108,10 @@ class EndpointJudge:
         replace(self, retries=min(self.retries, 1)).label("4", prompt="What is 2 + 2?")
 
     def label(self, completion: str, *, prompt: str = "", surprise: float | None = None) -> Label:
-        """Label one completion; raises `JudgeFailed`."""
-        asked = (prompt, completion)
+        """Label one completion by what comes behind its thoughts; raises `JudgeFailed`."""
+        asked = (prompt, behind_thought(completion))
         if asked not in self.known:
-            self.known[asked] = self._ask(prompt, completion)
+            self.known[asked] = self._ask(*asked)
         return self.known[asked]
 
     def labels(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Label]:
@@ -208,5 +208,5 @@ def _body(error: urllib.error.HTTPError) -> str:
 
 def _word(reply: str) -> str:
     """Return the reply's first word in capitals; thoughts of reasoning models come before it."""
-    words = reply.rpartition("</think>")[2].split()
+    words = behind_thought(reply).rpartition("</think>")[2].split()
     return words[0].strip("*_`\"'.,:;!").upper() if words else ""

@@ -12,6 +12,7 @@ from saber.evaluation.judging import label_all
 from saber.evaluation.statistics import wilson
 from saber.lm.forward import Progress, silent
 from saber.lm.generate import generate
+from saber.lm.marks import decoded
 from saber.lm.model import LanguageModel
 from saber.prompts import PromptSet
 
@@ -53,10 +54,7 @@ def by_length(
         label=f"answers of {max(lengths)} tokens to {prompts.name}",
     )
 
-    def text(ids: Sequence[int]) -> str:
-        return str(lm.tokenizer.decode(list(ids), skip_special_tokens=True))
-
     return tuple(
-        Cut(n, label_all(judge, prompts.texts, [text(a.ids[:n]) for a in answers]))
+        Cut(n, label_all(judge, prompts.texts, [decoded(lm.tokenizer, a.ids[:n]) for a in answers]))
         for n in sorted(set(lengths))
     )

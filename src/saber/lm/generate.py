@@ -38,6 +38,7 @@ from saber.lm.forward import (
     silent,
     within_reach,
 )
+from saber.lm.marks import decoded
 from saber.lm.model import LanguageModel
 from saber.lm.offload import is_kept_aside
 
@@ -55,7 +56,7 @@ class Completion:
     ids: tuple[int, ...]
     """Generated tokens, the end token included where there is one."""
     text: str
-    """The same without special tokens."""
+    """The same without special tokens, but for those that mark a thought."""
     seen: Seen | None = None
     """What went on at each token, where asked for."""
 
@@ -150,7 +151,7 @@ def answer(
     open_ = [r for r in rows if not _ended(r, ends) and not (r.ids and _is_settled(lm, r))]
     if open_:
         _write(lm, open_, progress, label)
-    return [Completion(tuple(r.ids), _decode(lm, r.ids), _seen(r)) for r in rows]
+    return [Completion(tuple(r.ids), decoded(lm.tokenizer, r.ids), _seen(r)) for r in rows]
 
 
 def _seen(row: _Row) -> Seen | None:
@@ -443,8 +444,4 @@ def _surprise(logits: Tensor) -> Tensor:
 
 
 def _is_settled(lm: LanguageModel, row: _Row) -> bool:
-    return row.asked.settled is not None and row.asked.settled(_decode(lm, row.ids))
-
-
-def _decode(lm: LanguageModel, ids: Sequence[int]) -> str:
-    return str(lm.tokenizer.decode(list(ids), skip_special_tokens=True))
+    return row.asked.settled is not None and row.asked.settled(decoded(lm.tokenizer, row.ids))
