@@ -186,8 +186,12 @@ def edited(
     where: str,
     placement: dict[str, str] | None = None,
     offload: bool = False,
+    sensitive: bool = True,
 ) -> dict:
-    """Run the whole pipeline on a device, with a placement, or offloaded; return what came out, in numbers."""
+    """Run the whole pipeline on a device, with a placement or offloaded; return what came out, in numbers.
+
+    Edits that are `sensitive` follow what answers feel, which takes gradients.
+    """
     from architectures import prompt_files
     from test_pipeline import small
 
@@ -204,6 +208,7 @@ def edited(
                 "offload": offload,
             },
             data={**prompt_files(path), "limit": 4},
+            edit={} if sensitive else {"sensitivity": 0.0},
         )
         record = pipeline.run(
             str(model), path / "run", config, force=True, export=("merged",)

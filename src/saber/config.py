@@ -279,6 +279,11 @@ def validate(config: RunConfig) -> None:
         raise UsageError("setting data.behaviour is empty.", "Say in a word what targets show.")
     if config.spectral.depth_low > config.spectral.depth_high:
         raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
+    if config.load.offload and config.edit.kind == "selective" and config.edit.sensitivity:
+        raise UsageError(
+            "setting edit.sensitivity needs gradients, which layers in main memory do not have.",
+            "Leave it at 0, or leave out --offload.",
+        )
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class LoadSpec:
     device_map: str = ""
     """Passed to transformers (auto, balanced, ...) to spread a model over several devices."""
     offload: bool = False
-    """Keep the layers in main memory, and bring each to the device for its calls: for models larger than it."""
+    """Keep the layers in main memory and bring each to the device for its calls: for larger models."""
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's chat template."""
     system: str = ""

@@ -39,7 +39,7 @@ class _Waiting:
         if not self.wanted:
             try:
                 for tensor in (*self.module.parameters(), *self.module.buffers()):
-                    self.away.append((tensor, _filled(tensor, tensor.detach().to(self.device))))
+                    self.away.append((tensor, _filled(tensor, _sent(tensor, self.device))))
             except BaseException:
                 self._put_back()
                 raise
@@ -57,6 +57,10 @@ class _Waiting:
         self.away.clear()
 
 
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device)
+
+
 def _filled(tensor: Tensor, other: Tensor) -> Tensor:
     """Let a tensor hold what another does, and stay the same object; return one that holds what it held.
 
@@ -65,7 +69,9 @@ def _filled(tensor: Tensor, other: Tensor) -> Tensor:
     if torch._has_compatible_shallow_copy_type(tensor, other):
         held, tensor.data = tensor.data, other
         return held
-    same_kind = nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
+    same_kind = (
+        nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
+    )
     torch.utils.swap_tensors(tensor, same_kind)
     return same_kind
 
@@ -88,7 +94,7 @@ def keep_aside(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if id(module) not in inside:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                _filled(tensor, tensor.detach().to(device))
+                _filled(tensor, _sent(tensor, device))
     for member in members:
         waiting = _Waiting(member, device)
         setattr(member, _MARK, waiting)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saber.lm.model import LanguageModel
+from saber.lm.offload import is_kept_aside
 from saber.lm.writers import Writer
 
 Key = tuple[str, int]
@@ -48,11 +49,35 @@ class Tap(TorchDispatchMode):
     def __init__(self, lm: LanguageModel, writers: Sequence[Writer], receive: Receive) -> None:
         super().__init__()
         self.receive = receive
-        self.weights: dict[int, list[tuple[Writer, Tensor]]] = defaultdict(list)
+        self._here: list[tuple[Writer, Tensor]] = []
+        self._aside: dict[nn.Module, list[tuple[Writer, Tensor]]] = {}
+        """Those of layers that wait in main memory, and lie elsewhere in each call."""
         for writer in writers:
             weight = lm.model.get_parameter(writer.weight)
-            if weight.ndim > 1:
-                self.weights[weight.untyped_storage().data_ptr()].append((writer, weight))
+            if weight.ndim < 2:
+                continue
+            where = self._here
+            if writer.layer >= 0 and is_kept_aside(lm.layers[writer.layer]):
+                where = self._aside.setdefault(lm.layers[writer.layer], [])
+            where.append((writer, weight))
+        self.weights = _by_storage(self._here)
+        self._watches = ExitStack()
+
+    def __enter__(self) -> Tap:
+        """Open the tap."""
+        for layer in self._aside:
+            handle = layer.register_forward_pre_hook(self._came)
+            self._watches.callback(handle.remove)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Close it."""
+        self._watches.close()
+        super().__exit__(*error)
+
+    def _came(self, layer: nn.Module, _args: Any) -> None:
+        # What came before it is gone, and this may lie where that did.
+        self.weights = _by_storage([*self._here, *self._aside[layer]])
 
     @contextmanager
     def to(self, receive: Receive) -> Iterator[None]:
@@ -92,10 +117,21 @@ class Tap(TorchDispatchMode):
                 self.receive((writer.name, expert), given.reshape(-1, width))
 
 
+def _by_storage(
+    weights: Sequence[tuple[Writer, Tensor]],
+) -> dict[int, list[tuple[Writer, Tensor]]]:
+    found: dict[int, list[tuple[Writer, Tensor]]] = defaultdict(list)
+    for writer, weight in weights:
+        found[weight.untyped_storage().data_ptr()].append((writer, weight))
+    return found
+
+
 @contextmanager
 def plain_experts(lm: LanguageModel) -> Iterator[None]:
     """Let each expert meet its own rows in a product of its own, where transformers offers that."""
-    configs = {id(c): c for m in lm.model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {
+        id(c): c for m in lm.model.modules() if (c := getattr(m, "config", None)) is not None
+    }
     fused = [
         (config, name)
         for config in configs.values()
