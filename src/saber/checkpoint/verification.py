@@ -14,6 +14,7 @@ from saber.checkpoint.provenance import FILE, Record, carried
 from saber.checkpoint.shards import fingerprint, read_source
 from saber.checkpoint.stream import touched, write_shard
 from saber.errors import DataError, SaberError
+from saber.paths import expanded
 
 HUB = (".gitattributes", ".cache/")
 """What the hub and its client add to a folder that was pushed and downloaded again."""
@@ -207,7 +208,7 @@ def _against_gguf(file: Path, base: str, plan: DiskPlan) -> Iterator[Check]:
     if base == "demo":
         source, edit = open_gguf(base_gguf()), demo_adapter() + edit
     else:
-        source = open_gguf(Path(base).expanduser())
+        source = open_gguf(expanded(base))
     found = compare(source, open_gguf(file), changes(source, edit))
     yield Check("metadata are the base's", not found.metadata, "others" if found.metadata else "")
     yield Check("tensors are the base's", not found.tensors, _names(found.tensors, "others:"))
