@@ -20,6 +20,7 @@ from saber.config import PRESETS, override, preset
 from saber.gathering import gather
 from saber.lm.load import load
 from saber.lm.model import fingerprint
+from saber.sweep.journal import KIND
 
 
 def failing(capsys, *arguments):
@@ -624,3 +625,11 @@ def test_a_base_of_another_size_is_told(capsys, model_folder, few, tmp_path):
     small = ["--limit", "2", "--max-new-tokens", "4", "--set", "evaluation.battery_new_tokens=4"]
     code, error = failing(capsys, "eval", model_folder, "--base", wide, *small)
     assert (code, "no edit of --base" in error) == (2, True)
+
+
+@pytest.mark.parametrize("lacks", ["model", "config"])
+def test_a_sweep_whose_study_is_of_another_form(capsys, tmp_path, lacks):
+    study = {"kind": KIND, "schema": 1, "model": {}, "config": {}}
+    (tmp_path / "study.json").write_text(json.dumps({**study, lacks: "x"}))
+    ask = ("run", "demo", "--from-sweep", tmp_path, "--trial", "1", "--out", tmp_path / "o")
+    assert f"lacks {lacks}" in failing(capsys, *ask)[1]
