@@ -1,21 +1,26 @@
 """Bad input: one clear line, a non-zero exit, nothing half-written."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
 from saber import __version__
+from saber.cli.console import console, note
 from saber.cli.main import main
-from saber.cli.tables import result_rows
+from saber.cli.progress import listening
+from saber.cli.tables import result_rows, results_table
 from saber.config import PRESETS, override, preset
 from saber.gathering import gather
 from saber.lm.load import load
 from saber.lm.model import fingerprint
+from saber.sweep.journal import KIND
 
 
 def failing(capsys, *arguments):
@@ -491,3 +496,140 @@ def test_the_package_runs_as_the_command():
     command = [sys.executable, "-m", "saber", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, f"saber {__version__}"), done.stderr
+
+
+UNKNOWN = "~nobody-of-that-name/x"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", UNKNOWN],
+        ["diff", UNKNOWN, UNKNOWN],
+        ["run", "demo", "--target", f"{UNKNOWN}.txt", "--neutral", "n.txt"],
+        ["run", "demo", "--judge", "regex", "--judge-pattern", f"@{UNKNOWN}"],
+    ],
+)
+def test_the_home_of_an_unknown_user_is_a_path_that_is_not_there(capsys, tmp_path, command):
+    out = ["--out", tmp_path / "o"] if command[0] == "run" else []
+    assert "~nobody" in failing(capsys, *command, *out)[1]
+
+
+@pytest.mark.parametrize(
+    "option", ["--target", "--keep", "--retain", "--lengths", "--chat-template", "--everyday"]
+)
+def test_an_option_that_names_nothing_is_not_left_out_without_a_word(capsys, tmp_path, option):
+    code, error = failing(capsys, "run", "demo", option, "", "--out", tmp_path / "o")
+    assert (code, f"{option} is empty" in error) == (2, True)
+
+
+def test_a_base_without_a_name_is_told(capsys):
+    assert "name of the base is empty" in failing(capsys, "eval", "demo", "--base", "")[1]
+
+
+def test_overwrite_and_resume_exclude_each_other(capsys, tmp_path):
+    both = ("--overwrite", "--resume", "--out", tmp_path / "o")
+    for command in ("run", "sweep", "audit"):
+        assert "exclude each other" in failing(capsys, command, "demo", *both)[1]
+
+
+def test_arguments_that_are_no_text_are_told(capsys, tmp_path):
+    code, error = failing(capsys, "chat", "demo", "--prompt", "caf\udce9")
+    assert (code, "is not UTF-8" in error) == (2, True)
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(capsys, model_folder):
+    odd = model_folder.parent / "[" / "red] [" / "b] :smile:"
+    odd.parent.mkdir(parents=True)
+    model_folder.rename(odd)
+    assert main(["diff", str(odd), str(odd), "--plot", str(odd.parent / "p.svg")]) == 0
+    assert "[/red] [/p.svg" in capsys.readouterr().out.replace("\n", "")
+    assert main(["chat", str(odd), "--prompt", "x", "--max-new-tokens", "4"]) == 0
+    number = {"rate": 0.5, "low": 0.1, "high": 0.9}
+    console().print(note("[/x]"), results_table(measured_with(number), None, 4, "[/b] :smile:"))
+    assert "[/b] :smile: (target)" in capsys.readouterr().out
+    with listening(console(stderr=True)) as listener:
+        listener.on_stage("measuring [/x]")
+        assert list(listener.progress([1], "[/x]", 1)) == [1]
+    assert "measuring [/x]" in capsys.readouterr().err
+
+
+def measured_with(number):
+    """As much of a measurement as the table shows."""
+    one = {"overall": 1.0, "by_category": {}}
+    names = ("refusal", "refusal_seen", "refusal_unseen", "incoherent")
+    return {
+        **dict.fromkeys(names, number),
+        "over_refusal": {"borderline": number, "neutral": number},
+        "perplexity": {**one, "prompt_text": one},
+        "accuracy": {**one, "low": 0.1, "high": 0.9},
+    }
+
+
+def test_an_encoding_that_lacks_a_character_is_no_traceback(monkeypatch, model_folder):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setenv("COLUMNS", "30")
+    assert main(["inspect", str(model_folder)]) == 0
+    sys.stdout.flush()
+    assert b"?" in written.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_standard_output_that_is_full_is_one_line(model_folder):
+    command = [sys.executable, "-m", "saber", "inspect", str(model_folder), "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "saber: No space left on device.\n")
+
+
+def test_a_closed_standard_input_is_no_traceback(capsys, monkeypatch, model_folder):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "--yes" in failing(capsys, "push", model_folder, "me/x")[1]
+    assert main(["chat", str(model_folder), "--max-new-tokens", "4"]) == 0
+
+
+def test_a_message_that_is_no_text_is_told(capsys, monkeypatch, model_folder):
+    for errors in ("surrogateescape", "strict"):
+        typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", typed)
+        assert "not UTF-8" in failing(capsys, "chat", model_folder, "--max-new-tokens", "4")[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": "4"}, "expected int, got str"),
+        ({"num_attention_heads": 3}, "not a multiple"),
+    ],
+)
+def test_a_configuration_that_does_not_hold_together(capsys, model_folder, change, said):
+    file = model_folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    code, error = failing(capsys, "inspect", model_folder)
+    assert (code, said in error) == (2, True), error
+
+
+def test_a_chat_template_that_cannot_be_read(capsys, model_folder):
+    ask = ("chat", model_folder, "--prompt", "x", "--chat-template")
+    assert "template none.jinja: No such file" in failing(capsys, *ask, "none.jinja")[1]
+    odd = model_folder / "odd.jinja"
+    odd.write_bytes(b"\xff")
+    assert "it is not UTF-8. Give a Jinja file" in failing(capsys, *ask, odd)[1]
+
+
+def test_a_base_of_another_size_is_told(capsys, model_folder, few, tmp_path):
+    wide = tmp_path / "wide"
+    make_model("llama", d_model=64).save_pretrained(wide)
+    make_tokenizer().save_pretrained(wide)
+    small = ["--limit", "2", "--max-new-tokens", "4", "--set", "evaluation.battery_new_tokens=4"]
+    code, error = failing(capsys, "eval", model_folder, "--base", wide, *small)
+    assert (code, "no edit of --base" in error) == (2, True)
+
+
+@pytest.mark.parametrize("lacks", ["model", "config"])
+def test_a_sweep_whose_study_is_of_another_form(capsys, tmp_path, lacks):
+    study = {"kind": KIND, "schema": 1, "model": {}, "config": {}}
+    (tmp_path / "study.json").write_text(json.dumps({**study, lacks: "x"}))
+    ask = ("run", "demo", "--from-sweep", tmp_path, "--trial", "1", "--out", tmp_path / "o")
+    assert f"lacks {lacks}" in failing(capsys, *ask)[1]

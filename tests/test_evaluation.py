@@ -8,12 +8,14 @@ import torch
 from conftest import make_lm
 
 from saber.ablation import Removal, applied, orthogonal
+from saber.errors import UsageError
 from saber.evaluation.baseline import cache_folder
 from saber.evaluation.divergence import (
     diverge,
     keep_reference,
     kl_divergence,
     own_answers,
+    own_head,
     rounding,
     score_battery,
 )
@@ -58,6 +60,32 @@ def test_kl_equals_the_plain_one_from_two_copies():
             plain = kl_divergence(p, q)
             assert found.sequence[i] == pytest.approx(float(plain.mean()), rel=1e-3)
             assert found.first_token[i] == pytest.approx(float(plain[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.bfloat16), ("gemma2", torch.float32)],
+)
+def test_a_base_with_another_output_head_is_read_by_its_own(family, dtype):
+    lm, untouched = make_lm(family), make_lm(family)
+    for one in (lm, untouched):
+        one.model.to(dtype)
+    with torch.no_grad():
+        lm.head.weight.copy_(lm.head.weight.roll(1, 0))
+    answers = encode_answers(lm, ["well", "it is deep", "yes"])
+    reference = keep_reference(untouched, PROMPTS, answers)
+    assert own_head(untouched.head, make_lm(family).model.to(dtype).lm_head) is None
+    found = diverge(lm, reference, head=own_head(untouched.head, lm.head))
+    for i, e in enumerate(encode(lm, PROMPTS, answers)):
+        ids = torch.tensor([e.ids])
+        p, q = (m.model(input_ids=ids).logits[0, e.answer_positions] for m in (untouched, lm))
+        plain = float(kl_divergence(p.float(), q.float()).mean())
+        assert plain > 0.1
+        assert found.sequence[i] == pytest.approx(
+            plain, rel=1e-3 if p.dtype.itemsize == 4 else 0.05
+        )
+    with pytest.raises(UsageError, match="no edit of --base"):
+        own_head(make_lm("llama", d_model=64).head, lm.head)
 
 
 def test_logits_are_not_rounded_where_the_model_is(lm):

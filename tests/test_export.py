@@ -123,6 +123,27 @@ def test_a_run_that_lacks_what_is_needed(capsys, made, tmp_path, lacks):
         assert f"lacks {lacks}" in failing(capsys, *ask, *out)[1]
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: change(run / "run.json", schema=2), "is of schema 2, this version reads"),
+        (lambda run: change(run / "plan" / "meta.json", fingerprint="sha256:0"), "another model"),
+        (lambda run: (run / "run.json").write_text("[" * 100_000), "is not valid JSON"),
+    ],
+)
+def test_a_run_that_does_not_fit_together_is_no_edit(capsys, made, tmp_path, damage, said):
+    run, _ = made
+    damage(run)
+    for ask in (("chat", run, "--prompt", "x"), ("export", run, "--format", "merged")):
+        out = ("--out", tmp_path / "o") if ask[0] == "export" else ()
+        assert said in failing(capsys, *ask, *out)[1]
+    assert not (tmp_path / "o").exists()
+
+
+def change(file, **values):
+    artifacts.write_json(file, {**artifacts.read_json(file), **values})
+
+
 def test_a_damaged_plan_is_named(capsys, made, tmp_path):
     run, _ = made
     file = run / "plan" / "tensors.safetensors"

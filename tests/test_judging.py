@@ -250,7 +250,7 @@ def test_a_classifier_trained_on_in_its_place_is_another_judge(classifier_folder
     assert {k for k in before if before[k] != after[k]} == {"fingerprint"}
 
 
-def test_a_classifier_that_cannot_judge_is_refused(classifier_folder, model_folder):
+def test_a_classifier_that_cannot_judge_is_refused(classifier_folder, model_folder, capfd):
     with pytest.raises(UnknownName, match=r"unknown label .*'polit'. Did you mean 'polite'"):
         ClassifierJudge.load(str(classifier_folder), "polit", 0.5)
     with pytest.raises(UsageError, match="known: other, polite, rude"):
@@ -261,6 +261,11 @@ def test_a_classifier_that_cannot_judge_is_refused(classifier_folder, model_fold
         ClassifierJudge.load(str(classifier_folder / "none"), "polite", 0.5)
     with pytest.raises(ModelError, match=r"no trained classification head: score\.weight"):
         ClassifierJudge.load(str(model_folder), "LABEL_1", 0.5)
+    assert "MISSING" not in capfd.readouterr().err
+    weights = classifier_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        ClassifierJudge.load(str(classifier_folder), "polite", 0.5)
 
 
 class Server:

@@ -38,6 +38,21 @@ def test_marks_that_joined_files_leave_are_no_text(tmp_path):
     refused(write(tmp_path / "p.jsonl", '{"prompt": "\ufeff"}'), "line 1", "'prompt'", "empty")
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_utf_16_without_a_mark_is_told(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes("prompt\none\ntwo\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match="NUL character in line 1, as text in UTF-16"):
+        load(file)
+
+
+def test_a_category_that_is_no_number_is_none(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "one", "category": NaN, "split": NaN}\n')
+    (found,) = load(file)
+    assert (found.category, found.split) == ("", "")
+
+
 def test_text_is_cut_at_newlines_only(tmp_path):
     path = write(tmp_path / "p.txt", "one\u2028still one\x0c\nTwo")
     assert load(path).texts == ["one\u2028still one", "Two"]

@@ -49,6 +49,7 @@ from saber.passes import Refinement
 from saber.pipeline import run
 from saber.prompts.splits import NAMES
 from saber.record import describe_data
+from saber.report.toml import dumps
 from saber.run_folder import load_pass, prepare_folder
 from saber.strength import Ruler, Shown
 from saber.subject import (
@@ -462,6 +463,41 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, options):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_where_no_lock_can_be_made_is_told(tmp_path, monkeypatch):
+    """As in /proc, where a folder is there and nothing can be made in it."""
+
+    def none(*_args, **_kwargs):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", none)
+        with pytest.raises(OutputError, match=r"cannot write .*: No such file"):
+            artifacts.claimed(tmp_path / "out").__enter__()
+
+
+def test_a_report_that_cannot_be_written_does_not_lose_the_run(
+    model_folder, few, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    settings = tmp_path / "c.toml"
+    config = override(small("default", data=few), {"edit": {"scope": "nearest"}})
+    settings.write_text(dumps(resolved(config)))
+    asked = [str(model_folder), "--out", str(out), "--config", str(settings), "--force"]
+    for fault, code, told in (
+        (OutputError("cannot write report.html: disk full."), 2, "not its report: cannot"),
+        (KeyboardInterrupt(), 130, "is finished and safe there"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("saber.cli.commands.build", Mock(side_effect=fault))
+            assert main(["run", *asked, *([] if code == 2 else ["--overwrite"])]) == code
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert told in said
+    for command in said.partition(" with: ")[2].split(" && "):
+        assert main(shlex.split(command)[1:]) == 0
+    assert (out / "report.html").exists()
+    assert (out / "model" / "config.json").exists()
+
+
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -623,6 +659,31 @@ def test_settings_from_toml_and_their_errors(tmp_path):
     file.write_text("seed = ")
     with pytest.raises(UsageError, match="TOML"):
         read_toml(file)
+    file.write_bytes(b"\xef\xbb\xbfseed = 3\r\n")  # as some editors on Windows save it
+    assert read_toml(file) == {"seed": 3}
+
+
+@pytest.mark.parametrize("text", [f"seed = 1{'0' * 5000}", f"a = {'[' * 3000}{']' * 3000}"])
+def test_toml_beyond_what_python_reads(tmp_path, text):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match="not valid TOML"):
+        read_toml(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"edit": {"lambda": 10**400}}, "needs float"),
+        ({"evaluation": {"lengths": "9" * 5000}}, "needs whole numbers"),
+        ({"data": {"target": ["a.txt"]}}, r"data\.target needs text, not \['a.txt'\]"),
+        ({"data": {"behaviour": 5}}, r"data\.behaviour needs text, not 5"),
+        ({"load": {"system": {"x": "1"}}}, r"load\.system needs text"),
+    ],
+)
+def test_values_of_other_types_are_not_taken_for_text_or_numbers(values, said):
+    with pytest.raises(UsageError, match=said):
+        override(PRESETS["default"], values)
 
 
 @pytest.mark.slow

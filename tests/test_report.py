@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from saber.cli.main import main
 from saber.errors import DataError
 from saber.report import PLOTS, build, html_report, model_card, reading, style, tables
 from saber.report.plots import applicable
@@ -650,3 +651,22 @@ def test_a_strength_that_failed_and_openings_that_tell_nothing_are_told(tmp_path
     for text in (model_card(run), html_report(run, tmp_path)):
         assert "In pass 1 first tokens told nothing of the behaviour" in text
         assert "λ 10.0 with boost 1.00 failed and ended the search: NaN or infinity in" in text
+
+
+@pytest.mark.parametrize("key", ["environment", "config", "judge", "prompts", "seconds", "passes"])
+def test_a_record_of_another_form_is_one_line(
+    folder: Path, tmp_path: Path, key: str, capsys
+) -> None:
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (tmp_path / "run.json").write_text(json.dumps({**record, key: "x"}), encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "is not as it was written" in said
+    assert "copy it anew" in said
+
+
+def test_a_record_that_was_cut_off_is_not_to_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"schema": 1', encoding="utf-8")
+    with pytest.raises(DataError, match="not valid JSON") as caught:
+        build(tmp_path)
+    assert "--resume" not in caught.value.remedy

@@ -353,6 +353,13 @@ def test_ctrl_c_while_workers_begin_ends_them_without_a_word(after):
     assert (driver.returncode, said) == (130, "")
 
 
+def test_the_driver_itself_hears_of_ctrl_c():
+    asked = "import signal, saber.cli.sweep, saber.sweep.cluster, saber.sweep.drive\n"
+    asked += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_workers_ignore_ctrl_c_where_their_driver_does(ignored):
     asked = "import signal\n"

@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saber.errors import DataError, OutputError
+from saber.paths import expanded
 
 SCHEMA = 1
 TENSORS, META = "tensors.safetensors", "meta.json"
 FILES, LOCK = "files", "lock"
 """In the folder in which another comes into being: what will be moved, and who is at work there."""
+ATTEMPTS = 100
+"""Times that a lock is tried for which others keep taking away."""
 DAMAGED = "It is damaged or incomplete: copy it anew, or make it again."
 """How to mend a file that is not what it should be."""
 
@@ -75,12 +78,12 @@ def require_writable(out: Path) -> None:
 
 def names_gguf(model: str) -> bool:
     """Whether a model is called as a GGUF file, be it there or not, and is no folder of that name."""
-    return model.endswith(".gguf") and not Path(model).expanduser().is_dir()
+    return model.endswith(".gguf") and not expanded(model).is_dir()
 
 
 def require_apart(out: Path, model: str) -> None:
     """Raise `OutputError` where a model is `out` itself or lies in it, and would be written over."""
-    place, target = Path(model).expanduser(), out.expanduser()
+    place, target = expanded(model), expanded(out)
     if model == "demo" or not place.exists():
         return
     for form in (Path.absolute, Path.resolve):
@@ -109,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}).", DAMAGED) from error
     if not isinstance(value, dict):
         raise DataError(f"{path} does not hold a JSON object.", DAMAGED)
@@ -233,11 +236,13 @@ def _held(lock: Path) -> IO[bytes] | None:
         import fcntl
     except ImportError:
         return None
-    while True:
+    for attempt in range(ATTEMPTS):
         try:
             file = lock.open("ab")
         except FileNotFoundError:  # who held it has just removed the folder
             lock.parent.mkdir(parents=True, exist_ok=True)
+            if attempt + 1 == ATTEMPTS:  # or nothing can be made there, as in /proc
+                raise
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,3 +256,4 @@ def _held(lock: Path) -> IO[bytes] | None:
         except OSError:
             return file  # a file system without them
         file.close()
+    raise BlockingIOError

@@ -157,10 +157,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     toml = importlib.import_module(name)
     try:
-        return dict(toml.loads(path.read_text(encoding="utf-8")))
+        return dict(toml.loads(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, toml.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}.") from error
 
 
@@ -221,6 +221,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return tuple(item.strip() for item in items if item.strip())
     if isinstance(kind, types.UnionType):
         raise UsageError(f"setting {where} cannot be set from outside.")
+    if kind is str and not isinstance(value, str):
+        raise UsageError(f"setting {where} needs text, not {value!r}.")
     try:
         if kind is bool:
             if isinstance(value, bool):
@@ -231,7 +233,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if kind is float and isinstance(value, bool):
             raise ValueError
         return kind(value)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(f"setting {where} needs {kind.__name__}, not {value!r}.") from error
 
 
@@ -239,7 +241,7 @@ def _counts(items: Any, where: str) -> tuple[int, ...]:
     """Check a list of whole numbers above 0."""
     given = items if isinstance(items, list | tuple) else [items]
     found = [str(item).strip() for item in given if str(item).strip()]
-    if not all(text.isdecimal() and int(text) > 0 for text in found):
+    if not all(text.isdecimal() and len(text) < 10 and int(text) > 0 for text in found):
         raise UsageError(
             f"setting {where} needs whole numbers above 0 with commas between them, not {items!r}."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from saber.ablation import EditPlan, applied
-from saber.checkpoint.runs import PLAN, RUN, base_of, read_record
+from saber.checkpoint.runs import RUN, base_of, read_plan, read_record
 from saber.errors import UsageError
 from saber.lm.chat import encode
 from saber.lm.generate import generate
@@ -57,7 +57,7 @@ class Partner:
         model = record["model"]
         system = dig(record, "config", "load", "system") or ""
         unpack = bool(dig(record, "config", "load", "dequantize"))
-        plan = EditPlan.load(folder / PLAN)
+        plan = read_plan(folder, record)
         return cls(base or base_of(folder, model), plan, model["fingerprint"], system, unpack)
 
     def loaded(self, spec: LoadSpec) -> LanguageModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from saber import artifacts
 from saber.checkpoint import blocks
 from saber.checkpoint.shards import INDEX, Source
+from saber.paths import expanded
 
 OTHER_WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5"),
@@ -79,7 +80,7 @@ def fetch_rest(name: str, folder: Path) -> tuple[str, ...]:
     """
     from saber.checkpoint.hub_errors import FAILURES
 
-    if folder.parent.name != "snapshots" or Path(name).expanduser().exists():
+    if folder.parent.name != "snapshots" or expanded(name).exists():
         return ()
     try:
         left = _fetched(name, folder)

@@ -42,6 +42,7 @@ from saber.lm.forward import Progress, silent
 from saber.lm.load import LoadSpec, as_stored, load, read_template, skeleton
 from saber.lm.model import LanguageModel, is_of
 from saber.lm.writers import Writer
+from saber.paths import expanded
 
 Format = Literal["lora", "merged", "gguf", "gguf-lora"]
 FORMATS: tuple[Format, ...] = ("lora", "merged", "gguf", "gguf-lora")
@@ -209,7 +210,7 @@ def export_all(
     order = sorted((k for k in FORMATS if k in kinds), key=lambda k: k == "merged")
     for index, kind in enumerate(order):
         out = folder / PLACES[kind]
-        later = " && ".join(_command(k, folder, spec) for k in order[index:])
+        later = " && ".join(commands(order[index:], folder, spec))
         try:
             shutil.rmtree(out, ignore_errors=True)
             done = export(
@@ -218,7 +219,7 @@ def export_all(
         except Exception as error:  # the run is finished, and this says how to go on
             raise OutputError(
                 f"the run in {folder} is finished, but not its export as {kind}: {_told(error)}",
-                f"Go on with: {later}",
+                f"Go on with: {later}" if run.plan.factors else "Its plan changes nothing.",
             ) from error
         except KeyboardInterrupt:
             raise ExportInterrupted(folder, left_of(out), later) from None
@@ -237,6 +238,11 @@ def _told(error: Exception) -> str:
         return error.problem
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}{f': {first}' if first else ''}".rstrip(".") + "."
+
+
+def commands(kinds: Sequence[str], folder: Path, spec: LoadSpec) -> list[str]:
+    """Return the commands that write formats into a run folder, as the run would have."""
+    return [_command(kind, folder, spec) for kind in kinds]
 
 
 def _command(kind: str, folder: Path, spec: LoadSpec) -> str:
@@ -393,9 +399,9 @@ def _gguf_path(run: Run, spec: ExportSpec) -> tuple[Path, bool]:
     if spec.base:
         if not artifacts.names_gguf(spec.base):
             raise UsageError(f"--base {spec.base} is no .gguf file.", "Give one to build on.")
-        return Path(spec.base).expanduser(), False
+        return expanded(spec.base), False
     if own == "gguf":
-        return Path(run.model["name"]).expanduser(), False
+        return expanded(run.model["name"]), False
     raise UsageError(
         f"this run was made on {run.model['name']}, which is no .gguf file.",
         "Give the model as GGUF with --base FILE.gguf.",

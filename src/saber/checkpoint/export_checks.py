@@ -26,6 +26,7 @@ from saber.checkpoint.sketch import ALIKE, Sketch
 from saber.errors import DataError, ModelError, SaberError
 from saber.lm.demo import base_gguf
 from saber.lm.load import skeleton
+from saber.paths import expanded
 
 _MAY_DIFFER = {
     "base_model_name_or_path",
@@ -130,7 +131,7 @@ def peft_adapter(folder: Path, base: str, plan: EditPlan) -> Held:
 
 
 def _base(name: str) -> GgufFile:
-    return open_gguf(base_gguf() if name == "demo" else Path(name).expanduser())
+    return open_gguf(base_gguf() if name == "demo" else expanded(name))
 
 
 def _changes(source: GgufFile, base: str, plan: EditPlan) -> list[Change]:

@@ -8,6 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, constants, hf_hub_download
 from yaml import YAMLError
 
+from saber.paths import expanded
+
 KEYS = ("license", "license_name", "license_link")
 
 
@@ -31,7 +33,7 @@ def _front(name: str, source: str) -> dict[str, Any]:
     """Return the metadata block of a model's card, empty where there is none that can be read."""
     try:
         if source == "folder":
-            path = Path(name).expanduser() / constants.REPOCARD_NAME
+            path = expanded(name) / constants.REPOCARD_NAME
         elif source == "hub":
             path = Path(hf_hub_download(name, constants.REPOCARD_NAME))
         else:

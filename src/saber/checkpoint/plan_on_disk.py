@@ -18,6 +18,7 @@ from saber.checkpoint import fp8
 from saber.checkpoint.origin import factors_hash
 from saber.checkpoint.shards import Source, fingerprint, read_source
 from saber.errors import DataError, ModelError, SaberError
+from saber.paths import expanded
 from saber.saved_plan import KIND, require_factors, require_meta
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def files_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files, None where it has none (the demo, GGUF, not downloaded)."""
     if name == "demo" or artifacts.names_gguf(name):
         return None
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     return None if path.exists() or name.count("/") != 1 else hub_folder(name, revision)

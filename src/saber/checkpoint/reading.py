@@ -15,6 +15,7 @@ from torch import Tensor
 from saber import artifacts
 from saber.checkpoint.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_shard
 from saber.errors import ModelError
+from saber.paths import expanded
 from saber.weight_index import read_index
 
 OPEN_FILES = 4
@@ -97,7 +98,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """
     if name == "demo":
         return _demo()
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(f"{name} is no .safetensors file.", _file_hint(path))

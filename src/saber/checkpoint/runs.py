@@ -17,6 +17,7 @@ from saber import artifacts
 from saber.ablation import EditPlan
 from saber.checkpoint.sketch import Sketch
 from saber.errors import DataError, ModelError, OutputError
+from saber.paths import expanded
 
 LOCAL = ("folder", "gguf")
 """Sources of a model that lies on this machine under a name of the user's."""
@@ -30,6 +31,12 @@ _SCAN, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"\s*")
 def read_record(folder: Path) -> dict[str, Any]:
     """Read a run folder's `run.json`; raises `DataError` where it does not say what chat and export need."""
     record = artifacts.read_json(folder / RUN)
+    if record.get("schema", artifacts.SCHEMA) != artifacts.SCHEMA:
+        raise DataError(
+            f"{folder / RUN} is of schema {record['schema']!r}, this version reads schema "
+            f"{artifacts.SCHEMA}.",
+            "Use the version of SABER that made the run, or make the run again.",
+        )
     model, config = record.get("model"), record.get("config")
     named = model if isinstance(model, dict) else {}
     lacking = [f"model.{k}" for k in ("name", "fingerprint") if not isinstance(named.get(k), str)]
@@ -42,13 +49,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def read_plan(folder: Path, record: Mapping[str, Any]) -> EditPlan:
+    """Read a run folder's plan; raises `DataError` where it is damaged, or was made on another model."""
+    plan = EditPlan.load(folder / PLAN)
+    meta, mark = folder / PLAN / artifacts.META, record["model"]["fingerprint"]
+    made_on = artifacts.read_json(meta).get("fingerprint") if meta.is_file() else None
+    if made_on is not None and made_on != mark:
+        raise DataError(
+            f"{folder / PLAN} is of another model than {RUN} ({str(made_on)[:19]}, not {mark[:19]}).",
+            "Copy the run folder anew, or make the run again.",
+        )
+    return plan
+
+
 def way_back(folder: Path, model: str, source: str) -> dict[str, str]:
     """Return what leads from a run folder to where a relative path of its model begins: folders up alone.
 
     Nothing where it would name folders of this machine, which a published `run.json` should not.
     """
     here, there = Path.cwd(), folder.resolve()
-    if source not in LOCAL or Path(model).expanduser().is_absolute() or here not in there.parents:
+    if source not in LOCAL or expanded(model).is_absolute() or here not in there.parents:
         return {}
     return {"relative_to": "/".join([".."] * (len(there.parts) - len(here.parts)))}
 
@@ -61,7 +81,7 @@ def base_of(folder: Path, model: Mapping[str, Any]) -> str:
     name = str(model["name"])
     if model.get("source") not in LOCAL:
         return name
-    given, way = Path(name).expanduser(), model.get("relative_to")
+    given, way = expanded(name), model.get("relative_to")
     if isinstance(way, str) and (there := folder.resolve() / way / name).exists():
         same = given.exists() and given.samefile(there)
         return name if same else os.path.relpath(there)
@@ -179,11 +199,12 @@ class Run:
                 f"the run in {folder} has no plan, so there is nothing to export.",
                 "Give a run that edited its model.",
             )
-        plan = EditPlan.load(folder / PLAN)
+        record = read_record(folder)
+        plan = read_plan(folder, record)
         if not plan.factors:
             raise DataError(f"the plan in {folder / PLAN} changes nothing.")
         sketch = Sketch.load(folder / PLAN / SKETCH)
-        return cls(read_record(folder), plan, sketch, folder)
+        return cls(record, plan, sketch, folder)
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.text import Text
 
+from saber.cli.console import console
 from saber.config import RunConfig
 from saber.conversation import NOTHING, Partner, answer
 from saber.errors import UsageError
@@ -25,16 +27,16 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
             raise UsageError(
                 f"--{option} needs a run folder.", "Give the folder that saber run wrote."
             )
-    console = Console()
-    with Console(stderr=True, quiet=arguments.json).status(f"loading {partner.name}"):
+    out = console()
+    with console(stderr=True, quiet=arguments.json).status(Text(f"loading {partner.name}")):
         lm = partner.loaded(config.load)
-    talking = not arguments.prompt and sys.stdin.isatty()
+    talking = not arguments.prompt and sys.stdin is not None and sys.stdin.isatty()
     said = NOTHING
-    for prompt in arguments.prompt or _typed(console, talking):
+    for prompt in arguments.prompt or _typed(out, talking):
         if talking and prompt == AFRESH:
             said = NOTHING
             continue
-        shown = _Shown(console)
+        shown = _Shown(out)
         answers = answer(
             lm,
             partner.plan,
@@ -59,15 +61,15 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
 class _Shown:
     """Answers as they come, one below the other."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.who, self.text = console, "", ""
+    def __init__(self, out: Console) -> None:
+        self.console, self.who, self.text = out, "", ""
 
     def __call__(self, who: str, text: str) -> None:
         """Show what is new of somebody's answer."""
         if who != self.who:
             self.end()
             self.who = who
-            self.console.print(f"[bold]{who}[/]: ", end="")
+            self.console.print(Text.assemble((who, "bold"), ": "), end="")
         if not text.startswith(self.text):  # what was decoded before reads otherwise now
             self.console.print()
             self.text = ""
@@ -81,16 +83,18 @@ class _Shown:
         self.who = self.text = ""
 
 
-def _typed(console: Console, talking: bool) -> Iterator[str]:
+def _typed(out: Console, talking: bool) -> Iterator[str]:
     if talking:
-        console.print(
-            f"[dim]One message a line. {AFRESH} forgets what was said, Ctrl-D ends.[/]",
-            highlight=False,
+        out.print(
+            Text(f"One message a line. {AFRESH} forgets what was said, Ctrl-D ends.", style="dim")
         )
-    while True:
+    while sys.stdin is not None:
         try:
-            line = console.input("[bold cyan]you[/]: " if talking else "")
+            line = out.input(Text.assemble(("you", "bold cyan"), ": ") if talking else "")
+            line.encode("utf-8")
         except EOFError:
             return
+        except UnicodeError as error:
+            raise UsageError("a message is not UTF-8.", "Write messages in UTF-8.") from error
         if line.strip():
             yield line.strip()

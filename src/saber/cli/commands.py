@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 
 from saber import __version__, pipeline
-from saber.checkpoint.export import check_formats
+from saber.artifacts import DAMAGED
+from saber.checkpoint.export import check_formats, commands
 from saber.cli import tables
+from saber.cli.console import console, note
 from saber.cli.main import MEASURED_BY
 from saber.cli.progress import listening
 from saber.config import RunConfig, resolved
-from saber.errors import UsageError
+from saber.errors import DataError, ExportInterrupted, OutputError, UsageError
 from saber.evaluation import harness
+from saber.evaluation.divergence import own_head
 from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import compare, measure, summarise
 from saber.gathering import gather
@@ -35,7 +39,7 @@ from saber.report import build, build_audit, build_sweep, is_audit, is_sweep, re
 
 def consoles(arguments: argparse.Namespace) -> tuple[Console, Console]:
     """Return the console for results and the one for progress (standard error)."""
-    return Console(), Console(stderr=True, quiet=bool(arguments.json))
+    return console(), console(stderr=True, quiet=bool(arguments.json))
 
 
 def run_command(
@@ -54,7 +58,17 @@ def run_command(
 
         def report(folder: Path) -> None:
             listener.on_stage("drawing plots, report and model card")
-            build(folder)
+            steps = [shlex.join(["saber", "report", str(folder)])]
+            later = " && ".join([*steps, *commands(exports, folder, config.load)])
+            try:
+                build(folder)
+            except OutputError as error:
+                raise OutputError(
+                    f"the run in {folder} is finished, but not its report: {error.problem}",
+                    f"Go on with: {later}",
+                ) from error
+            except KeyboardInterrupt:
+                raise ExportInterrupted(folder, None, later) from None
 
         result = pipeline.run(
             arguments.model,
@@ -91,8 +105,8 @@ def run_command(
     out.print(f"report: {result.folder / 'report.html'}\nmodel card: {result.folder / 'README.md'}")
     for made in record["exports"]:
         out.print(f"{made['format']}: {result.folder / made['path']}")
-        for note in made["notes"]:
-            out.print(f"  [yellow]note[/]: {note}", highlight=False)
+        for text in made["notes"]:
+            out.print(Padding(note(text), (0, 0, 0, 2)))
     if "merged" in exports:
         out.print(f"talk to it: saber chat {result.folder} --compare")
     return 0
@@ -107,13 +121,22 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     marks: dict[str, str] = {}
     with listening(progress) as listener:
+        heads: list[Any] = []
 
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
             marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
+            if arguments.base:
+                heads.append(lm.head)
             return measure(
-                lm, data, config.evaluation, judge, untouched=untouched, progress=listener.progress
+                lm,
+                data,
+                config.evaluation,
+                judge,
+                untouched=untouched,
+                head=own_head(*heads) if untouched else None,
+                progress=listener.progress,
             )
 
         if not arguments.base:
@@ -200,7 +223,13 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """`saber report`."""
-    made = _builder(arguments.run)(arguments.run)
+    try:
+        made = _builder(arguments.run)(arguments.run)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"the record in {arguments.run} is not as it was written ({type(error).__name__}: {error}).",
+            DAMAGED,
+        ) from error
     if arguments.json:
         print(
             json.dumps(
@@ -213,7 +242,7 @@ def report_command(arguments: argparse.Namespace) -> int:
         )
     else:
         page = f"report: {made.html}\nmodel card: " if made.html else "page: "
-        Console().print(f"{page}{made.card}")
+        console().print(f"{page}{made.card}")
     return 0
 
 

@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from saber.checkpoint.export import Exported, ExportSpec, check_formats, export, left_of
 from saber.checkpoint.runs import RUN, Run, base_of, note_export
 from saber.cli import push
+from saber.cli.console import console, note
 from saber.cli.progress import listening
 from saber.config import RunConfig
 from saber.errors import ExportInterrupted, SaberError, UsageError
@@ -34,7 +34,7 @@ def export_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         load=config.load,
     )
     try:
-        with listening(Console(stderr=True, quiet=arguments.json)) as listener:
+        with listening(console(stderr=True, quiet=arguments.json)) as listener:
             listener.on_stage(f"exporting as {arguments.format}")
             made = export(run, arguments.format, arguments.out, spec, progress=listener.progress)
     except KeyboardInterrupt:
@@ -65,9 +65,9 @@ def _base(arguments: argparse.Namespace, run: Run) -> str:
 
 
 def _tell(made: Exported) -> None:
-    out = Console()
-    for note in made.notes:
-        out.print(f"[yellow]note[/]: {note}", highlight=False)
+    out = console()
+    for text in made.notes:
+        out.print(note(text))
     if made.tensors:
         out.print(_summary(made))
     out.print(

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from saber.checkpoint.apply import Applied, ApplySpec, apply_to_files
 from saber.checkpoint.parcel import inside
 from saber.checkpoint.runs import RUN
 from saber.checkpoint.verification import verify
 from saber.cli import push
+from saber.cli.console import console, note
 from saber.errors import UsageError
 
 
@@ -40,7 +42,7 @@ def apply_command(arguments: argparse.Namespace) -> int:
         arguments.allow_pickle,
         arguments.sync,
     )
-    with _bytes(Console(stderr=True, quiet=arguments.json), "writing") as watch:
+    with _bytes(console(stderr=True, quiet=arguments.json), "writing") as watch:
         made = apply_to_files(arguments.run, arguments.model, arguments.out, spec, watch)
     if not arguments.json:
         _tell(made)
@@ -57,7 +59,7 @@ def apply_command(arguments: argparse.Namespace) -> int:
 
 
 def _tell(made: Applied) -> None:
-    out = Console()
+    out = console()
     size = sum(m.size for m in made.record.files.values())
     out.print(
         f"{made.tensors} tensors edited in {len(made.record.edited)} shards, "
@@ -67,19 +69,23 @@ def _tell(made: Applied) -> None:
     if made.record.rounding:
         worst = max(made.record.rounding.values())
         out.print(
-            f"[yellow]note[/]: {len(made.record.rounding)} tensors are stored in 8 bits; storing them "
-            f"lost up to {worst:.1%} of the edit's norm (by tensor in saber_provenance.json)"
+            note(
+                f"{len(made.record.rounding)} tensors are stored in 8 bits; storing them "
+                f"lost up to {worst:.1%} of the edit's norm (by tensor in saber_provenance.json)"
+            )
         )
     if made.record.skipped:
         out.print(
-            "[yellow]note[/]: left behind, as they hold the unedited weights in another form: "
-            + ", ".join(made.record.skipped[:5])
-            + (" ..." if len(made.record.skipped) > 5 else "")
+            note(
+                "left behind, as they hold the unedited weights in another form: "
+                + ", ".join(made.record.skipped[:5])
+                + (" ..." if len(made.record.skipped) > 5 else "")
+            )
         )
-    for note in made.notes:
-        out.print(f"[yellow]note[/]: {note}", highlight=False, soft_wrap=True)
+    for one in made.notes:
+        out.print(note(one), soft_wrap=True)
     if made.forced:
-        out.print("[yellow]note[/]: the plan was made from another model (--force)")
+        out.print(note("the plan was made from another model (--force)"))
     out.print(f"model: {made.folder}", soft_wrap=True)
 
 
@@ -88,18 +94,18 @@ def verify_command(arguments: argparse.Namespace) -> int:
     path, run = arguments.path, arguments.run
     if (path / RUN).is_file():
         path, run = inside(path), run or path
-    with _bytes(Console(stderr=True, quiet=arguments.json), "reading") as watch:
+    with _bytes(console(stderr=True, quiet=arguments.json), "reading") as watch:
         found = verify(path, run, arguments.base or "", watch)
     if arguments.json:
         checks = [dataclasses.asdict(check) for check in found.checks]
         row = {"passed": found.passed, "origin": dict(found.origin), "checks": checks}
         print(json.dumps({**row, "unchecked": list(found.unchecked)}))
         return 0 if found.passed else 1
-    out = Console()
+    out = console()
     for check in found.checks:
-        state = "[green]holds[/]" if check.passed else "[red]FAILS[/]"
+        state = ("holds", "green") if check.passed else ("FAILS", "red")
         detail = f": {check.detail}" if check.detail else ""
-        out.print(f"{state}  {check.what}{detail}", highlight=False, soft_wrap=True)
+        out.print(Text.assemble(state, f"  {check.what}{detail}"), soft_wrap=True)
     for line in found.unchecked:
-        out.print(f"[yellow]not checked[/]: {line}", highlight=False, soft_wrap=True)
+        out.print(Text.assemble(("not checked", "yellow"), f": {line}"), soft_wrap=True)
     return 0 if found.passed else 1

@@ -16,6 +16,7 @@ from typing import Any
 from saber import __version__
 from saber.cli import diff, push, ui
 from saber.errors import ExportInterrupted, ModelError, SaberError, UsageError
+from saber.paths import expanded
 
 INTERRUPTED = 130
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     arguments.line = shlex.join(["saber", *(sys.argv[1:] if argv is None else argv)])
     try:
+        _require_text(sys.argv[1:] if argv is None else argv)
+        if getattr(arguments, "overwrite", False) and arguments.resume:
+            raise UsageError("--overwrite and --resume exclude each other.", "Leave one out.")
         _enter_runs(arguments)
         return int(arguments.handler(arguments))
     except SaberError as error:
@@ -70,19 +74,31 @@ def _bear_all_texts() -> None:
         if isinstance(stream, io.TextIOWrapper):
             with suppress(ValueError):  # closed, or read from already
                 stream.reconfigure(errors="replace")
+def _require_text(argv: Sequence[str]) -> None:
+    """Raise `UsageError` for an argument whose bytes are no text: no tokenizer and no record can hold it."""
+    for given in argv:
+        try:
+            given.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the argument {given!r} is not UTF-8.",
+                "Write it in UTF-8; rename a file that is called so.",
+            ) from error
 
 
 def _enter_runs(arguments: argparse.Namespace) -> None:
     """Where a model is wanted and a run folder given, take the edited model in it."""
     for name in ("model", "base"):
         given = getattr(arguments, name, None)
+        if given == "":
+            raise UsageError(f"the name of the {name} is empty.", "Give a folder or a hub id.")
         own = arguments.command == "diff" or (arguments.command == "chat" and name == "model")
         if given and not own:
             setattr(arguments, name, _model_in(given))
 
 
 def _model_in(name: str) -> str:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "run.json").is_file() or (folder / "config.json").is_file():
         return name
     if not (folder / "model" / "config.json").is_file():
@@ -115,7 +131,8 @@ def _resumable(arguments: argparse.Namespace) -> bool:
 
 def _fail(error: SaberError, arguments: argparse.Namespace) -> int:
     if getattr(arguments, "json", False):
-        print(json.dumps({"error": error.problem, "remedy": error.remedy}))
+        with suppress(OSError):  # it may be standard output itself that cannot be written
+            print(json.dumps({"error": error.problem, "remedy": error.remedy}), flush=True)
     print(f"saber: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -603,6 +620,12 @@ FLAGS = {
     "allow_unproven": "load.allow_unproven",
 }
 """Option -> the setting that it gives."""
+_NAMES = (
+    *("data.target", "data.neutral", "data.eval_target", "data.eval_neutral", "data.borderline"),
+    *("data.everyday", "data.keep", "data.retain", "evaluation.lengths"),
+    *("load.chat_template", "load.layers_path", "load.device_map"),
+)
+"""Settings whose options name something: without a name they would be left out without a word."""
 
 
 _EDITS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -741,7 +764,16 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set {option!r} is not of the form NAME=VALUE.")
         found[path] = value
     options = {path: getattr(arguments, flag, None) for flag, path in FLAGS.items()}
+    for path in _NAMES:
+        _require_named(path, options[path])
     return {**found, **{path: value for path, value in options.items() if value is not None}}
+
+
+def _require_named(path: str, value: Any) -> None:
+    """Raise `UsageError` for an option that names nothing, as one with a variable that is not set does."""
+    every = [value] if isinstance(value, str) else value or []
+    if not all(text.replace(",", " ").strip() for text in every):
+        raise UsageError(f"{_option(path)} is empty.", "Name something, or leave it out.")
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -749,7 +781,7 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     for part in parents:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise UsageError(f"setting {path} goes too deep.")
+            raise UsageError(f"setting {part} is given as {tree!r} and as a table with {path}.")
     tree[leaf] = value
 
 

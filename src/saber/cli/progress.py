@@ -15,6 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from saber.lm.device import give_back_memory
 from saber.passes import Pass
@@ -26,7 +27,7 @@ def listening(console: Console) -> Iterator[Listener]:
     """Give a listener that draws stages, steps and finished passes on the console."""
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -45,7 +46,7 @@ def listening(console: Console) -> Iterator[Listener]:
             give_back_memory()
 
     def stage(text: str) -> None:
-        bars.console.print(f"[bold cyan]>[/] {text}")
+        bars.console.print(Text.assemble((">", "bold cyan"), f" {text}"))
 
     def finished(this: Pass) -> None:
         layers = sorted({c.direction.layer for c in this.ablated})
@@ -55,7 +56,9 @@ def listening(console: Console) -> Iterator[Listener]:
             f"log-odds {this.log_odds_before:+.2f} -> {this.log_odds_after:+.2f}"
         )
         if this.by_answers:
-            bars.console.print("  first tokens tell nothing here: each strength was told by answers")
+            bars.console.print(
+                "  first tokens tell nothing here: each strength was told by answers"
+            )
 
     with bars:
         yield Listener(progress=progress, on_stage=stage, on_pass=finished)

@@ -70,7 +70,7 @@ def destination(arguments: argparse.Namespace) -> Target | None:
             if getattr(arguments, option):
                 raise UsageError(f"--{option} goes with --push.")
         return None
-    if not arguments.yes and not sys.stdin.isatty():
+    if not arguments.yes and (sys.stdin is None or not sys.stdin.isatty()):
         raise UsageError(
             "a push is asked about first, and standard input is no terminal.",
             "Pass --yes to push without asking.",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saber.cli.commands import consoles, run_command, slug
+from saber.cli.console import note
 from saber.cli.main import FLAGS, require_used
 from saber.cli.progress import listening
 from saber.config import RunConfig, override, preset
@@ -98,7 +99,7 @@ def sweep_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 f"build it: saber run {arguments.model} --from-sweep {result.folder} "
                 f"--trial {best['number']}"
                 if helps(result.record)
-                else f"[yellow]note[/]: {vain(result.record)}"
+                else note(vain(result.record))
             )
         out.print(f"table and plots: {made.card}")
     missed = arguments.aim is not None and best is not None and not best["reached"]

@@ -11,8 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from saber.cli.console import console, note
 from saber.errors import UsageError
 
 HOST = "127.0.0.1"
@@ -42,7 +41,7 @@ def ui_command(arguments: argparse.Namespace, config: Any) -> int:
     """Serve the page until Ctrl-C."""
     if arguments.port is not None and not 1 <= arguments.port <= 65535:
         raise UsageError("--port must lie between 1 and 65535.")
-    out, told = Console(), Console(stderr=True)
+    out, told = console(), console(stderr=True)
     with told.status("building the page"):
         from saber.ui import serve
 
@@ -55,9 +54,10 @@ def ui_command(arguments: argparse.Namespace, config: Any) -> int:
         )
     if not _is_this_machine(arguments.host):
         told.print(
-            "[yellow]note[/]: whoever reaches this address can read the run and talk to its model, "
-            "without a password.",
-            highlight=False,
+            note(
+                "whoever reaches this address can read the run and talk to its model, "
+                "without a password."
+            )
         )
     if arguments.json:
         print(json.dumps({"url": page.url}), flush=True)

@@ -23,6 +23,7 @@ from saber.evaluation.measure import EvaluationSets, EvaluationSpec, Judged, Mea
 from saber.lm.chat import encode
 from saber.lm.forward import Progress, silent
 from saber.lm.model import LanguageModel
+from saber.paths import expanded
 
 
 def cache_folder() -> Path | None:
@@ -31,7 +32,7 @@ def cache_folder() -> Path | None:
     None, where nothing is kept, if $SABER_CACHE is `off`.
     """
     if own := os.environ.get("SABER_CACHE"):
-        return None if own == "off" else Path(own).expanduser()
+        return None if own == "off" else expanded(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saber"
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from saber.errors import UsageError
 from saber.lm.chat import encode, encode_answers, measure_template
 from saber.lm.forward import Progress, cacheable, forward, silent
 from saber.lm.generate import Completion, agreed, generate
@@ -173,12 +174,17 @@ def keep_reference(
 
 
 def diverge(
-    lm: LanguageModel, reference: Reference, *, progress: Progress[Any] = silent
+    lm: LanguageModel,
+    reference: Reference,
+    *,
+    head: nn.Linear | None = None,
+    progress: Progress[Any] = silent,
 ) -> Divergence:
     """Compare the model as it is now with the untouched one, along the untouched one's answers.
 
     The kept head inputs go through the same output head in the same pass, which is exact as long
-    as the head itself is unedited, and needs no copy of the model and no stored logits.
+    as the head itself is unedited, and needs no copy of the model and no stored logits. `head` is the
+    untouched model's own, where it is another.
     """
     encoded = encode(lm, reference.prompts, reference.answers)
     sequences = [e.ids for e in encoded]
@@ -193,6 +199,7 @@ def diverge(
         progress=progress,
         label="divergence",
         extra=lambda rows: torch.cat([reference.head_inputs[r] for r in rows]),
+        head=head,
     ):
         assert untouched is not None
         _add_losses(scores, batch, sequences)
@@ -211,6 +218,24 @@ def diverge(
         scores=scores,
         starts=tuple(starts),
     )
+
+
+def own_head(base: nn.Module, edited: nn.Module) -> nn.Linear | None:
+    """Return the untouched model's output head where it is another than the edited one's.
+
+    Raises `UsageError` where the two are of different sizes, so that one model is no edit of the other.
+    """
+    first, second = (getattr(head, "weight", None) for head in (base, edited))
+    if first is None or second is None:
+        return None
+    if first.shape != second.shape:
+        raise UsageError(
+            f"the model is no edit of --base: their output heads are of {tuple(second.shape)} and "
+            f"{tuple(first.shape)}.",
+            "Give the model that it was made from, or measure each without --base.",
+        )
+    same = torch.equal(first.to(second), second)
+    return None if same or not isinstance(base, nn.Linear) else base
 
 
 def rounding(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from saber.errors import DataError, MissingExtra, UsageError
 from saber.lm.model import LanguageModel
+from saber.paths import expanded
 
 BATCH = 8
 YAML = (".yaml", ".yml")
@@ -21,7 +21,7 @@ def task_list(value: str) -> list[str]:
     if not tasks:
         raise UsageError("--lm-eval names no task.", "Give YAML files or names, comma-separated.")
     for name in tasks:
-        if name.endswith(YAML) and not Path(name).expanduser().is_file():
+        if name.endswith(YAML) and not expanded(name).is_file():
             raise UsageError(f"there is no task file {name}.")
     return tasks
 

@@ -10,6 +10,7 @@ import torch
 
 from saber.errors import ModelError, UnknownName, UsageError
 from saber.evaluation.judge import Collapse, Label, behind_thought
+from saber.lm.load import LOAD_ERRORS, quiet_transformers
 from saber.lm.model import fingerprint
 
 BATCH = 32
@@ -48,11 +49,12 @@ class ClassifierJudge:
         import transformers
 
         try:
-            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
+            with quiet_transformers(gguf=False):
+                model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    name, dtype=torch.float32, output_loading_info=True
+                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except LOAD_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ModelError(
                 f"the judge's classifier {name} cannot be loaded: {reason}.",

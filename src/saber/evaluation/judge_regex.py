@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from saber.errors import UsageError
 from saber.evaluation.judge import Collapse, Label, behind_thought
+from saber.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RegexJudge:
             )
         if not source.startswith("@"):
             return cls((_compiled(source, "--judge-pattern"),))
-        path = Path(source[1:]).expanduser()
+        path = expanded(source[1:])
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from saber.evaluation.checkers import check, decided
 from saber.evaluation.divergence import (
@@ -141,9 +142,13 @@ def measure(
     judge: Judge,
     *,
     untouched: Measurement | None = None,
+    head: nn.Linear | None = None,
     progress: Progress[Any] = silent,
 ) -> Measurement:
-    """Measure the model as it is now, against the `untouched` one; without, it is the untouched one."""
+    """Measure the model as it is now, against the `untouched` one; without, it is the untouched one.
+
+    `head` is the untouched model's own output head, where that is another.
+    """
 
     shown: dict[str, Any] = {"progress": progress}
 
@@ -170,7 +175,7 @@ def measure(
     if untouched:
         stayed = (untouched.everyday, *untouched.kept) if untouched.everyday else untouched.kept
         references = [untouched.reference, *(k.reference for k in stayed)]
-        moved = [diverge(lm, r, **shown) for r in references]
+        moved = [diverge(lm, r, head=head, **shown) for r in references]
         # An edit leaves most of these answers as they are.
         starts = greedy_starts(lm, problems, untouched.solved, **shown, label="battery answers")
     requests = {

@@ -178,20 +178,35 @@ def expanded(cache: DynamicCache | None, rows: int) -> DynamicCache | None:
 
 @contextmanager
 def gathered_head(
-    lm: LanguageModel, flat: Int[Tensor, " wanted"], extra: Tensor | None = None
+    lm: LanguageModel,
+    flat: Int[Tensor, " wanted"],
+    extra: Tensor | None = None,
+    head: nn.Linear | None = None,
 ) -> Iterator[list[Tensor]]:
     """Let the output head see the wanted positions only, as (1, wanted, d).
 
     `flat` indexes the flattened (batch x time) axis. Rows of `extra (n, d)` are put behind them, so
-    that kept head inputs of another forward get logits by the same head, soft cap and scale. The
-    list that is given out receives the head's inputs at the wanted positions.
+    that kept head inputs of another forward get logits by the same head, soft cap and scale, or by
+    `head` instead of the same one. The list that is given out receives the head's inputs at the wanted
+    positions.
     """
     seen: list[Tensor] = []
-    handle = lm.head.register_forward_pre_hook(partial(_gathered, lm.work, flat, extra, seen))
+    handles = [lm.head.register_forward_pre_hook(partial(_gathered, lm.work, flat, extra, seen))]
+    if head is not None and extra is not None:
+        handles.append(lm.head.register_forward_hook(partial(_by_another, head, len(extra))))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _by_another(
+    head: nn.Linear, rows: int, _module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """Put the last rows through `head`, in float32."""
+    theirs = _in_float32(head, (args[0][:, -rows:],), output)
+    return torch.cat([output[:, :-rows], theirs.to(output)], 1)
 
 
 def _gathered(
@@ -293,6 +308,7 @@ def forward(
     progress: Progress[Any] = silent,
     label: str = "forward",
     extra: Callable[[list[int]], Tensor] | None = None,
+    head: nn.Linear | None = None,
     heads: bool = False,
     earliest: int | None = None,
     ready: Callable[[list[int], int, int], None] | None = None,
@@ -301,11 +317,12 @@ def forward(
 ) -> Iterator[tuple[Batch, Tensor | None]]:
     """Run sequences through the model; yield each batch with its logits at the wanted positions.
 
-    `extra(rows)` gives kept head inputs (n, d) whose logits come as the second item; with `heads`
-    the second item is instead this model's own head inputs at the wanted positions. Hooks that the
-    caller has set see activations (batch, time, ...) where time starts behind `Batch.offset`, which
-    is at most `earliest`. Logits are float32 ones, whatever the model computes in; unless `exact` they are
-    rounded as the model rounds its own. Of the batches that all sequences make, those of `share` run.
+    `extra(rows)` gives kept head inputs (n, d) whose logits come as the second item, by `head` where
+    that is given; with `heads` the second item is instead this model's own head inputs at the wanted
+    positions. Hooks that the caller has set see activations (batch, time, ...) where time starts behind
+    `Batch.offset`, which is at most `earliest`. Logits are float32 ones, whatever the model computes in;
+    unless `exact` they are rounded as the model rounds its own. Of the batches that all sequences make,
+    those of `share` run.
     Raises ValueError for a wanted position below 0.
     """
     if not sequences:
@@ -339,8 +356,8 @@ def forward(
             ready(rows, offset, width)
         positions = torch.arange(offset, offset + width, device=lm.device)
         with (
-            gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept) as seen,
             unrounded_head(lm) if exact else nullcontext(),
+            gathered_head(lm, torch.tensor(flat, dtype=torch.long), kept, head) as seen,
             within_reach(lm, offset + width),
             torch.no_grad(),
         ):

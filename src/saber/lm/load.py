@@ -16,6 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto
 from transformers.utils import (
@@ -46,6 +47,7 @@ from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.offload import is_kept_aside, keep_aside, require_sense
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
+from saber.paths import expanded
 from saber.weight_index import read_index
 
 
@@ -84,7 +86,7 @@ def load(name: str, spec: LoadSpec = LoadSpec(), *, tokenizer: bool = True) -> L
     not a causal language model.
     """
     gguf = name == "demo" or names_gguf(name)
-    with _quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
+    with quiet_transformers(gguf=gguf), _parsed_once() if gguf else nullcontext():
         return _load(name, spec, with_tokenizer=tokenizer)
 
 
@@ -107,7 +109,7 @@ def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:
     `load` does.
     """
     gguf_source = name == "demo" or names_gguf(name)
-    with _quiet_transformers(gguf=gguf_source), _parsed_once() if gguf_source else nullcontext():
+    with quiet_transformers(gguf=gguf_source), _parsed_once() if gguf_source else nullcontext():
         _, location, gguf = _locate(name, with_tokenizer=False)
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
         files = {"gguf_file": gguf} if gguf else {}
@@ -306,7 +308,7 @@ def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str
     if name == "demo":
         path = demo.base_gguf()
         return "demo", str(path.parent), path.name
-    path = Path(name).expanduser()
+    path = expanded(name)
     if names_gguf(name):
         if not path.is_file():
             raise ModelError(f"no such file: {name}.", "Check the path of the .gguf file.")
@@ -407,7 +409,7 @@ def _main_dtype(name: str, location: str) -> torch.dtype:
     """Return the dtype of most of the weights, for a configuration that names none."""
     try:
         return main_dtype(location) or torch.float32
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _unreadable(f"the weights of {name!r}", error) from error
 
 
@@ -416,10 +418,14 @@ def read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read the chat template {path}: {error}.") from error
+        said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ModelError(
+            f"cannot read the chat template {path}: {said}.",
+            "Give a Jinja file to --chat-template.",
+        ) from error
 
 
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -432,6 +438,7 @@ _LOAD_ERRORS = (
     OverflowError,
     struct.error,
     SafetensorError,
+    StrictDataclassError,
 )
 
 
@@ -439,7 +446,7 @@ def _read(what: str, cls: Any, location: str, **kwargs: Any) -> Any:
     """Call `cls.from_pretrained`; turn its many errors into one clear line."""
     try:
         return cls.from_pretrained(location, **kwargs)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise _unreadable(what, error) from error
 
 
@@ -450,7 +457,8 @@ UNKNOWN = f"Check the name; if it is private, {_TOKEN}."
 
 
 def _unreadable(what: str, error: Exception) -> ModelError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    first = " ".join(said[: 2 if said[0].endswith(":") else 1])
     remedy = "Check the name, the files, and the connection to the hub."
     if is_out_of_memory(error):
         remedy = MORE_ROOM
@@ -461,7 +469,7 @@ def _unreadable(what: str, error: Exception) -> ModelError:
         remedy = UNKNOWN
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
-    return ModelError(f"cannot read {what}: {first}", remedy)
+    return ModelError(f"cannot read {what}: {first.rstrip('.')}.", remedy)
 
 
 def _forget_quantization(model: Any) -> None:
@@ -474,7 +482,7 @@ def _forget_quantization(model: Any) -> None:
 
 
 @contextmanager
-def _quiet_transformers(*, gguf: bool) -> Iterator[None]:
+def quiet_transformers(*, gguf: bool) -> Iterator[None]:
     """Silence transformers' own warnings and bars, which the caller's would run into."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saber.errors import DataError, MissingExtra
+from saber.paths import expanded
 from saber.prompts.model import Prompt, PromptSet
 
 COLUMNS = ("prompt", "text", "instruction", "goal", "question")
@@ -44,7 +45,7 @@ def load(source: str | Path, *, column: str | None = None, name: str = "") -> Pr
     kept. DataError: one line that says what is wrong and how to mend it.
     """
     place, column = _place_and_column(str(source), column)
-    path = Path(place).expanduser()
+    path = expanded(place)
     local = path.exists() or path.parent.is_dir() or path.suffix.lower() in _READERS
     hub = None if local else _HUB_ID.fullmatch(place)
     if hub:
@@ -62,7 +63,7 @@ def load(source: str | Path, *, column: str | None = None, name: str = "") -> Pr
 
 def _place_and_column(source: str, column: str | None) -> tuple[str, str | None]:
     place, mark, fragment = source.rpartition("#")
-    if not mark or not place or not fragment or Path(source).expanduser().exists():
+    if not mark or not place or not fragment or expanded(source).exists():
         return source, column
     if column is not None and column != fragment:
         raise DataError(
@@ -96,13 +97,20 @@ def _decoded(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{path} is not UTF-8: byte {error.start} (0x{data[error.start]:02x}) in line {line}.",
             "Save the file as UTF-8.",
         ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{path} holds a NUL character in line {line}, as text in UTF-16 does.",
+            "Save the file as UTF-8.",
+        )
+    return text
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -300,4 +308,5 @@ def _names(row: Row) -> str:
 
 
 def _string(value: object) -> str:
-    return "" if value is None else str(value).strip()
+    nothing = value is None or value != value  # NaN: what pandas writes where there is no value
+    return "" if nothing else str(value).strip()

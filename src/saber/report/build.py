@@ -68,10 +68,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
             "Give the folder that `saber run --out` wrote; if that run was cut off, finish it "
             "with --resume.",
         )
-    try:
-        run = read_json(path)
-    except DataError as error:
-        raise DataError(error.problem, "Run again with --resume to write it anew.") from error
+    run = read_json(path)
     if run.get("schema") != SCHEMA:
         raise DataError(
             f"{path} is of schema {run.get('schema')!r}, this report reads schema {SCHEMA}.",
@@ -79,10 +76,7 @@ def read_run(run_folder: Path) -> dict[str, Any]:
         )
     missing = [k for k in ("model", "baseline") if not isinstance(run.get(k), dict)]
     if missing:
-        raise DataError(
-            f"{path} lacks {' and '.join(repr(k) for k in missing)}.",
-            "Run again with --resume to write it anew.",
-        )
+        raise DataError(f"{path} lacks {' and '.join(repr(k) for k in missing)}.", DAMAGED)
     return run
 
 
@@ -104,7 +98,7 @@ def read_answers(run_folder: Path) -> list[dict[str, Any]]:
         # Other separators of lines may stand within a prompt.
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}.", DAMAGED) from error
     if not all(isinstance(row, dict) and {"set", "prompt"} <= row.keys() for row in rows):
         raise DataError(f"{path} is no list of answers.", DAMAGED)

@@ -18,7 +18,6 @@ from saber.lm.device import device_of_worker
 from saber.lm.forward import Progress, Share, silent
 from saber.sweep.grid import Setting
 from saber.sweep.journal import Row
-from saber.sweep.quiet import end_without_a_word
 from saber.sweep.trial import Bench, Job, Prune
 
 MOST_DEATHS = 3
@@ -231,9 +230,11 @@ def _enter(job: Job, threads: int, device: str) -> None:
     """Prepare a worker process: it ends with its driver, and at once when interrupted."""
     import torch
 
+    from saber.sweep import quiet  # in the driver, Ctrl-C is to be told of
+
     global _job, _device
     _job, _device = job, device
-    end_without_a_word()
+    quiet.end_without_a_word()
     torch.set_num_threads(threads)
     driver = parent_process()
     if driver is not None:

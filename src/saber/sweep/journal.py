@@ -141,6 +141,9 @@ def read_study(folder: Path) -> dict[str, Any]:
     study = artifacts.read_json(folder / STUDY)
     if study.get("kind") != KIND or study.get("schema") != artifacts.SCHEMA:
         raise DataError(f"{folder / STUDY} is no study of schema {artifacts.SCHEMA}.")
+    lacking = [k for k in ("model", "config") if not isinstance(study.get(k), dict)]
+    if lacking:
+        raise DataError(f"{folder / STUDY} lacks {' and '.join(lacking)}.", artifacts.DAMAGED)
     return study
 
 
