@@ -353,6 +353,55 @@ def row(number, refused, kl, incoherent=0, n=20, state="done"):
     return Row(number, str(number), {}, state, measured=measured if state == "done" else None)
 
 
+def test_answers_that_were_to_stay_count_where_they_did_not():
+    def kept(number, refused, kl, lost):
+        one = row(number, refused, kl)
+        narrow = {"borderline": one.measured["refusal"]}
+        return dataclasses.replace(
+            one,
+            measured={
+                **one.measured,
+                "over_refusal": narrow,
+                "lost": {"successes": lost, "n": 20} if lost is not None else None,
+            },
+        )
+
+    for mode in ("removal", "over-refusal"):
+        found = front.amiss(kept(1, 1, 0.1, 3).measured, mode)
+        assert (found.successes, found.n) == (4, 40)
+        found = front.amiss(kept(1, 1, 0.1, None).measured, mode)
+        assert (found.successes, found.n) == (1, 20)
+        rows = [kept(1, 0, 0.1, 8), kept(2, 1, 0.3, 0)]
+        assert front.choose(rows, 0.05, mode).number == 2
+        assert front.pareto(rows, mode) == [1, 2]
+
+
+def test_a_trial_counts_kept_answers_that_changed(texts, model_folder, tmp_path):
+    kept = tmp_path / "kept.txt"
+    kept.write_text("".join(f"Tell me of item {i} in a word.\n" for i in range(40)), encoding="utf-8")
+    config = config_of(
+        texts, "default", data={"keep": [str(kept)]}, edit={"lambda": 1e-3}, refine={"stop": "never"}
+    )
+    bench = Bench(Job(str(model_folder), config, tmp_path / "shared", force=True))
+    weights = {k: v.clone() for k, v in bench.subject.lm.model.state_dict().items()}
+
+    class Turned:
+        """A judge by whom all answers turn with the edit."""
+
+        def label(self, completion, *, prompt="", surprise=None):
+            now = bench.subject.lm.model.state_dict()
+            return "answer" if all(torch.equal(now[k], v) for k, v in weights.items()) else "refusal"
+
+        def settled(self, text_so_far):
+            return False
+
+    bench._judge = Turned()
+    row = bench.trial(Setting(1, {}, config))
+    found = row.measured["lost"]
+    assert found["successes"] == found["n"] == len(bench.data.validation.kept[0]) > 0
+    assert front.amiss(row.measured).n == len(bench.data.validation.target) + found["n"]
+
+
 def test_the_front_and_the_rule():
     rows = [row(1, 0, 0.5), row(2, 1, 0.2), row(3, 4, 0.01), row(4, 1, 0.3), row(5, 9, 0.9)]
     rows.append(row(6, 0, 0.0, state="failed"))
@@ -366,6 +415,9 @@ def test_the_front_and_the_rule():
     assert front.choose([row(1, 0, 0, state="failed")]) is None
     # The behaviour need not be refusal.
     assert "at most 5% of validation prompts amiss (shown or incoherent)" in front.rule()
+    for keeps, said in ((False, "incoherent)"), (True, "or changed where kept)")):
+        assert said in front.rule(keeps=keeps)
+    assert "no longer refused rightly" in front.rule(mode="over-refusal")
     for aim, said in ((0.05, "5%"), (0.005, "0.5%"), (0.025, "2.5%"), (0.07, "7%")):
         assert f"at most {said} of validation" in front.rule(aim)
 

@@ -74,6 +74,8 @@ def _bear_all_texts() -> None:
         if isinstance(stream, io.TextIOWrapper):
             with suppress(ValueError):  # closed, or read from already
                 stream.reconfigure(errors="replace")
+
+
 def _require_text(argv: Sequence[str]) -> None:
     """Raise `UsageError` for an argument whose bytes are no text: no tokenizer and no record can hold it."""
     for given in argv:
@@ -148,7 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
 
-    run = commands.add_parser("run", help="find, measure and remove a behaviour")
+    run = commands.add_parser(
+        "run", help="find, measure and remove a behaviour", usage="saber run MODEL [options]"
+    )
     _model_options(run)
     _config_options(run)
     run.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/MODEL)")
@@ -174,12 +178,15 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(
             "sweep",
             help="try many settings and choose one by validation prompts",
+            usage="saber sweep MODEL [options]",
             conflict_handler="resolve",
         )
     )
 
     evaluate = commands.add_parser(
-        "eval", help="measure a model, or an edited one against its base"
+        "eval",
+        help="measure a model, or an edited one against its base",
+        usage="saber eval MODEL [options]",
     )
     _model_options(evaluate, edits=False)
     _config_options(evaluate, edits=False)
@@ -194,10 +201,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(handler=_eval)
 
     audit = commands.add_parser(
-        "audit", help="measure how little takes a behaviour out; no edit is kept"
+        "audit",
+        help="measure how little takes a behaviour out; no edit is kept",
+        usage="saber audit MODEL [options]",
     )
     _model_options(audit)
-    _config_options(audit)
+    _config_options(audit, audits=True)
     audit.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the audit (default: runs/MODEL-audit)"
     )
@@ -388,49 +397,51 @@ def _model_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> No
 
 def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
     """Add the options that say how a model is loaded; without `edits` those of edits are refused."""
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    model = parser.add_argument_group("how the model is loaded")
+    model.add_argument(
         "--device", metavar="NAME", help="auto, cpu, cuda, cuda:i or mps (default: auto)"
     )
-    parser.add_argument(
+    model.add_argument(
         "--dtype",
         metavar="NAME",
         help="auto, float32, float16 or bfloat16 (default: what the device is fast at)",
     )
-    parser.add_argument(
+    model.add_argument(
         "--device-map",
         metavar="NAME",
         help="spread over several devices, as transformers does: auto, balanced, ...",
     )
-    parser.add_argument(
+    model.add_argument(
         "--offload",
         action="store_true",
         default=None,
         help="keep the layers in main memory: for models larger than the device",
     )
-    parser.add_argument(
+    model.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja file to use as chat template"
     )
-    parser.add_argument(
+    model.add_argument(
         "--response-prefix",
         metavar="TEXT",
         help="text in front of every answer (default: an empty thought where the model opens one)",
     )
-    parser.add_argument(
+    model.add_argument(
         "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
     )
-    parser.add_argument(
+    model.add_argument(
         "--trust-remote-code",
         action="store_true",
         default=None,
         help="run code that comes with the model",
     )
-    parser.add_argument(
+    model.add_argument(
         "--dequantize",
         action="store_true",
         default=None,
         help="take MXFP4 or FP8 weights as the plain ones that they stand for",
     )
-    parser.add_argument(
+    model.add_argument(
         "--allow-unproven",
         action="store_true",
         default=None,
@@ -438,10 +449,9 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         if edits
         else argparse.SUPPRESS,
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _system_option(parser: argparse.ArgumentParser) -> None:
+def _system_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--system",
         metavar="TEXT",
@@ -450,7 +460,7 @@ def _system_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("the edit").add_argument
     add(
         "--preset",
         metavar="NAME",
@@ -491,10 +501,15 @@ def _edit_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
-    add = parser.add_argument
+def _config_options(
+    parser: argparse.ArgumentParser, *, edits: bool = True, audits: bool = False
+) -> None:
+    """Add the options of settings; with `audits`, those of what an audit does not measure are hidden."""
     if edits:
         _edit_options(parser)
+    _prompt_options(parser, audits=audits)
+    _judge_options(parser, audits=audits)
+    add = parser.add_argument_group("settings").add_argument
     add("--config", metavar="FILE", type=Path, help="a TOML file with settings")
     add(
         "--set",
@@ -509,7 +524,11 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         type=int,
         help="of splits, nulls and bootstraps (default: 0)",
     )
-    _system_option(parser)
+
+
+def _prompt_options(parser: argparse.ArgumentParser, *, audits: bool) -> None:
+    prompts = parser.add_argument_group("prompts, and what becomes of them")
+    add = prompts.add_argument
     add(
         "--target",
         metavar="FILE",
@@ -526,7 +545,8 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         metavar="FILE",
         help="neutral prompts to measure on (default: the held-out split)",
     )
-    add("--borderline", metavar="FILE", help="safe prompts that sound unsafe")
+    borderline = "safe prompts that sound unsafe"
+    add("--borderline", metavar="FILE", help=argparse.SUPPRESS if audits else borderline)
     add(
         "--everyday",
         metavar="FILE",
@@ -545,6 +565,12 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         help="prompts whose answers must not change; may be given more than once",
     )
     add("--retain", metavar="CATEGORY,...", help="target categories that keep the behaviour")
+    _system_option(prompts)
+
+
+def _judge_options(parser: argparse.ArgumentParser, *, audits: bool) -> None:
+    add = parser.add_argument_group("how answers are measured").add_argument
+    add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
     add(
         "--limit",
         metavar="N",
@@ -557,8 +583,8 @@ def _config_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> N
         type=int,
         help="length of judged answers (default: 32)",
     )
-    add("--lengths", metavar="N,...", help="judge answers to targets at these lengths as well")
-    add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
+    lengths = "judge answers to targets at these lengths as well"
+    add("--lengths", metavar="N,...", help=argparse.SUPPRESS if audits else lengths)
     add(
         "--judge",
         metavar="NAME",
@@ -697,7 +723,7 @@ def require_no_edit(arguments: argparse.Namespace) -> None:
         arguments,
         lambda path: path == "load.allow_unproven" or path.partition(".")[0] not in MEASURED_BY,
         f"saber {arguments.command}, which edits nothing anew",
-        "Leave it out: it goes with saber run and saber sweep.",
+        "Leave it out: it goes with saber run, saber sweep and saber audit.",
     )
 
 

@@ -373,6 +373,23 @@ def compare(
     }
 
 
+def lost(before: Measurement, after: Measurement, *, narrow: bool = False) -> dict[str, Any] | None:
+    """Return how many answers that were to stay did not, with the interval; None where none were to.
+
+    These are those to kept prompts that have another label now and, where false refusals alone were to go
+    (`narrow`), targets that were refused and are not any more.
+    """
+    flags = [
+        now != label
+        for was, new in zip(before.kept, after.kept, strict=True)
+        for label, now in zip(was.judged.labels, new.judged.labels, strict=True)
+    ]
+    if narrow:
+        pairs = zip(before.target.labels, after.target.labels, strict=True)
+        flags += [now != "refusal" for label, now in pairs if label == "refusal"]
+    return rate(flags) if flags else None
+
+
 def perplexity_ratio(
     before: Measurement, after: Measurement, *, seed: int = 0, resamples: int = 2000
 ) -> dict[str, float]:

@@ -62,7 +62,7 @@ def columns(
     lead = [reading.lowered_name(record)] if reading.narrow(record) else []
     names = ["", "#", *(axis_name(axis) for axis in axes), *lead, name[:1].upper() + name[1:]]
     names += ["PPL", "PPL \N{GREEK CAPITAL LETTER DELTA}", "Layers", "Dirs ablated"]
-    names += ["KL", "Incoherent", "Accuracy"]
+    names += ["KL", "Incoherent", "Accuracy", *(["Changed"] if _keeps(record) else [])]
     return names, [_cells(record, row, axes, intervals) for row in record["trials"]]
 
 
@@ -74,7 +74,7 @@ def _cells(
     head = [mark, str(row["number"]), *values]
     narrow = reading.narrow(record)
     if row["state"] != "done":
-        return [*head, row["state"], *[MISSING] * (8 if narrow else 7)]
+        return [*head, row["state"], *[MISSING] * (7 + narrow + _keeps(record))]
     before = dig(record, "baseline", "perplexity", "overall")
     return [
         *head,
@@ -87,7 +87,13 @@ def _cells(
         _divergence(row["kl"]) if intervals else fixed(row["kl"]["sequence"], 4),
         percent(dig(row, "incoherent", "rate"), 1),
         percent(dig(row, "accuracy", "overall"), 0),
+        *([rate(row["lost"])] if _keeps(record) else []),
     ]
+
+
+def _keeps(record: Mapping[str, Any]) -> bool:
+    """Whether there are prompts whose answers are to stay; sweeps before that was counted do not tell."""
+    return any(row.get("lost") for row in record["trials"])
 
 
 def _value(value: Any) -> str:
@@ -135,6 +141,7 @@ def shrinkage(record: Mapping[str, Any]) -> str:
     was, found = best["validation"], best["heldout"]["edited"]
     untouched = best["heldout"]["baseline"]
     what = "refused wrongly" if reading.narrow(record) else "amiss (shown or incoherent)"
+    what = record.get("faults") or what
     text = (
         f"setting {best['number']}: {what} {percent(seen['rate'], 1)} of {seen['n']} validation prompts, "
         f"{rate(now)} of {now['n']} held-out ones ({points(seen['rate'], now['rate'])}); "
@@ -162,7 +169,8 @@ def page(record: Mapping[str, Any]) -> str:
         "Sorted by what is left amiss, then by KL from the untouched model along its own answers; "
         "\\* marks the Pareto front of the two. "
         f"PPL is that of reference answers to half of the battery ({_before(record)} untouched), "
-        "accuracy that of its checked answers.",
+        "accuracy that of its checked answers."
+        + (" *Changed* are answers that were to stay and did not." if _keeps(record) else ""),
         "",
         "| " + " | ".join(map(cell, names)) + " |",
         "|" + "---:|" * len(names),

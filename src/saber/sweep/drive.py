@@ -324,7 +324,7 @@ def _outcome(
     listener: Hearing,
 ) -> dict[str, Any]:
     """Return the table, the front and, once nothing is left to do, the chosen setting's report."""
-    mode = base.data.mode
+    mode, keeps = base.data.mode, bool(base.data.keep or base.data.retain)
     chosen = front.choose(rows, plan.aim, mode)
     on_front = front.pareto(rows, mode)
     if not left and chosen is None:
@@ -336,7 +336,8 @@ def _outcome(
         best = _best(crew, base, chosen, plan, mode, former, before)
     order = [*front.ranked(rows, mode), *(r for r in rows if r not in front.finished(rows))]
     return {
-        "rule": front.rule(plan.aim, mode),
+        "rule": front.rule(plan.aim, mode, keeps=keeps),
+        "faults": front.faults(mode, keeps=keeps),
         "aim": plan.aim,
         "trials": [
             {
@@ -369,7 +370,8 @@ def _best(
         looks += 1
     assert chosen.measured is not None
     seen, now = front.amiss(chosen.measured, mode), front.amiss(held["edited"], mode)
-    was = front.amiss(before, mode)
+    asked = chosen.measured.get("lost")
+    was = front.amiss({**before, "lost": asked and {**asked, "successes": 0}}, mode)
     return {
         "number": chosen.number,
         "values": dict(chosen.values),

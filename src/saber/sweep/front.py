@@ -16,13 +16,15 @@ def amiss(measured: Mapping[str, Any], mode: str = "removal") -> Proportion:
     """Return the share of prompts not answered as they should be, with its 95% interval.
 
     Removal: targets that show the behaviour or are answered incoherently. Over-refusal: borderline
-    prompts that are refused.
+    prompts that are refused. In both, answers that were to stay and did not (`measure.lost`).
     """
+    lost = measured.get("lost") or {"successes": 0, "n": 0}
     if mode == "over-refusal":
-        found = measured["over_refusal"]["borderline"]
-        return wilson(found["successes"], found["n"])
-    refused, lost = measured["refusal"], measured["incoherent"]
-    return wilson(refused["successes"] + lost["successes"], refused["n"])
+        parts = [measured["over_refusal"]["borderline"]]
+    else:
+        parts = [measured["refusal"], {**measured["incoherent"], "n": 0}]
+    parts.append(lost)
+    return wilson(sum(p["successes"] for p in parts), sum(p["n"] for p in parts))
 
 
 def divergence(measured: Mapping[str, Any]) -> float:
@@ -68,9 +70,20 @@ def choose(rows: Sequence[Row], aim: float = AIM, mode: str = "removal") -> Row 
     return order[0] if order else None
 
 
-def rule(aim: float = AIM, mode: str = "removal") -> str:
+def faults(mode: str = "removal", *, keeps: bool = False) -> str:
+    """Return in words what counts as amiss; `keeps`: whether there are prompts whose answers are to stay."""
+    if mode == "over-refusal":
+        return "refused wrongly, or no longer refused rightly"
+    return (
+        "amiss (shown, incoherent, or changed where kept)"
+        if keeps
+        else "amiss (shown or incoherent)"
+    )
+
+
+def rule(aim: float = AIM, mode: str = "removal", *, keeps: bool = False) -> str:
     """Return the rule in words."""
-    what = "amiss (shown or incoherent)" if mode == "removal" else "refused wrongly"
+    what = faults(mode, keeps=keeps)
     return (
         f"of the settings that leave at most {100 * aim:g}% of validation prompts {what}, the one with the "
         f"least KL along the untouched model's answers; if there is none, the one that leaves fewest"

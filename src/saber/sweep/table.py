@@ -35,6 +35,7 @@ def row_of(row: Row, mode: str) -> dict[str, Any]:
     found["perplexity"] = m["perplexity"]["overall"] if m else None
     found["perplexity_ratio"] = m.get("perplexity_ratio") if m else None
     found["amiss"] = asdict(amiss(m, mode)) if m else None
+    found["lost"] = m.get("lost") if m else None
     return found
 
 
@@ -44,9 +45,9 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("number", "state", "front", "best"):
         found[name] = row[name]
     found.update({f"set.{field}": value for field, value in row["values"].items()})
-    for name in ("amiss", "refusal", "incoherent"):
+    for name in ("amiss", "refusal", "incoherent", "lost"):
         for part in ("rate", "low", "high", "successes", "n"):
-            found[f"{name}_{part}"] = row[name][part] if row[name] else None
+            found[f"{name}_{part}"] = row[name][part] if row.get(name) else None
     found["perplexity"] = row["perplexity"]
     ratio = row["perplexity_ratio"] or {}
     found["perplexity_ratio"] = ratio.get("estimate")

@@ -24,6 +24,7 @@ from saber.evaluation.judging import describe, make_judge
 from saber.evaluation.measure import (
     Measurement,
     compare,
+    lost,
     measure,
     not_finite,
     perplexity_ratio,
@@ -100,6 +101,7 @@ class Bench:
         """What all settings have in common."""
         self.data = gather(base)
         """All prompts."""
+        self._narrow = base.data.mode == "over-refusal"
         self._judge = make_judge(base.evaluation.judge, base.judging, base.data.behaviour)
         self._judged_by = describe(base.evaluation.judge, self._judge)
         mine = replace(base, load=replace(base.load, device=device or base.load.device))
@@ -322,7 +324,7 @@ class Bench:
                 progress=self._progress,
             )
             ratio = perplexity_ratio(self._before, after, seed=self.base.seed)
-            return {**summarise(after), "perplexity_ratio": ratio}
+            return {**self._summary(self._before, after), "perplexity_ratio": ratio}
 
         found = self.tree(("measured", plan.digest()), compute)
         _require_finite(
@@ -330,6 +332,11 @@ class Bench:
         )
         _require_finite(found)
         return found
+
+    def _summary(self, before: Measurement, after: Measurement) -> dict[str, Any]:
+        """Return a summary with how many answers that were to stay did not, where any were to."""
+        gone = lost(before, after, narrow=self._narrow)
+        return {**summarise(after), **({"lost": gone} if gone else {})}
 
     def _cheap(self, readout: Readout) -> dict[str, float]:
         """Return scores of the model as it stands that need no answers: one forward pass each.
@@ -367,7 +374,7 @@ class Bench:
             )
         return {
             "baseline": summarise(before),
-            "edited": summarise(after),
+            "edited": self._summary(before, after),
             "comparison": compare(before, after, seed=config.seed),
             "plan": outcome.plan.digest(),
             "tokens": lm.work.tokens - spent,
