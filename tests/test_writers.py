@@ -355,3 +355,13 @@ def test_an_embedding_behind_a_norm_is_not_a_writer():
     lm = replace(make_lm("llama"), model=model, layers_path="transformer.h")
     with pytest.raises(ModelError, match="scaled row"):
         embedding_writer(lm)
+
+
+def test_inspection_tells_what_a_run_needs(llama):
+    """d_model 32, four layers; attention writes from 32 inputs, the MLP from as many as it is wide."""
+    needs = inspect(llama)["memory"]
+    wide = llama.model.config.intermediate_size
+    assert needs["moments"] == 4 * 8 * (32**2 + wide**2)
+    assert needs["moments_least"] == 8 * wide**2
+    layer = sum(4 * p.numel() for p in llama.layers[0].parameters())
+    assert needs["probe"] - needs["offloaded"] == 3 * layer

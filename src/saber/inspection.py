@@ -24,6 +24,7 @@ from saber.lm.writers import (
     written_along,
     zeroed_law,
 )
+from saber.moments import moment_bytes
 
 
 def inspect(lm: LanguageModel) -> dict[str, Any]:
@@ -115,14 +116,24 @@ def memory(lm: LanguageModel, writers: Sequence[Writer]) -> dict[str, int]:
     """Return estimates in bytes of what probing and editing hold in memory at their peak.
 
     Probing: the weights, and the activations of one batch of tokens. Editing: the weights, a copy of
-    the writers so that the edit can be undone, and the largest writer twice in float32.
+    the writers so that the edit can be undone, and the largest writer twice in float32. Offloaded: the same
+    as probing with one layer at a time. Moments: the second moments of a selective edit, in main memory, of
+    all writers at once, and at the least, where they are read one after the other.
     """
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in lm.layers]
+    moments = [moment_bytes(lm, writer) for writer in writers]
     sizes = [lm.model.get_parameter(w.weight) for w in writers]
     activations = 4 * TOKENS_PER_BATCH * lm.d_model * (len(lm.layers) + 16)
     copies = sum(p.numel() * p.element_size() for p in sizes)
     largest = max((4 * p.numel() for p in sizes), default=0)
-    return {"probe": weights + activations, "edit": weights + copies + 2 * largest}
+    return {
+        "probe": weights + activations,
+        "edit": weights + copies + 2 * largest,
+        "offloaded": weights - sum(layers) + max(layers) + activations,
+        "moments": sum(moments),
+        "moments_least": max(moments, default=0),
+    }
 
 
 def _coverage(lm: LanguageModel, writers: Sequence[Writer]) -> dict[str, Any]:

@@ -325,7 +325,8 @@ def width(lm: LanguageModel, writer: Writer) -> int:
     return weight.numel() // weight.shape[writer.axis] // (writer.experts or 1)
 
 
-def _size(lm: LanguageModel, writer: Writer) -> int:
+def moment_bytes(lm: LanguageModel, writer: Writer) -> int:
+    """Return how many bytes the second moment of a writer's inputs takes at most, float64."""
     return 8 * width(lm, writer) ** 2 * (writer.experts or 1)
 
 
@@ -336,7 +337,7 @@ def packed(lm: LanguageModel, writers: Sequence[Writer], memory: float) -> list[
     group's last layer, so shallow writers are left to groups of their own. The largest writer has to
     fit in any case.
     """
-    sizes = [_size(lm, writer) for writer in writers]
+    sizes = [moment_bytes(lm, writer) for writer in writers]
     bound = max([memory, *sizes])
     rest = list(range(len(writers)))[::-1]
     groups: list[list[Writer]] = []

@@ -202,11 +202,18 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         print(json.dumps(report))
     else:
         out.print(tables.writers_table(report))
-        laws, memory = report["laws"], report["memory"]
+        laws, gib = report["laws"], {k: v / 2**30 for k, v in report["memory"].items()}
         out.print(
             f"{report['parameters']:,} parameters, stored in {report['stored_dtype']}, computed in "
-            f"{report['compute_dtype']}; memory to probe {memory['probe'] / 2**30:.2f} GiB, "
-            f"to edit {memory['edit'] / 2**30:.2f} GiB"
+            f"{report['compute_dtype']}"
+        )
+        out.print(
+            f"memory: {gib['probe']:.2f} GiB to probe, {gib['edit']:.2f} GiB to edit; with --offload "
+            f"{gib['offloaded']:.2f} GiB of the device"
+        )
+        out.print(
+            f"second moments of a selective edit, in main memory: {gib['moments']:.2f} GiB at once, at least "
+            f"{gib['moments_least']:.2f} GiB (edit.memory)"
         )
         out.print(
             f"writers in {report['coverage']['layers']} of {report['layers']} layers, "
