@@ -84,7 +84,8 @@ def keep_aside(model: nn.Module, device: torch.device) -> None:
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     nested = {id(inner) for one in lists for inner in one.modules() if inner is not one}
-    members = [member for one in lists if id(one) not in nested for member in one]
+    outermost = [one for one in lists if id(one) not in nested]
+    members = dict.fromkeys(member for one in outermost for member in one)
     if not members:
         raise ModelError(
             "this model keeps its layers in no module list, so they cannot wait in main memory.",
