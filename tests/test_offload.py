@@ -133,7 +133,7 @@ def test_writers_and_their_inputs_are_those_of_the_whole_model():
 
 
 def reuse_places(model, monkeypatch):
-    """Let a layer's tensors lie on the device where those of the layer before did, as an allocator does it."""
+    """Let a layer's tensors lie on the device where those of the layer before did, as in its memory."""
     slots = {}
     for layer in filter(is_kept_aside, model.modules()):
         for index, tensor in enumerate((*layer.parameters(), *layer.buffers())):
