@@ -191,6 +191,42 @@ def test_a_layer_that_is_called_several_times_goes_back_each_time():
     assert addresses(layer) == before
 
 
+def test_a_layer_goes_back_though_its_call_before_was_interrupted():
+    """Hooks do not hear of Ctrl-C, behind which a notebook goes on with the same model."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    keep_aside(model, CPU)
+    (layer,) = model.layers
+    before = addresses(layer)
+
+    def interrupt(_module, _args):
+        raise KeyboardInterrupt
+
+    handle = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer(torch.ones(1, 2))
+    handle.remove()
+    layer(torch.ones(1, 2))
+    assert addresses(layer) == before
+
+
+def test_a_call_that_fails_before_the_layer_comes_takes_it_from_nobody():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    keep_aside(model, CPU)
+    (layer,) = model.layers
+    with at_home(layer):
+        there = addresses(layer)
+
+        def fail(_module, _args):
+            raise ValueError("no")
+
+        layer.register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(ValueError, match="no"):
+            layer(torch.ones(1, 2))
+        assert addresses(layer) == there
+
+
 def test_an_edit_holds_and_is_undone():
     lm = make_lm("llama")
     keep_aside(lm.model, CPU)
