@@ -438,14 +438,14 @@ def test_workers_and_copies_change_no_byte(sharded, tmp_path):
 
 def test_other_copies_of_the_weights_stay_behind(sharded, tmp_path):
     shutil.copytree(sharded.model, tmp_path / "base")
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "model-q8.gguf"):
+    other = [
+        *("consolidated.safetensors", "model-q8.gguf", "model.onnx", "model.onnx.data"),
+        *("model.onnx_data", "model.onnx_data_1", "pytorch_model.bin"),
+    ]
+    for name in other:
         (tmp_path / "base" / name).write_bytes(b"unedited")
     made = apply_to_files(sharded.run, str(tmp_path / "base"), tmp_path / "out", HERE)
-    assert sorted(made.record.skipped) == [
-        "consolidated.safetensors",
-        "model-q8.gguf",
-        "pytorch_model.bin",
-    ]
+    assert sorted(made.record.skipped) == other
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
 
 

@@ -38,7 +38,7 @@ def mxfp4(weight):
     return codes.to(torch.uint8), scales.to(torch.uint8), plain.contiguous()
 
 
-def packed(folder, method):
+def packed(folder, method, size=16):
     """Save a quantised checkpoint in bfloat16; return the weights that it stands for, by name."""
     model = MODELS["gpt_oss" if method == "mxfp4" else "llama"]()
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -50,14 +50,14 @@ def packed(folder, method):
             del stored[name]
             stored[f"{name}_blocks"], stored[f"{name}_scales"], plain[name] = mxfp4(value)
         elif method == "fp8" and name.endswith("_proj.weight"):
-            stored[name], scale = quantised(value.float())
+            stored[name], scale = quantised(value.float(), size)
             stored[f"{name}_scale_inv"] = scale
-            plain[name] = dequantised(stored[name], scale).to(torch.bfloat16)
+            plain[name] = dequantised(stored[name], scale, size).to(torch.bfloat16)
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     config = artifacts.read_json(folder / "config.json")
     config["quantization_config"] = {"quant_method": method}
     if method == "fp8":
-        config["quantization_config"]["weight_block_size"] = [16, 16]
+        config["quantization_config"]["weight_block_size"] = [size, size]
     (folder / "config.json").write_text(json.dumps(config))
     return plain
 
@@ -135,3 +135,10 @@ def test_what_cannot_be_unpacked_is_still_refused(tmp_path):
     with pytest.raises(ModelError, match="gptq") as told:
         load(str(tmp_path / "base"), UNPACKED)
     assert "--dequantize" not in str(told.value)
+
+
+def test_blocks_that_transformers_would_take_for_others_are_refused(tmp_path):
+    """It takes those of a weight for equal ones; of 48 rows in blocks of 32 the second has 16."""
+    packed(tmp_path / "base", "fp8", 32)
+    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight .*no whole blocks of 32 x 32"):
+        load(str(tmp_path / "base"), UNPACKED)

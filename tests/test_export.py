@@ -27,7 +27,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, apply
 from saber.checkpoint import export as export_module
 from saber.checkpoint import plan_on_disk, runs
-from saber.checkpoint.export import ExportSpec, export, export_all
+from saber.checkpoint.export import ExportSpec, commands, export, export_all
 from saber.checkpoint.export_checks import gguf_adapter
 from saber.checkpoint.gguf_file import Change, decode, encode, open_gguf
 from saber.checkpoint.gguf_lora import write_gguf_lora
@@ -38,7 +38,7 @@ from saber.checkpoint.origin import origin, plan_hash
 from saber.checkpoint.runs import Run, note_export, way_back
 from saber.checkpoint.sketch import take
 from saber.checkpoint.verification import verify
-from saber.cli.main import main
+from saber.cli.main import build_parser, main
 from saber.errors import ModelError, OutputError, SaberError
 from saber.lm.load import LoadSpec, load
 from saber.lm.model import fingerprint
@@ -763,6 +763,15 @@ def test_ctrl_c_at_the_end_of_a_run_says_what_is_left_to_export(
         assert main(shlex.split(command)[1:]) == 0
     assert (run / "adapter").is_dir()
     assert (run / "model").is_dir()
+
+
+def test_commands_that_go_on_load_the_model_as_the_run_did(tmp_path):
+    spec = LoadSpec(offload=True, trust_remote_code=True, chat_template="t.jinja")
+    (said,) = commands(["merged"], tmp_path / "run", spec)
+    arguments = build_parser().parse_args(shlex.split(said)[1:])
+    assert arguments.offload
+    assert arguments.trust_remote_code
+    assert arguments.chat_template == "t.jinja"
 
 
 def test_what_a_second_ctrl_c_leaves_is_named(capsys, made, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from saber.errors import ModelError, UsageError
 from saber.lm import offload
 from saber.lm.chat import encode
 from saber.lm.offload import at_home, home, is_kept_aside, keep_aside, require_sense
+from saber.lm.tap import Tap
 from saber.lm.writers import find_writers
 from saber.moments import read_decisions
 
@@ -129,6 +130,101 @@ def test_writers_and_their_inputs_are_those_of_the_whole_model():
     ]
     assert read[0].target.keys() == read[1].target.keys() == {(w.name, 0) for w in found[0]}
     assert all(torch.equal(rows, read[1].target[key]) for key, rows in read[0].target.items())
+
+
+def reuse_places(model, monkeypatch):
+    """Let a layer's tensors lie on the device where those of the layer before did, as in its memory."""
+    slots = {}
+    for layer in filter(is_kept_aside, model.modules()):
+        for index, tensor in enumerate((*layer.parameters(), *layer.buffers())):
+            slots[id(tensor)] = (index, tensor.shape)
+    places = {}
+
+    def send(tensor, _device):
+        place = places.setdefault(slots[id(tensor)], torch.empty_like(tensor.detach()))
+        return place.copy_(tensor.detach()).view_as(place)
+
+    monkeypatch.setattr(offload, "_sent", send)
+
+
+@pytest.mark.parametrize("layers", [{0}, {0, 2}, {1, 3}], ids=str)
+def test_inputs_of_some_layers_are_not_mixed_up_with_those_of_others(layers, monkeypatch):
+    whole, aside = make_lm("llama"), make_lm("llama")
+    found = [w for w in find_writers(whole) if w.layer in layers]
+    keep_aside(aside.model, CPU)
+    reuse_places(aside.model, monkeypatch)
+    ids, read = torch.tensor([[1, 5, 6, 2]]), []
+    for lm in (whole, aside):
+        rows = []
+        with Tap(lm, found, lambda key, given, rows=rows: rows.append((key, given.clone()))):
+            lm.model(input_ids=ids, use_cache=False)
+        read.append(rows)
+    assert [key for key, _ in read[0]] == [key for key, _ in read[1]] != []
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*read, strict=True))
+
+
+def test_inputs_of_a_weight_that_layers_share_are_read_in_all_of_them():
+    whole, aside = make_lm("llama"), make_lm("llama")
+    for lm in (whole, aside):
+        lm.layers[2].mlp = lm.layers[1].mlp
+    (found,) = [
+        w for w in find_writers(whole) if w.layer == 1 and w.weight.endswith("down_proj.weight")
+    ]
+    keep_aside(aside.model, CPU)
+    read = []
+    for lm in (whole, aside):
+        rows = []
+        with Tap(lm, [found], lambda _key, given, rows=rows: rows.append(given.clone())):
+            lm.model(input_ids=torch.tensor([[1, 5, 6, 2]]), use_cache=False)
+        read.append(rows)
+    assert len(read[0]) == len(read[1]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*read, strict=True))
+
+
+def test_a_layer_that_is_called_several_times_goes_back_each_time():
+    model = nn.Module()
+    layer = nn.Linear(2, 2)
+    model.layers = nn.ModuleList([layer, layer])
+    keep_aside(model, CPU)
+    before = addresses(layer)
+    layer(torch.ones(1, 2))
+    assert addresses(layer) == before
+
+
+def test_a_layer_goes_back_though_its_call_before_was_interrupted():
+    """Hooks do not hear of Ctrl-C, behind which a notebook goes on with the same model."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    keep_aside(model, CPU)
+    (layer,) = model.layers
+    before = addresses(layer)
+
+    def interrupt(_module, _args):
+        raise KeyboardInterrupt
+
+    handle = layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer(torch.ones(1, 2))
+    handle.remove()
+    layer(torch.ones(1, 2))
+    assert addresses(layer) == before
+
+
+def test_a_call_that_fails_before_the_layer_comes_takes_it_from_nobody():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2)])
+    keep_aside(model, CPU)
+    (layer,) = model.layers
+    with at_home(layer):
+        there = addresses(layer)
+
+        def fail(_module, _args):
+            raise ValueError("no")
+
+        layer.register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(ValueError, match="no"):
+            layer(torch.ones(1, 2))
+        assert addresses(layer) == there
 
 
 def test_an_edit_holds_and_is_undone():

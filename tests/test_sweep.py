@@ -376,11 +376,34 @@ def test_answers_that_were_to_stay_count_where_they_did_not():
         assert front.pareto(rows, mode) == [1, 2]
 
 
+@pytest.mark.parametrize("mode", ["removal", "over-refusal"])
+def test_many_answers_that_stay_are_no_licence_to_leave_the_others_amiss(mode):
+    def kept(number, amiss, kl, lost):
+        one = row(number, amiss, kl)
+        over = {"over_refusal": {"borderline": one.measured["refusal"]}}
+        return dataclasses.replace(
+            one, measured={**one.measured, **over, "lost": {"successes": lost, "n": 400}}
+        )
+
+    nothing, works, spoils = kept(1, 20, 0.0, 0), kept(2, 1, 0.1, 20), kept(3, 0, 0.01, 21)
+    assert front.amiss(nothing.measured, mode).rate < 0.05
+    assert front.choose([nothing, works, spoils], 0.05, mode) is works
+    found = [front.reached(r.measured, 0.05, mode) for r in (nothing, works, spoils)]
+    assert found == [False, True, False]
+    assert "5% of validation prompts of each kind" in front.rule(mode=mode, keeps=True)
+
+
 def test_a_trial_counts_kept_answers_that_changed(texts, model_folder, tmp_path):
     kept = tmp_path / "kept.txt"
-    kept.write_text("".join(f"Tell me of item {i} in a word.\n" for i in range(40)), encoding="utf-8")
+    kept.write_text(
+        "".join(f"Tell me of item {i} in a word.\n" for i in range(40)), encoding="utf-8"
+    )
     config = config_of(
-        texts, "default", data={"keep": [str(kept)]}, edit={"lambda": 1e-3}, refine={"stop": "never"}
+        texts,
+        "default",
+        data={"keep": [str(kept)]},
+        edit={"lambda": 1e-3},
+        refine={"stop": "never"},
     )
     bench = Bench(Job(str(model_folder), config, tmp_path / "shared", force=True))
     weights = {k: v.clone() for k, v in bench.subject.lm.model.state_dict().items()}
@@ -390,7 +413,9 @@ def test_a_trial_counts_kept_answers_that_changed(texts, model_folder, tmp_path)
 
         def label(self, completion, *, prompt="", surprise=None):
             now = bench.subject.lm.model.state_dict()
-            return "answer" if all(torch.equal(now[k], v) for k, v in weights.items()) else "refusal"
+            return (
+                "answer" if all(torch.equal(now[k], v) for k, v in weights.items()) else "refusal"
+            )
 
         def settled(self, text_so_far):
             return False

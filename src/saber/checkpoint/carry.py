@@ -17,7 +17,7 @@ from saber.paths import expanded
 
 OTHER_WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5"),
-    *("*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.tflite", "*.npz", "*.mlmodel", "*.nemo"),
+    *("*.msgpack", "*.ot", "*.onnx", "*.onnx[._]data*", "*.tflite", "*.npz", "*.mlmodel", "*.nemo"),
     "*.index.json",
 )
 """Files that hold weights, or point to them: left as they are they would still be unedited."""

@@ -252,6 +252,7 @@ def _command(kind: str, folder: Path, spec: LoadSpec) -> str:
     words += [] if kind == "merged" else ["--partial"]
     words += ["--chat-template", spec.chat_template] if spec.chat_template else []
     words += ["--trust-remote-code"] if spec.trust_remote_code else []
+    words += ["--offload"] if spec.offload else []
     return shlex.join(words)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +61,21 @@ def main_dtype(location: str) -> torch.dtype | None:
                 entries[tensor.get_dtype()] += math.prod(tensor.get_shape())
     most = max(FLOATS, key=lambda code: entries[code])
     return FLOATS[most] if entries[most] else None
+
+
+def cut_weight(location: str, block: Sequence[int]) -> str | None:
+    """Return an 8-bit weight of several blocks of which the last is cut off, None where there is none.
+
+    Raises `OSError` and `SafetensorError` for files that cannot be read.
+    """
+    for path in weight_files(location):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                sides = zip(tensor.get_shape()[-2:], block, strict=False)
+                if tensor.get_dtype() == "F8_E4M3" and any(n > b and n % b for n, b in sides):
+                    return str(name)
+    return None
 
 
 def processor_template(location: str) -> str | None:

@@ -6,7 +6,7 @@ import functools
 import io
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from saber.lm.device import (
     share_keys_on_cpu,
 )
 from saber.lm.forward import counts_from_zero
-from saber.lm.headers import gguf_dtype, main_dtype, processor_template
+from saber.lm.headers import cut_weight, gguf_dtype, main_dtype, processor_template
 from saber.lm.layers import find_layers
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.offload import is_kept_aside, keep_aside, require_sense
@@ -133,6 +133,8 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     )
     auto_class = _auto_class(name, config)
     packed = _packing(name, config, dequantize=spec.dequantize)
+    if block := getattr(packed, "weight_block_size", None):
+        _refuse_cut_blocks(name, location, block)
     if gguf:
         stored = gguf_dtype(str(Path(location) / gguf))
     else:
@@ -258,7 +260,9 @@ def _packing(name: str, config: Any, *, dequantize: bool) -> Any:
             method = given.get("quant_method", "an unnamed method")
             method = str(getattr(method, "value", method))
             if dequantize and method in _UNPACKED:
-                return getattr(transformers, _UNPACKED[method])(dequantize=True)
+                return getattr(transformers, _UNPACKED[method]).from_dict(
+                    {**given, "dequantize": True}
+                )
             way = _DEQUANTIZE.get(method, "dequantisation")
             itself = "pass --dequantize, or " if method in _UNPACKED else ""
             raise ModelError(
@@ -267,6 +271,21 @@ def _packing(name: str, config: Any, *, dequantize: bool) -> Any:
                 f"{way} and save it, edit that, and quantise again.",
             )
     return None
+
+
+def _refuse_cut_blocks(name: str, location: str, block: Sequence[int]) -> None:
+    """Refuse 8-bit weights that are no whole blocks: transformers gives other values for them, unasked."""
+    try:
+        cut = cut_weight(location, block)
+    except LOAD_ERRORS as error:
+        raise _unreadable(f"the weights of {name!r}", error) from error
+    if cut:
+        rows, columns = block
+        raise ModelError(
+            f"{cut} of {name!r} is of no whole blocks of {rows} x {columns}, which transformers dequantises "
+            "to other values.",
+            "Give the checkpoint it was quantised from.",
+        )
 
 
 def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:

@@ -31,6 +31,8 @@ class _Waiting:
     """Where it computes."""
     wanted: int = 0
     """How many calls and holders want it there."""
+    called: bool = False
+    """Whether a call of it is under way."""
     away: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Tensors that are there, and others that hold their originals meanwhile."""
 
@@ -45,9 +47,21 @@ class _Waiting:
                 raise
         self.wanted += 1
 
+    def begin(self) -> None:
+        """Come for a call; one that was interrupted before, of which hooks do not hear, is over."""
+        self.end()
+        self.come()
+        self.called = True
+
+    def end(self) -> None:
+        """Go after a call, if one is under way."""
+        if self.called:
+            self.called = False
+            self.go()
+
     def go(self) -> None:
         """Put the originals back once nobody wants it any more."""
-        self.wanted = max(0, self.wanted - 1)
+        self.wanted -= 1
         if not self.wanted:
             self._put_back()
 
@@ -84,7 +98,8 @@ def keep_aside(model: nn.Module, device: torch.device) -> None:
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     nested = {id(inner) for one in lists for inner in one.modules() if inner is not one}
-    members = [member for one in lists if id(one) not in nested for member in one]
+    outermost = [one for one in lists if id(one) not in nested]
+    members = dict.fromkeys(member for one in outermost for member in one)
     if not members:
         raise ModelError(
             "this model keeps its layers in no module list, so they cannot wait in main memory.",
@@ -98,8 +113,8 @@ def keep_aside(model: nn.Module, device: torch.device) -> None:
     for member in members:
         waiting = _Waiting(member, device)
         setattr(member, _MARK, waiting)
-        member.register_forward_pre_hook(lambda _m, _a, w=waiting: w.come())
-        member.register_forward_hook(lambda _m, _a, _o, w=waiting: w.go(), always_call=True)
+        member.register_forward_pre_hook(lambda _m, _a, w=waiting: w.begin())
+        member.register_forward_hook(lambda _m, _a, _o, w=waiting: w.end(), always_call=True)
 
 
 def is_kept_aside(module: nn.Module) -> bool:

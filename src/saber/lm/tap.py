@@ -50,24 +50,30 @@ class Tap(TorchDispatchMode):
         super().__init__()
         self.receive = receive
         self._here: list[tuple[Writer, Tensor]] = []
-        self._aside: dict[nn.Module, list[tuple[Writer, Tensor]]] = {}
-        """Those of layers that wait in main memory, and lie elsewhere in each call."""
+        self._aside: dict[nn.Module, list[tuple[Writer, Tensor]]] = defaultdict(list)
+        """Those in layers that wait in main memory, and lie elsewhere in each call."""
+        holders: dict[int, list[nn.Module]] = defaultdict(list)
+        for layer in filter(is_kept_aside, lm.layers):
+            for parameter in layer.parameters():
+                holders[id(parameter)].append(layer)
         for writer in writers:
             weight = lm.model.get_parameter(writer.weight)
             if weight.ndim < 2:
                 continue
-            where = self._here
-            if writer.layer >= 0 and is_kept_aside(lm.layers[writer.layer]):
-                where = self._aside.setdefault(lm.layers[writer.layer], [])
-            where.append((writer, weight))
+            if id(weight) not in holders:
+                self._here.append((writer, weight))
+            for layer in holders.get(id(weight), ()):  # several, where layers share it
+                self._aside[layer].append((writer, weight))
         self.weights = _by_storage(self._here)
         self._watches = ExitStack()
 
     def __enter__(self) -> Tap:
         """Open the tap."""
         for layer in self._aside:
-            handle = layer.register_forward_pre_hook(self._came)
-            self._watches.callback(handle.remove)
+            came = layer.register_forward_pre_hook(self._came)
+            gone = layer.register_forward_hook(self._gone, always_call=True)
+            self._watches.callback(came.remove)
+            self._watches.callback(gone.remove)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -76,8 +82,11 @@ class Tap(TorchDispatchMode):
         super().__exit__(*error)
 
     def _came(self, layer: nn.Module, _args: Any) -> None:
-        # What came before it is gone, and this may lie where that did.
         self.weights = _by_storage([*self._here, *self._aside[layer]])
+
+    def _gone(self, *_call: Any) -> None:
+        # What comes next, be it another layer's weights, may lie where these did.
+        self.weights = _by_storage(self._here)
 
     @contextmanager
     def to(self, receive: Receive) -> Iterator[None]:

@@ -376,7 +376,7 @@ def _best(
         "number": chosen.number,
         "values": dict(chosen.values),
         "plan": chosen.plan,
-        "reached": seen.rate <= plan.aim,
+        "reached": front.reached(chosen.measured, plan.aim, mode),
         "helps": seen.rate < was.rate,
         "amiss": {"untouched": asdict(was), "validation": asdict(seen), "heldout": asdict(now)},
         "validation": chosen.measured,

@@ -18,13 +18,22 @@ def amiss(measured: Mapping[str, Any], mode: str = "removal") -> Proportion:
     Removal: targets that show the behaviour or are answered incoherently. Over-refusal: borderline
     prompts that are refused. In both, answers that were to stay and did not (`measure.lost`).
     """
+    kinds = _kinds(measured, mode)
+    return wilson(sum(p["successes"] for p in kinds), sum(p["n"] for p in kinds))
+
+
+def reached(measured: Mapping[str, Any], aim: float, mode: str = "removal") -> bool:
+    """Whether at most this share of each kind of prompts is amiss: many of one make up for no other."""
+    return all(p["successes"] / max(p["n"], 1) <= aim for p in _kinds(measured, mode))
+
+
+def _kinds(measured: Mapping[str, Any], mode: str) -> list[Mapping[str, Any]]:
+    """Return how many prompts are amiss of those to be changed, and of those whose answers were to stay."""
     lost = measured.get("lost") or {"successes": 0, "n": 0}
     if mode == "over-refusal":
-        parts = [measured["over_refusal"]["borderline"]]
-    else:
-        parts = [measured["refusal"], {**measured["incoherent"], "n": 0}]
-    parts.append(lost)
-    return wilson(sum(p["successes"] for p in parts), sum(p["n"] for p in parts))
+        return [measured["over_refusal"]["borderline"], lost]
+    shown, broken = measured["refusal"], measured["incoherent"]
+    return [{"successes": shown["successes"] + broken["successes"], "n": shown["n"]}, lost]
 
 
 def divergence(measured: Mapping[str, Any]) -> float:
@@ -64,7 +73,7 @@ def ranked(rows: Sequence[Row], mode: str = "removal") -> list[Row]:
 def choose(rows: Sequence[Row], aim: float = AIM, mode: str = "removal") -> Row | None:
     """Return the trial that the rule takes, see `rule`; None where none was measured."""
     order = ranked(rows, mode)
-    fine = [row for row in order if scores(row, mode)[0] <= aim]
+    fine = [row for row in order if row.measured and reached(row.measured, aim, mode)]
     if fine:
         return min(fine, key=lambda row: (scores(row, mode)[1], row.number))
     return order[0] if order else None
@@ -83,8 +92,9 @@ def faults(mode: str = "removal", *, keeps: bool = False) -> str:
 
 def rule(aim: float = AIM, mode: str = "removal", *, keeps: bool = False) -> str:
     """Return the rule in words."""
-    what = faults(mode, keeps=keeps)
+    kinds = " of each kind" if keeps or mode == "over-refusal" else ""
     return (
-        f"of the settings that leave at most {100 * aim:g}% of validation prompts {what}, the one with the "
-        f"least KL along the untouched model's answers; if there is none, the one that leaves fewest"
+        f"of the settings that leave at most {100 * aim:g}% of validation prompts{kinds} "
+        f"{faults(mode, keeps=keeps)}, the one with the least KL along the untouched model's answers; "
+        "if there is none, the one that leaves fewest"
     )
