@@ -23,6 +23,7 @@ from saber import artifacts
 from saber.ablation import EditPlan, Factor, Removal, apply, orthogonal
 from saber.checkpoint import blocks, plan_on_disk, save_merged, workers
 from saber.checkpoint.apply import ApplySpec, apply_to_files
+from saber.checkpoint.carry import carry_others
 from saber.checkpoint.merged import files_of
 from saber.checkpoint.origin import plan_hash
 from saber.checkpoint.plan_on_disk import DiskPlan
@@ -339,6 +340,24 @@ def test_linked_folders_are_carried_as_real_ones_and_no_link_is_followed_in_a_ci
     monkeypatch.chdir(with_links.model)
     apply_to_files(with_links.run, ".", tmp_path / "again", HERE)
     assert contents(tmp_path / "again").keys() == contents(out).keys()
+
+
+def test_runs_and_hidden_files_in_a_model_folder_are_no_part_of_the_model(sharded, tmp_path):
+    base = shutil.copytree(sharded.model, tmp_path / "with_runs")
+    for name in ("run.json", "study.json", "audit.json"):
+        (base / "mine" / name[:-5]).mkdir(parents=True)
+        (base / "mine" / name[:-5] / name).write_text("{}")
+        (base / "mine" / name[:-5] / "answers.jsonl").write_text("{}")
+    (base / "mine" / "vocabulary.txt").write_text("a")
+    (base / ".env").write_text("KEY=1")
+    (base / ".gitattributes").write_text("")
+    replace(sharded, model=base).apply(tmp_path / "out")
+    carry_others(base, tmp_path / "saved")
+    for out in (tmp_path / "out", tmp_path / "saved"):
+        found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        assert {f for f in found if "/" in f} == {"mine/vocabulary.txt", "sub/chat.jinja"}
+        assert ".env" not in found
+        assert ".gitattributes" in found
 
 
 def test_a_place_in_a_linked_folder_is_in_the_model(with_links, tmp_path):

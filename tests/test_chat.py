@@ -160,11 +160,3 @@ def test_any_text_goes_through_a_pipe_of_one_code_page(asked, monkeypatch):
     assert main(["chat", "run", "--prompt", "one"]) == 0
     out.flush()
     assert out.buffer.getvalue().decode("cp1252").split() == ["edited:", "\u00e9", "?"]
-
-
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_bytes_that_are_no_text_are_read_as_such(asked, monkeypatch, errors):
-    typed = io.TextIOWrapper(io.BytesIO(b"hi \xff\n"), encoding="utf-8", errors=errors)
-    monkeypatch.setattr(sys, "stdin", typed)
-    assert main(["chat", "run"]) == 0
-    assert asked == [((), "hi \N{REPLACEMENT CHARACTER}", True)]

@@ -399,6 +399,12 @@ def test_an_address_or_a_key_that_cannot_be_sent_is_told_without_the_key(
     assert EndpointJudge.configured("http://h/v1", "m", "MINE", "the answer").key == "secret"
 
 
+def test_an_address_is_recorded_without_its_password():
+    judge = EndpointJudge.configured("https://me:secret@h:8/v1?k=1", "m", "", "the answer")
+    assert "secret" in judge.url
+    assert judge.described()["url"] == "https://h:8/v1/chat/completions"
+
+
 @pytest.mark.parametrize(
     ("given", "asked"),
     [

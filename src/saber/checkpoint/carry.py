@@ -22,6 +22,8 @@ OTHER_WEIGHTS = (
 )
 """Files that hold weights, or point to them: left as they are they would still be unedited."""
 PRIVATE = (".git", ".cache", "__pycache__")
+RECORDS = ("run.json", "state.json", "sweep.json", "study.json", "audit.json", "audit-state.json")
+"""By these a run, sweep or audit is known; one that lies in a model's folder is no part of the model."""
 LARGEST = 100_000_000
 """Bytes up to which a file of a hub model that is no weight is fetched."""
 
@@ -123,8 +125,11 @@ def lies_in(place: Path, folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield a model's folders and the names of their files; of links those that lead back to where they
-    lie are left out."""
+    """Yield a model's folders and the names of their files.
+
+    Links that lead back to where they lie are left out, and so are runs, and hidden files such as `.env`,
+    which may hold keys.
+    """
     for here, folders, files in os.walk(folder, followlinks=True):
         root = Path(here)
         way = [p.resolve() for p in (root, *root.parents) if p.is_relative_to(folder)]
@@ -133,8 +138,9 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
             for name in folders
             if name not in PRIVATE
             and not ((root / name).is_symlink() and _leads_to(root / name, way))
+            and not any((root / name / record).is_file() for record in RECORDS)
         )
-        yield root, sorted(files)
+        yield root, sorted(f for f in files if not f.startswith(".") or f == ".gitattributes")
 
 
 def _leads_to(link: Path, places: Iterable[Path]) -> bool:

@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bear_all_texts() -> None:
-    """Let characters that a stream's encoding lacks be shown as `?`, and bytes that it cannot read as U+FFFD.
+    """Let characters that the encoding of an output lacks be shown as `?`.
 
     Answers may hold any character, and a pipe or file on Windows takes those of one code page alone.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with suppress(ValueError):  # closed, or read from already
                 stream.reconfigure(errors="replace")
@@ -723,7 +723,7 @@ def require_no_edit(arguments: argparse.Namespace) -> None:
         arguments,
         lambda path: path == "load.allow_unproven" or path.partition(".")[0] not in MEASURED_BY,
         f"saber {arguments.command}, which edits nothing anew",
-        "Leave it out: it goes with saber run, saber sweep and saber audit.",
+        "Leave it out: it goes with saber run and saber sweep, and with saber audit.",
     )
 
 

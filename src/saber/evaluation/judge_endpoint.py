@@ -127,7 +127,7 @@ class EndpointJudge:
         """Return where the labels come from, and the hash of the frozen prompt."""
         prompt = f"{self.instructions}\0{QUESTION}"
         return {
-            "url": self.url.partition("?")[0],  # what follows may be a key
+            "url": _public(self.url),
             "model": self.model,
             "description": self.description,
             "prompt_sha256": hashlib.sha256(prompt.encode("utf-8")).hexdigest(),
@@ -204,6 +204,14 @@ def _body(error: urllib.error.HTTPError) -> str:
         return error.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException):
         return ""
+
+
+def _public(url: str) -> str:
+    """Return an address without what may be a secret: a name and password, and what follows a `?`."""
+    whole = url.partition("?")[0]
+    scheme, slashes, rest = whole.rpartition("//")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _word(reply: str) -> str:
