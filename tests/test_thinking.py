@@ -1,14 +1,19 @@
 """Models with their thoughts on: what they are asked, what is read of it, and what is counted."""
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_lm
+from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
 
+from saber import conversation, pipeline
 from saber.ablation import Removal, applied, orthogonal
+from saber.audit import audit
+from saber.cli.main import build_parser, main, read_config
 from saber.cli.tables import result_rows
-from saber.errors import ModelError
+from saber.config import override, preset
+from saber.errors import ModelError, UsageError
 from saber.evaluation import lengths
 from saber.evaluation import measure as measuring
 from saber.evaluation.divergence import score_battery
@@ -26,6 +31,7 @@ from saber.lm.load import LoadSpec, load
 from saber.lm.marks import behind, left_open
 from saber.lm.writers import find_writers
 from saber.prompts import Prompt, PromptSet
+from saber.sweep.drive import Plan, sweep
 
 SWITCH = CHAT_TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}"
 OTHER_SWITCH = CHAT_TEMPLATE + "{% if not thinking %}</think>{% endif %}"
@@ -254,3 +260,152 @@ def test_answers_that_are_cut_keep_the_thought_that_the_prompt_opened(scripted):
     cuts = by_length(thinker(OPENS), asking("asked", "refuse"), (4, 40), PhraseJudge())
     assert [cut.labels for cut in cuts] == [("incoherent",), ("refusal",)]
     assert [cut.thought_open for cut in cuts] == [(True,), (False,)]
+
+
+def failing(capsys, *arguments):
+    """Run a command that must fail as it was used wrongly; return its one line."""
+    assert main([str(a) for a in arguments]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
+def helped(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "no-model", "--thinking"),
+        ("run", "no-model", "--set", "load.thinking=true"),
+        ("run", "no-model", "--config", "think.toml"),
+        ("sweep", "no-model", "--thinking"),
+        ("audit", "no-model", "--thinking"),
+        ("inspect", "no-model", "--thinking"),
+        ("export", "no-run", "--format", "lora", "--out", "o", "--thinking"),
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_what_edits_or_reads_weights_takes_no_thoughts(capsys, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "think.toml").write_text("[load]\nthinking = true\n")
+    said = failing(capsys, *command)
+    assert "edits are found at the first token of the answer" in said
+    assert "saber eval MODEL --thinking" in said
+    assert "--thinking" not in helped(capsys, command[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["think.toml"]
+
+
+@pytest.mark.parametrize("command", ["eval", "chat", "ui"])
+def test_the_help_of_what_takes_thoughts_says_so(capsys, command):
+    assert "--thinking let the model think" in helped(capsys, command)
+
+
+def test_a_run_from_python_takes_no_thoughts_either(tmp_path):
+    config = override(preset("default"), {"load": {"thinking": True}})
+    with pytest.raises(UsageError, match="saber eval MODEL --thinking"):
+        pipeline.run("no-model", tmp_path / "run", config)
+    with pytest.raises(UsageError, match="saber eval MODEL --thinking"):
+        sweep("no-model", tmp_path / "sweep", config, Plan(axes=("edit.alpha=1,0.5",)))
+    with pytest.raises(UsageError, match="saber eval MODEL --thinking"):
+        audit("no-model", tmp_path / "audit", config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("eval",), ("chat", "--prompt", "x"), ("ui",)])
+def test_a_text_in_front_of_answers_does_not_go_with_thoughts(capsys, command):
+    name, *more = command
+    ask = (name, "no-model", *more, "--thinking", "--response-prefix", "<think></think>")
+    assert "--response-prefix" in failing(capsys, *ask)
+
+
+def test_tasks_take_no_thoughts(capsys):
+    said = failing(capsys, "eval", "no-model", "--lm-eval", "x", "--thinking")
+    assert "--thinking does nothing with --lm-eval" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "battery"),
+    [
+        ([], 32, 64),
+        (["--thinking"], 1024, 1024),
+        (["--thinking", "--max-new-tokens", "2048"], 2048, 2048),
+        (["--thinking", "--max-new-tokens", "20"], 20, 64),
+        (["--thinking", "--set", "evaluation.battery_new_tokens=8"], 1024, 8),
+        (["--config", "think.toml"], 1024, 1024),
+        (["--thinking", "--config", "short.toml"], 16, 32),
+    ],
+)
+def test_answers_behind_thoughts_have_more_room(options, answers, battery, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "think.toml").write_text("[load]\nthinking = true\n")
+    (tmp_path / "short.toml").write_text(
+        "[evaluation]\nmax_new_tokens = 16\nbattery_new_tokens = 32\n"
+    )
+    config = read_config(build_parser().parse_args(["eval", "demo", *options]))
+    assert config.load.thinking == (options[:1] != [])
+    assert (config.evaluation.max_new_tokens, config.evaluation.battery_new_tokens) == (
+        answers,
+        battery,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [([], 256), (["--thinking"], 1024), (["--thinking", "--max-new-tokens", "9"], 9)],
+)
+@pytest.mark.parametrize("template", [OPENS, CHAT_TEMPLATE])
+def test_chat_lets_a_model_think(options, limit, template, model_folder, monkeypatch, capsys):
+    """Where it has no thoughts, that is said, and it answers all the same."""
+    seen = []
+
+    def generate(lm, prompts, most, settled=None):
+        seen.append((lm.thinking, most))
+        return [Completion((), f"{opened(lm, *prompts)}Hm.</think>Yes.")]
+
+    with_template(model_folder, template)
+    monkeypatch.setattr(conversation, "generate", generate)
+    assert main(["chat", str(model_folder), "--prompt", "x", "--json", *options]) == 0
+    told = capsys.readouterr()
+    mark = "<think>\n" if options and template == OPENS else ""
+    assert json.loads(told.out)["model"] == f"{mark}Hm.</think>Yes."
+    assert seen == [(bool(options), limit)]
+    nothing = bool(options) and template == CHAT_TEMPLATE
+    assert ("nothing changes with --thinking" in told.err) == nothing
+    assert len(told.err.splitlines()) == nothing
+
+
+def with_template(folder, template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["--json", "table"])
+def test_eval_measures_a_model_with_its_thoughts_on(form, few, model_folder, tmp_path, capsys):
+    """A random model never closes the thought that its template opened."""
+    base = tmp_path / "base"
+    make_model("llama", seed=1).save_pretrained(base)
+    with_template(base, CHAT_TEMPLATE)
+    with_template(model_folder, OPENS)
+    ask = ["eval", str(model_folder), "--base", str(base), "--limit", "2", "--thinking"]
+    ask += ["--max-new-tokens", "6", "--set", "evaluation.battery_new_tokens=6"]
+    assert main([*ask, *(["--json"] if form == "--json" else [])]) == 0
+    told = capsys.readouterr()
+    said = " ".join(told.err.split())
+    assert said.count("nothing changes with --thinking: the chat template of") == 1
+    if form == "table":
+        assert "thought never closed (target)" in told.out
+        return
+    record = json.loads(told.out)
+    assert record["config"]["load"]["thinking"] is True
+    assert record["config"]["evaluation"]["max_new_tokens"] == 6
+    before, after = (record[side]["thought_open"] for side in ("baseline", "edited"))
+    assert before["target"]["rate"] == 0.0
+    assert after["target"]["rate"] == after["battery"]["rate"] == 1.0
+    assert after["target"]["low"] == wilson(2, 2).low
+    assert record["edited"]["incoherent"]["rate"] == 1.0
+    assert record["edited"]["kl"]["sequence"] > 0

@@ -56,7 +56,10 @@ class Completion:
     ids: tuple[int, ...]
     """Generated tokens, the end token included where there is one."""
     text: str
-    """The same without special tokens, but for those that mark a thought; with what of one the prompt wrote."""
+    """The same without special tokens, but for those that mark a thought.
+
+    A thought that the prompt opened begins there: with its mark.
+    """
     seen: Seen | None = None
     """What went on at each token, where asked for."""
 

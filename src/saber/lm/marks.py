@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+THOUGHT_TOKENS = 1024
+"""Most tokens of an answer with a thought in front of it, unless a number is given."""
+
 
 class Thought(NamedTuple):
     """How some models mark a thought."""
