@@ -242,6 +242,17 @@ def test_the_edited_side_has_the_share_that_is_asked_for(run_of, asked):
     ]
 
 
+@pytest.mark.parametrize(("thoughts", "most", "usual"), [(False, 1024, 256), (True, 4096, 1024)])
+def test_answers_behind_thoughts_have_more_room(thoughts, most, usual, run_of):
+    talk = Talk(Partner.of(str(run_of)), LoadSpec(thinking=thoughts))
+    (limit,) = (
+        slider
+        for slider in components(build_page(run_of, talk), "slider")
+        if slider["label"] == "Most tokens of an answer"
+    )
+    assert (limit["maximum"], limit["value"]) == (most, usual)
+
+
 def test_one_message_at_a_time_is_answered(run_of, monkeypatch):
     talk, inside, most = Talk(Partner.of(str(run_of)), LoadSpec()), [], []
 

@@ -18,6 +18,7 @@ from saber.errors import UnknownName, UsageError
 from saber.evaluation.judging import REFUSAL, JudgeSpec
 from saber.evaluation.measure import EvaluationSpec
 from saber.lm.load import LoadSpec
+from saber.lm.marks import THOUGHT_TOKENS
 from saber.passes import RefineSpec
 from saber.probing import ProbeSpec
 from saber.spectral import SpectralSpec
@@ -185,6 +186,34 @@ def require_behaviour(config: RunConfig, *given: Mapping[str, Any]) -> None:
         )
 
 
+def require_empty_thoughts(config: RunConfig) -> None:
+    """Raise `UsageError` where the model is to think, for what finds edits or makes them."""
+    if config.load.thinking:
+        raise UsageError(
+            "--thinking does not go with this command: edits are found at the first token of the answer, "
+            "behind an empty thought.",
+            "Leave it out; then measure what was edited: saber eval MODEL --thinking.",
+        )
+
+
+def with_room(config: RunConfig, *given: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration with room for thoughts in the answers, where the model is to think.
+
+    That is `THOUGHT_TOKENS` for judged answers, and for those of the battery no less than for these; a
+    length that is among the `given` values stays.
+    """
+    if not config.load.thinking:
+        return config
+    named = {name for values in given for name in values.get("evaluation", {})}
+    spec = config.evaluation
+    if "max_new_tokens" not in named:
+        spec = replace(spec, max_new_tokens=THOUGHT_TOKENS)
+    if "battery_new_tokens" not in named:
+        most = max(spec.max_new_tokens, spec.battery_new_tokens)
+        spec = replace(spec, battery_new_tokens=most)
+    return replace(config, evaluation=spec)
+
+
 def _merge(node: Any, values: Mapping[str, Any], path: str) -> Any:
     # A trailing underscore keeps a field off a word of the language; nobody else sees it.
     known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(node)}
@@ -279,6 +308,11 @@ def validate(config: RunConfig) -> None:
         raise UsageError("setting evaluation.lengths goes beyond 4096 tokens.")
     if not config.data.behaviour.strip():
         raise UsageError("setting data.behaviour is empty.", "Say in a word what targets show.")
+    if config.load.thinking and config.load.response_prefix:
+        raise UsageError(
+            "--response-prefix does not go with --thinking: it stands in place of the thought.",
+            "Leave one of them out.",
+        )
     if config.spectral.depth_low > config.spectral.depth_high:
         raise UsageError("setting spectral.depth_low lies above spectral.depth_high.")
     if config.load.offload and config.edit.kind == "selective" and config.edit.sensitivity:

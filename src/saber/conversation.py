@@ -14,7 +14,7 @@ from saber.errors import UsageError
 from saber.lm.chat import encode
 from saber.lm.generate import generate
 from saber.lm.load import LoadSpec, as_stored, load
-from saber.lm.marks import behind
+from saber.lm.marks import THOUGHT_TOKENS, behind
 from saber.lm.model import LanguageModel, is_of
 from saber.report.reading import dig
 
@@ -26,6 +26,11 @@ OnText = Callable[[str, str], None]
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 UNSAID = "\u2026"
 """What is remembered of an answer that its thought left no room for; templates refuse empty ones."""
+
+
+def usual_limit(spec: LoadSpec) -> int:
+    """Return the most tokens of an answer where no number is given; thoughts take more."""
+    return THOUGHT_TOKENS if spec.thinking else 256
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from saber.checkpoint.export import check_formats, check_places, export_all
 from saber.checkpoint.licence import licence
 from saber.checkpoint.runs import PLAN, RUN, SKETCH, Run, alone, exports_with, way_back
 from saber.checkpoint.sketch import take
-from saber.config import RunConfig, resolved
+from saber.config import RunConfig, require_empty_thoughts, resolved
 from saber.errors import (
     ModelError,
     NoEdit,
@@ -180,6 +180,7 @@ def begin(
     `check` may refuse the model as soon as it is loaded. Raises children of `SaberError`; `WeakBehaviour`
     when the model hardly shows the behaviour and `force` is not set.
     """
+    require_empty_thoughts(config)
     data = gather(config)
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     judged_by = describe(config.evaluation.judge, judge)

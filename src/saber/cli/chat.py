@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from saber.cli.console import console
+from saber.cli.console import console, no_thoughts
 from saber.config import RunConfig
 from saber.conversation import NOTHING, Partner, answer
 from saber.errors import UsageError
+from saber.lm.thought import thinks
 
 AFRESH = "/new"
 """What is typed to start another conversation."""
@@ -30,6 +31,8 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
     out = console()
     with console(stderr=True, quiet=arguments.json).status(Text(f"loading {partner.name}")):
         lm = partner.loaded(config.load)
+    if lm.thinking and not thinks(lm):
+        console(stderr=True).print(no_thoughts(lm.name), soft_wrap=True)
     talking = not arguments.prompt and sys.stdin is not None and sys.stdin.isatty()
     said = NOTHING
     for prompt in arguments.prompt or _typed(out, talking):

@@ -19,7 +19,7 @@ from saber import __version__, pipeline
 from saber.artifacts import DAMAGED
 from saber.checkpoint.export import check_formats, commands
 from saber.cli import tables
-from saber.cli.console import console, note
+from saber.cli.console import console, no_thoughts, note
 from saber.cli.main import MEASURED_BY
 from saber.cli.progress import listening
 from saber.config import RunConfig, resolved
@@ -33,6 +33,7 @@ from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
 from saber.lm.load import load
 from saber.lm.model import fingerprint
+from saber.lm.thought import thinks
 from saber.record import describe_reporting, environment
 from saber.report import build, build_audit, build_sweep, is_audit, is_sweep, reading
 
@@ -126,6 +127,9 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
             lm = load(name, config.load)
+            if lm.thinking and not thinks(lm):
+                told = console(stderr=True) if arguments.json else progress
+                told.print(no_thoughts(name), soft_wrap=True)
             marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
             if arguments.base:
                 heads.append(lm.head)

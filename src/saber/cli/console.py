@@ -13,6 +13,14 @@ def console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, **options)
 
 
+def no_thoughts(name: str) -> Text:
+    """Return the remark that a model is asked as ever, as it has no thoughts."""
+    return note(
+        f"nothing changes with --thinking: the chat template of {name} has no thoughts, and its answers "
+        "open with none."
+    )
+
+
 def note(text: str) -> Text:
     """Return a remark behind a result."""
     return Text.assemble(("note", "yellow"), f": {text}")

@@ -16,6 +16,7 @@ from typing import Any
 from saber import __version__
 from saber.cli import diff, push, ui
 from saber.errors import ExportInterrupted, ModelError, SaberError, UsageError
+from saber.lm.marks import THOUGHT_TOKENS
 from saber.paths import expanded
 
 INTERRUPTED = 130
@@ -188,8 +189,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure a model, or an edited one against its base",
         usage="saber eval MODEL [options]",
     )
-    _model_options(evaluate, edits=False)
-    _config_options(evaluate, edits=False)
+    _model_options(evaluate, edits=False, thoughts=True)
+    _config_options(evaluate, edits=False, thoughts=True)
     evaluate.add_argument(
         "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
     )
@@ -222,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.set_defaults(handler=_inspect)
 
     chat = commands.add_parser("chat", help="talk to a model, or to a run's edited model")
-    _model_options(chat, edits=False)
+    _model_options(chat, edits=False, thoughts=True)
     chat.add_argument(
         "--compare",
         action="store_true",
@@ -232,8 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         metavar="N",
         type=int,
-        default=256,
-        help="length of an answer (default: 256)",
+        help=f"length of an answer (default: 256; with --thinking {THOUGHT_TOKENS})",
     )
     _system_option(chat)
     chat.add_argument(
@@ -390,13 +390,17 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(handler=_sweep)
 
 
-def _model_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
+def _model_options(
+    parser: argparse.ArgumentParser, *, edits: bool = True, thoughts: bool = False
+) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, folder, .gguf file, or demo")
-    _load_options(parser, edits=edits)
+    _load_options(parser, edits=edits, thoughts=thoughts)
 
 
-def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> None:
-    """Add the options that say how a model is loaded; without `edits` those of edits are refused."""
+def _load_options(
+    parser: argparse.ArgumentParser, *, edits: bool = True, thoughts: bool = False
+) -> None:
+    """Add the options that say how a model is loaded; those of `edits` and `thoughts` are refused without."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     model = parser.add_argument_group("how the model is loaded")
     model.add_argument(
@@ -425,6 +429,14 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         "--response-prefix",
         metavar="TEXT",
         help="text in front of every answer (default: an empty thought where the model opens one)",
+    )
+    model.add_argument(
+        "--thinking",
+        action="store_true",
+        default=None,
+        help="let the model think before it answers, as its chat template does (default: an empty thought)"
+        if thoughts
+        else argparse.SUPPRESS,
     )
     model.add_argument(
         "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
@@ -502,13 +514,17 @@ def _edit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_options(
-    parser: argparse.ArgumentParser, *, edits: bool = True, audits: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    edits: bool = True,
+    audits: bool = False,
+    thoughts: bool = False,
 ) -> None:
     """Add the options of settings; with `audits`, those of what an audit does not measure are hidden."""
     if edits:
         _edit_options(parser)
     _prompt_options(parser, audits=audits)
-    _judge_options(parser, audits=audits)
+    _judge_options(parser, audits=audits, thoughts=thoughts)
     add = parser.add_argument_group("settings").add_argument
     add("--config", metavar="FILE", type=Path, help="a TOML file with settings")
     add(
@@ -568,8 +584,9 @@ def _prompt_options(parser: argparse.ArgumentParser, *, audits: bool) -> None:
     _system_option(prompts)
 
 
-def _judge_options(parser: argparse.ArgumentParser, *, audits: bool) -> None:
+def _judge_options(parser: argparse.ArgumentParser, *, audits: bool, thoughts: bool) -> None:
     add = parser.add_argument_group("how answers are measured").add_argument
+    longer = f"; with --thinking {THOUGHT_TOKENS}" if thoughts else ""
     add("--behaviour", metavar="NAME", help="what targets show, for reports (default: refusal)")
     add(
         "--limit",
@@ -581,7 +598,7 @@ def _judge_options(parser: argparse.ArgumentParser, *, audits: bool) -> None:
         "--max-new-tokens",
         metavar="N",
         type=int,
-        help="length of judged answers (default: 32)",
+        help=f"length of judged answers (default: 32{longer})",
     )
     lengths = "judge answers to targets at these lengths as well"
     add("--lengths", metavar="N,...", help=argparse.SUPPRESS if audits else lengths)
@@ -640,6 +657,7 @@ FLAGS = {
     "chat_template": "load.chat_template",
     "system": "load.system",
     "response_prefix": "load.response_prefix",
+    "thinking": "load.thinking",
     "layers_path": "load.layers_path",
     "trust_remote_code": "load.trust_remote_code",
     "dequantize": "load.dequantize",
@@ -764,7 +782,7 @@ def _option(path: str) -> str:
 
 def read_config(arguments: argparse.Namespace) -> Any:
     """Return the resolved configuration: defaults < preset < TOML < flags."""
-    from saber.config import PRESETS, override, preset, read_toml, require_behaviour
+    from saber.config import PRESETS, override, preset, read_toml, require_behaviour, with_room
 
     file = read_toml(arguments.config) if getattr(arguments, "config", None) else {}
     usual = "orthogonal" if getattr(arguments, "edit", None) == "orthogonal" else "default"
@@ -776,7 +794,7 @@ def read_config(arguments: argparse.Namespace) -> Any:
     flags: dict[str, Any] = {}
     for path, value in _given(arguments).items():
         _put(flags, path, value)
-    config = override(config, flags)
+    config = with_room(override(config, flags), file, flags)
     require_behaviour(config, file, flags)
     return config
 
@@ -814,6 +832,15 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 # Handlers import late, so that --help and wrong use answer at once.
 
 
+def _without_thoughts(arguments: argparse.Namespace) -> Any:
+    """Return the configuration; raise `UsageError` where the model is to think, as edits need it not to."""
+    from saber.config import require_empty_thoughts
+
+    config = read_config(arguments)
+    require_empty_thoughts(config)
+    return config
+
+
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.from_sweep is not None:
         from saber.cli.sweep import build_trial
@@ -823,7 +850,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("--trial goes with --from-sweep.")
     from saber.cli.commands import run_command
 
-    config = read_config(arguments)
+    config = _without_thoughts(arguments)
     require_used(config)
     return run_command(arguments, config)
 
@@ -831,13 +858,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from saber.cli.sweep import sweep_command
 
-    return sweep_command(arguments, read_config(arguments))
+    return sweep_command(arguments, _without_thoughts(arguments))
 
 
 def _audit(arguments: argparse.Namespace) -> int:
     from saber.cli.audit import audit_command
 
-    config = read_config(arguments)
+    config = _without_thoughts(arguments)
     require_used(config)
     require_audited(arguments)
     return audit_command(arguments, config)
@@ -859,17 +886,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from saber.cli.commands import inspect_command
 
     require_no_edit(arguments)
-    return inspect_command(arguments, read_config(arguments))
+    return inspect_command(arguments, _without_thoughts(arguments))
 
 
 def _chat(arguments: argparse.Namespace) -> int:
     from saber.cli.chat import chat_command
+    from saber.conversation import usual_limit
 
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UsageError("--max-new-tokens must be at least 1.")
     require_no_edit(arguments)
     limit, arguments.max_new_tokens = arguments.max_new_tokens, None
-    return chat_command(arguments, read_config(arguments), limit)
+    config = read_config(arguments)
+    return chat_command(arguments, config, limit or usual_limit(config.load))
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -893,7 +922,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from saber.cli.export import export_command
 
     require_no_edit(arguments)
-    return export_command(arguments, read_config(arguments))
+    return export_command(arguments, _without_thoughts(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -78,6 +78,10 @@ def result_rows(
     def divergence(name: str, *path: str) -> list[tuple[str, str, str]]:
         return [both(name, number(path, 4))] if after else []
 
+    def still_open(name: str) -> tuple[str, str, str]:
+        title = f"thought never closed ({name})"
+        return both(title, lambda m: proportion((m.get("thought_open") or {}).get(name)))
+
     borderline = both(f"{over}, borderline", lambda m: proportion(m["over_refusal"]["borderline"]))
     rows = [
         *([borderline] if narrow else []),
@@ -85,19 +89,21 @@ def result_rows(
         both("  seen categories", lambda m: proportion(m["refusal_seen"])),
         both("  unseen categories", lambda m: proportion(m["refusal_unseen"])),
         both("incoherent (target)", lambda m: proportion(m["incoherent"])),
+        still_open("target"),
         *([] if narrow else [borderline]),
         both(f"{over}, neutral", lambda m: proportion(m["over_refusal"]["neutral"])),
         both(f"{over}, everyday", lambda m: proportion(m["over_refusal"].get("everyday"))),
         *(
             both(
                 f"{name} at {cut['tokens']} tokens",
-                lambda m, i=i, kind=kind: proportion(m["lengths"][i][kind]),
+                lambda m, i=i, kind=kind: proportion(m["lengths"][i].get(kind)),
             )
             for i, cut in enumerate(before.get("lengths") or [])
             for kind, name in (
                 ("refusal", behaviour),
                 ("partial", "  partial"),
                 ("incoherent", "  incoherent"),
+                ("thought_open", "  thought never closed"),
             )
         ),
         *(
@@ -119,6 +125,7 @@ def result_rows(
         ),
         both("perplexity, prompt text", number(("perplexity", "prompt_text", "overall"), 1)),
         both("accuracy", lambda m: proportion({**m["accuracy"], "rate": m["accuracy"]["overall"]})),
+        still_open("battery"),
         *divergence("KL, first token (nats)", "kl", "first_token"),
         *divergence("KL, sequence (nats)", "kl", "sequence"),
         *divergence("  median prompt", "kl", "sequence_median"),

@@ -33,7 +33,7 @@ def add_parser(commands: Any, load_options: Any) -> argparse.ArgumentParser:
         "--port", metavar="N", type=int, help="default: the first free one from 7860"
     )
     parser.add_argument("--open", action="store_true", help="open the browser")
-    load_options(parser, edits=False)
+    load_options(parser, edits=False, thoughts=True)
     return parser
 
 

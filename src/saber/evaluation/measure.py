@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from saber.evaluation.divergence import (
     rounding,
     score_battery,
 )
-from saber.evaluation.judge import Judge, Label, excerpt
+from saber.evaluation.judge import Judge, Label, excerpt, thinking
 from saber.evaluation.judging import label_all
 from saber.evaluation.lengths import Cut, by_length
 from saber.evaluation.statistics import (
@@ -85,6 +85,8 @@ class Judged:
     """Answers; they never leave this object but as excerpts."""
     labels: tuple[Label, ...]
     """One a prompt."""
+    thought_open: tuple[bool, ...] = ()
+    """Whether the answer's thought never closed, one a prompt; of a model that was `thinking` alone."""
 
     def flags(self, label: Label) -> list[bool]:
         """Return for each prompt whether it got this label."""
@@ -133,6 +135,8 @@ class Measurement:
     """Labels of answers to targets by length, where asked for."""
     everyday: Kept | None = None
     """Ordinary requests of many kinds."""
+    battery_open: tuple[bool, ...] = ()
+    """Whether the thought in front of a battery answer never closed; of a model that was `thinking` alone."""
 
 
 def measure(
@@ -147,14 +151,20 @@ def measure(
 ) -> Measurement:
     """Measure the model as it is now, against the `untouched` one; without, it is the untouched one.
 
-    `head` is the untouched model's own output head, where that is another.
+    `head` is the untouched model's own output head, where that is another. Of a model that is `thinking` it
+    is counted too how many thoughts never closed; given answers are scored behind an empty thought all the
+    same, as nobody wrote thoughts to them.
     """
 
     shown: dict[str, Any] = {"progress": progress}
 
     def judged(prompts: PromptSet, completions: Sequence[Completion]) -> Judged:
         texts = tuple(c.text for c in completions)
-        return Judged(prompts, texts, label_all(judge, prompts.texts, texts))
+        labels = label_all(judge, prompts.texts, texts)
+        return Judged(prompts, texts, labels, still_open(completions))
+
+    def still_open(completions: Sequence[Completion]) -> tuple[bool, ...]:
+        return tuple(thinking(c.text) for c in completions) if lm.thinking else ()
 
     def asked(prompts: PromptSet, moved: Divergence | None = None) -> list[Request]:
         starts = moved.starts if moved else [()] * len(prompts)
@@ -208,7 +218,7 @@ def measure(
         neutral=neutral.judged,
         borderline=judged(sets.borderline, found["borderline"]) if sets.borderline else None,
         battery=sets.battery,
-        scores=score_battery(lm, sets.battery, **shown),
+        scores=score_battery(replace(lm, thinking=False), sets.battery, **shown),
         correct=check_all(sets.battery, [c.text for c in found["battery"]]),
         divergence=neutral.divergence,
         reference=neutral.reference,
@@ -217,6 +227,7 @@ def measure(
         kept=tuple(kept),
         lengths=by_length(lm, sets.target, spec.lengths, judge, **shown) if spec.lengths else (),
         everyday=everyday,
+        battery_open=still_open(found["battery"]),
     )
 
 
@@ -248,6 +259,12 @@ def summarise(m: Measurement) -> dict[str, Any]:
         "refusal": rate(m.target.flags("refusal")),
         "incoherent": rate(m.target.flags("incoherent")),
         "partial": rate(m.target.flags("partial")),
+        **_thoughts(
+            {
+                **{name: judged.thought_open for name, judged in _judged_sets(m).items()},
+                "battery": m.battery_open,
+            }
+        ),
         "refusal_by_category": {
             c: rate(_where(m.target, {c}.__contains__))
             for c in sorted(set(m.target.prompts.categories))
@@ -290,10 +307,17 @@ def summarise(m: Measurement) -> dict[str, Any]:
                     for c in sorted(set(k.judged.prompts.categories))
                 },
                 "kl": kl_summary(k.divergence),
+                **({"thought_open": rate(f)} if (f := k.judged.thought_open) else {}),
             }
             for k in m.kept
         },
     }
+
+
+def _thoughts(still_open: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """Return how many thoughts never closed, by set; nothing of a model that was not `thinking`."""
+    rates = {name: rate(flags) for name, flags in still_open.items() if flags}
+    return {"thought_open": rates} if rates else {}
 
 
 def _judged_sets(m: Measurement) -> dict[str, Judged]:

@@ -10,6 +10,7 @@ from unittest.mock import patch
 from transformers.utils import chat_template_utils
 
 from saber.errors import ModelError
+from saber.lm.marks import left_open
 from saber.lm.model import LanguageModel
 
 _DUMMIES = ("Alpha one?", "Zebra two.", "middle three")
@@ -62,9 +63,10 @@ class Template:
 def render(lm: LanguageModel, prompt: str) -> str:
     """Return the templated text behind the messages that come `before`, ready for the answer.
 
-    A thinking model gets an empty thought, and a template that writes the date is told `TODAY`. One that
-    takes no plain texts gets them as parts of messages, as those of models with images do. Raises
-    `ModelError` where the template fails, or leaves out a system prompt or the prompt itself.
+    A model that could think gets an empty thought, unless it is `thinking`, and a template that writes the
+    date is told `TODAY`. One that takes no plain texts gets them as parts of messages, as those of models
+    with images do. Raises `ModelError` where the template fails, or leaves out a system prompt or the prompt
+    itself.
     """
     try:
         text = _templated(lm, prompt, in_parts=False)
@@ -76,15 +78,27 @@ def render(lm: LanguageModel, prompt: str) -> str:
         # One that writes a list as it is does not take it.
         if not text or "{'type':'text'" in _spaceless(text).replace('"', "'"):
             raise
+    if lm.thinking:
+        return text
     for opener, empty in EMPTY_THOUGHTS.items():
         if text.rstrip().endswith(opener):
             text = text.rstrip().removesuffix(opener) + empty
     return text + lm.response_prefix
 
 
+def opened(lm: LanguageModel, prompt: str) -> str:
+    """Return the thought that a prompt leaves open for a `thinking` model, from its mark on; else nothing.
+
+    Raises what `render` does.
+    """
+    return left_open(render(lm, prompt)) if lm.thinking else ""
+
+
 def _templated(lm: LanguageModel, prompt: str, *, in_parts: bool) -> str:
     """Return what the template makes of all messages; raises `ModelError` where it leaves one out."""
     messages = [*lm.before, ("user", prompt)]
+    # Templates call the switch by either name; what they do without the second is left to them.
+    switch = {"enable_thinking": lm.thinking, **({"thinking": True} if lm.thinking else {})}
     try:
         with patch.object(chat_template_utils, "datetime", _Calendar, create=True):
             text: str = lm.tokenizer.apply_chat_template(
@@ -94,7 +108,7 @@ def _templated(lm: LanguageModel, prompt: str, *, in_parts: bool) -> str:
                 ],
                 add_generation_prompt=True,
                 tokenize=False,
-                enable_thinking=False,
+                **switch,
             )
     except Exception as error:  # jinja raises its own family, and templates may raise anything
         raise ModelError(

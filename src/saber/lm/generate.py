@@ -21,7 +21,7 @@ from saber.lm.cache import (
     mask_of,
     narrowest,
 )
-from saber.lm.chat import common_prefix, encode
+from saber.lm.chat import common_prefix, encode, opened
 from saber.lm.device import memory_for_caches
 from saber.lm.forward import (
     TOKENS_PER_BATCH,
@@ -56,7 +56,10 @@ class Completion:
     ids: tuple[int, ...]
     """Generated tokens, the end token included where there is one."""
     text: str
-    """The same without special tokens, but for those that mark a thought."""
+    """The same without special tokens, but for those that mark a thought.
+
+    A thought that the prompt opened begins there: with its mark.
+    """
     seen: Seen | None = None
     """What went on at each token, where asked for."""
 
@@ -103,6 +106,8 @@ class _Row:
     """What comes behind the shared prefix: the rest of the prompt, and what was written before."""
     new: int = 0
     """Tokens written here."""
+    opened: str = ""
+    """The thought that the prompt opened, from its mark on."""
 
     @property
     def left(self) -> int:
@@ -146,12 +151,24 @@ def answer(
     Prompts are left-padded behind their shared prefix. A row ends at an end token, at its limit, or once
     it is settled; ended rows leave the batch, and others that wait come in for them.
     """
-    rows = [_Row(a, list(a.start[: a.max_new_tokens]), [], []) for a in asked]
+    rows = [
+        _Row(a, list(a.start[: a.max_new_tokens]), [], [], opened=opened(lm, a.prompt))
+        for a in asked
+    ]
     ends = lm.eos_ids
     open_ = [r for r in rows if not _ended(r, ends) and not (r.ids and _is_settled(lm, r))]
     if open_:
         _write(lm, open_, progress, label)
-    return [Completion(tuple(r.ids), decoded(lm.tokenizer, r.ids), _seen(r)) for r in rows]
+    return [Completion(tuple(r.ids), _text(lm, r), _seen(r)) for r in rows]
+
+
+def reading(lm: LanguageModel, prompt: str, ids: Sequence[int]) -> str:
+    """Return the text of an answer's tokens, as it stands in a `Completion`; raises what `render` does."""
+    return opened(lm, prompt) + decoded(lm.tokenizer, ids)
+
+
+def _text(lm: LanguageModel, row: _Row) -> str:
+    return row.opened + decoded(lm.tokenizer, row.ids)
 
 
 def _seen(row: _Row) -> Seen | None:
@@ -280,7 +297,9 @@ def cached_tokens(lm: LanguageModel, prefix: Any) -> int:
         held[parameter.device] += parameter.numel() * parameter.element_size()
     # Of layers that wait in main memory one at a time is on the device.
     aside = (layer.parameters() for layer in lm.layers if is_kept_aside(layer))
-    held[lm.device] += max((sum(p.numel() * p.element_size() for p in ps) for ps in aside), default=0)
+    held[lm.device] += max(
+        (sum(p.numel() * p.element_size() for p in ps) for ps in aside), default=0
+    )
     rooms = [memory_for_caches(device, weights) for device, weights in held.items()]
     known, each = [room for room in rooms if room is not None], bytes_per_token(prefix)
     return max(1, min(known) // each) if known and each else CACHED_PER_BATCH
@@ -444,4 +463,4 @@ def _surprise(logits: Tensor) -> Tensor:
 
 
 def _is_settled(lm: LanguageModel, row: _Row) -> bool:
-    return row.asked.settled is not None and row.asked.settled(decoded(lm.tokenizer, row.ids))
+    return row.asked.settled is not None and row.asked.settled(_text(lm, row))

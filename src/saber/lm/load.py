@@ -69,6 +69,8 @@ class LoadSpec:
     """System prompt in front of every prompt; empty leaves it to the chat template."""
     response_prefix: str = ""
     """Text in front of every answer; empty takes an empty thought where the model would open one."""
+    thinking: bool = False
+    """Let the model think before it answers, as its chat template has it; saber eval, chat and ui alone."""
     layers_path: str = ""
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
     trust_remote_code: bool = False
@@ -188,6 +190,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         allow_unproven=spec.allow_unproven,
         before=(("system", spec.system),) if spec.system else (),
         response_prefix=spec.response_prefix,
+        thinking=spec.thinking,
     )
     if with_tokenizer:
         _require_embeddings(lm)
@@ -195,7 +198,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
             lm = replace(lm, told=counts_from_zero(lm))
             lm = replace(lm, pads=lm.told and ignores_padding(lm))
     if with_tokenizer and not spec.response_prefix:
-        lm = replace(lm, response_prefix=empty_thought(lm))
+        lm = replace(lm, response_prefix=empty_thought(replace(lm, thinking=False)))
     return replace(lm, work=Work())
 
 

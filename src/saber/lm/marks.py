@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+THOUGHT_TOKENS = 1024
+"""Most tokens of an answer with a thought in front of it, unless a number is given."""
+
 
 class Thought(NamedTuple):
     """How some models mark a thought."""
@@ -46,6 +49,9 @@ _THOUGHTS = (
     # In words: some models have no other marks.
     _thought(r"Here(?: i|')s my thought process:", r"Here(?: i|')s my response:"),
 )
+_OPENING = "|".join(re.escape(opening) for opening, _ in _PAIRS)
+_LAST = re.compile(rf"(?:{_OPENING}|<\|channel\|>\w+<\|message\|>)(?:thought)?\s*$")
+"""What a prompt ends with that opens a thought; some name it behind the mark."""
 _WRAPPED = re.compile(
     r"\s*<(?P<bar>\|?)(?P<tag>answer|response|output|begin_of_solution|START_RESPONSE)(?P=bar)>"
 )
@@ -66,6 +72,12 @@ def behind(text: str) -> str | None:
     if answer == text:
         answer = _opened_before(text)
     return answer if answer == text else _unwrapped(answer)
+
+
+def left_open(prompt: str) -> str:
+    """Return the thought that a prompt ends in, from the mark that opens it; empty where it opens none."""
+    found = _LAST.search(prompt)
+    return found.group() if found and behind(found.group()) is None else ""
 
 
 def _opened_before(text: str) -> str:

@@ -50,6 +50,8 @@ class LanguageModel:
     """Messages (role, text) that come before every prompt: a system prompt, an earlier exchange."""
     response_prefix: str = ""
     """Text behind the chat template, in front of every answer: an empty thought, for instance."""
+    thinking: bool = False
+    """Whether it thinks before it answers, as its chat template has it, without the `response_prefix`."""
     pads: bool = True
     """Whether padding is nothing to the model: prompts of all lengths are answered together."""
     told: bool = True

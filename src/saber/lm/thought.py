@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from saber.lm.chat import EMPTY_THOUGHTS
+from saber.lm.chat import EMPTY_THOUGHTS, render
 from saber.lm.generate import generate
 from saber.lm.model import LanguageModel
 
@@ -29,6 +30,15 @@ def empty_thought(lm: LanguageModel) -> str:
         if sum(text.startswith(opener) for text in texts) > len(texts) / 2:
             return EMPTY_THOUGHTS[opener]
     return ""
+
+
+def thinks(lm: LanguageModel) -> bool:
+    """Return whether a model is asked otherwise with its thoughts on than off: False where it has none.
+
+    Raises `ModelError` where the chat template fails.
+    """
+    on, off = (render(replace(lm, thinking=way), _QUESTIONS[0]) for way in (True, False))
+    return on != off
 
 
 def _mark(opener: str) -> str:

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 from saber import __version__, artifacts, codec
-from saber.config import RunConfig, override
+from saber.config import RunConfig, override, require_empty_thoughts
 from saber.errors import OutputError, SaberError, UsageError
 from saber.gathering import gather
 from saber.pipeline import Listener
@@ -87,6 +87,7 @@ def sweep(
     Held-out prompts are measured once, with the chosen setting, when all trials have ended. A sweep
     that was cut off goes on with `resume`. Raises children of `SaberError`.
     """
+    require_empty_thoughts(config)
     if not 0 <= plan.aim <= 1:
         raise UsageError(f"the aim is {plan.aim}; it must lie between 0 and 1.")
     if plan.workers < 1:

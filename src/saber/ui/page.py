@@ -9,6 +9,7 @@ from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
+from saber.conversation import usual_limit
 from saber.errors import MissingExtra, SaberError
 from saber.report import (
     audit_page,
@@ -216,7 +217,13 @@ def _talk(talk: Talk) -> None:
         labels = [gr.HTML() for _ in WHO]
     with gr.Row():
         share = gr.Slider(0, 150, 100, step=5, label="Share of the edit, %")
-        limit = gr.Slider(16, 1024, 256, step=16, label="Most tokens of an answer")
+        limit = gr.Slider(
+            16,
+            4096 if talk.spec.thinking else 1024,
+            usual_limit(talk.spec),
+            step=16,
+            label="Most tokens of an answer",
+        )
     message = gr.Textbox(
         label="Message", placeholder="The model is loaded with the first message.", submit_btn=True
     )
