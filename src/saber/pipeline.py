@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -190,7 +190,8 @@ def begin(
         check(subject)
     identity = {
         "model": subject.mark,
-        "config": resolved(config),
+        # Of a revision the fingerprint tells: it may be named in more than one way.
+        "config": resolved(replace(config, load=replace(config.load, revision=""))),
         "judge": judged_by,
         "prompts": describe_data(data),
         "template": subject.template,
@@ -307,7 +308,7 @@ def run(
         "command": command,
         "model": {
             **describe_model(lm, mark),
-            **licence(lm.name, lm.source),
+            **licence(lm.name, lm.source, config.load.revision),
             **way_back(out, lm.name, lm.source),
         },
         "environment": environment(started),

@@ -31,7 +31,7 @@ from saber.evaluation.measure import compare, measure, summarise
 from saber.gathering import gather
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
-from saber.lm.load import load
+from saber.lm.load import LoadSpec, at_revision, load
 from saber.lm.model import fingerprint
 from saber.record import describe_reporting, environment
 from saber.report import build, build_audit, build_sweep, is_audit, is_sweep, reading
@@ -119,14 +119,16 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     started = datetime.datetime.now(datetime.timezone.utc)
     data = gather(config).reporting
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
-    marks: dict[str, str] = {}
+    marks, commits = dict[str, str](), dict[str, str]()
     with listening(progress) as listener:
         heads: list[Any] = []
 
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
-            lm = load(name, config.load)
+            lm = load(*_asked(name, arguments, config.load))
             marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
+            if lm.revision:
+                commits[name] = lm.revision
             if arguments.base:
                 heads.append(lm.head)
             return measure(
@@ -158,6 +160,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     record |= {
         "judge": describe(config.evaluation.judge, judge),
         "fingerprints": marks,
+        **({"revisions": commits} if commits else {}),
         "prompts": describe_reporting(data),
         "config": {name: settings[name] for name in MEASURED_BY},
         "saber_version": __version__,
@@ -182,7 +185,7 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     with listening(progress) as listener:
         for name in (*models.values(), arguments.model):
             listener.on_stage(f"running {', '.join(names)} on {name}")
-            lm = load(name, config.load)
+            lm = load(*_asked(name, arguments, config.load))
             results.append(harness.run_tasks(lm, tasks, limit=config.data.limit))
     record["lm_eval"] = (
         dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
@@ -192,6 +195,11 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     else:
         out.print(tables.tasks_table(results))
     return 0
+
+
+def _asked(name: str, arguments: argparse.Namespace, spec: LoadSpec) -> tuple[str, LoadSpec]:
+    """Return the name of what `saber eval` loads, and how: --revision is that of its model, not its base."""
+    return (name, spec) if name == arguments.model else at_revision(name, spec)
 
 
 def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:

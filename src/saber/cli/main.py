@@ -191,7 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(evaluate, edits=False)
     _config_options(evaluate, edits=False)
     evaluate.add_argument(
-        "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
+        "--base",
+        metavar="MODEL",
+        help="the untouched model, for divergence and paired tests; of the hub also OWNER/NAME@REVISION",
     )
     evaluate.add_argument(
         "--lm-eval",
@@ -430,6 +432,11 @@ def _load_options(parser: argparse.ArgumentParser, *, edits: bool = True) -> Non
         "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
     )
     model.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a model on the hub (default: main; of a run, its own commit)",
+    )
+    model.add_argument(
         "--trust-remote-code",
         action="store_true",
         default=None,
@@ -641,6 +648,7 @@ FLAGS = {
     "system": "load.system",
     "response_prefix": "load.response_prefix",
     "layers_path": "load.layers_path",
+    "revision": "load.revision",
     "trust_remote_code": "load.trust_remote_code",
     "dequantize": "load.dequantize",
     "allow_unproven": "load.allow_unproven",
@@ -649,7 +657,7 @@ FLAGS = {
 _NAMES = (
     *("data.target", "data.neutral", "data.eval_target", "data.eval_neutral", "data.borderline"),
     *("data.everyday", "data.keep", "data.retain", "evaluation.lengths"),
-    *("load.chat_template", "load.layers_path", "load.device_map"),
+    *("load.chat_template", "load.layers_path", "load.device_map", "load.revision"),
 )
 """Settings whose options name something: without a name they would be left out without a word."""
 
@@ -682,6 +690,7 @@ _TASKS = (
     "load.chat_template",
     "load.system",
     "load.layers_path",
+    "load.revision",
     "load.trust_remote_code",
     "load.dequantize",
 )
