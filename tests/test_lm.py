@@ -1,6 +1,7 @@
 """Devices and dtypes by what is fast, chat templates, loading, fingerprints."""
 
 import json
+import shlex
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from test_cli import failing
 
+from saber.cli.main import main
 from saber.errors import ModelError, UsageError
 from saber.evaluation.judge import PhraseJudge
 from saber.lm import device as devices
@@ -17,10 +20,12 @@ from saber.lm import thought
 from saber.lm.chat import encode, render
 from saber.lm.generate import Completion, generate
 from saber.lm.headers import main_dtype
+from saber.lm.layers import layers_left_out
 from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.marks import decoded
 from saber.lm.model import fingerprint
 from saber.openings import late_opening
+from saber.record import describe_model
 
 CPU = torch.device("cpu")
 
@@ -117,7 +122,9 @@ def test_an_open_think_block_is_closed_empty():
 )
 def test_a_thought_that_the_template_opens_is_closed_empty(opener, empty):
     lm = make_lm("llama")
-    lm.tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
+    lm.tokenizer.chat_template = (
+        CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
+    )
     assert render(lm, "x") == "<s><user> x <end> <bot>" + empty
 
 
@@ -138,7 +145,9 @@ def test_a_model_that_thinks_by_itself_gets_an_empty_thought(marks, said, prefix
     lm.tokenizer.add_special_tokens({"additional_special_tokens": marks})
     assert thought.empty_thought(lm) == ""  # it writes what a random model writes
     ids = tuple(lm.tokenizer(said, add_special_tokens=False).input_ids)
-    monkeypatch.setattr(thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked))
+    monkeypatch.setattr(
+        thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked)
+    )
     assert thought.empty_thought(lm) == prefix
 
 
@@ -215,7 +224,10 @@ def test_a_system_prompt_and_an_earlier_exchange_come_before_every_prompt(model_
     assert render(lm, "x") == "<s><user> be brief<s><user> x <end> <bot>"
     longer = replace(lm, before=(("user", "a?"), ("assistant", "b.")))
     assert render(longer, "x") == "<s><user> a?<s><user> b.<s><user> x <end> <bot>"
-    assert encode(longer, ["x"])[0].prompt_length > encode(replace(lm, before=()), ["x"])[0].prompt_length
+    assert (
+        encode(longer, ["x"])[0].prompt_length
+        > encode(replace(lm, before=()), ["x"])[0].prompt_length
+    )
 
 
 def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
@@ -252,12 +264,19 @@ def test_a_template_that_takes_messages_in_parts_gets_them_so():
         "{% for m in messages %}<s><user> {% for part in m['content'] %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} <bot>"
     )
-    assert render(replace(lm, before=(("system", "brief"),)), "x y") == "<s><user> brief<s><user> x y <bot>"
+    assert (
+        render(replace(lm, before=(("system", "brief"),)), "x y")
+        == "<s><user> brief<s><user> x y <bot>"
+    )
     # A list that is written out is no prompt.
-    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] | string | replace('x y', '') }}<bot>"
+    lm.tokenizer.chat_template = (
+        "<s>{{ messages[-1]['content'] | string | replace('x y', '') }}<bot>"
+    )
     with pytest.raises(ModelError, match="leaves out the user message"):
         render(lm, "x y")
-    lm.tokenizer.chat_template = "{% set c = messages[-1]['content'] %}<s>{{ '' if c is string else c }}"
+    lm.tokenizer.chat_template = (
+        "{% set c = messages[-1]['content'] %}<s>{{ '' if c is string else c }}"
+    )
     with pytest.raises(ModelError, match="leaves out the user message"):
         render(lm, "x y")
 
@@ -317,11 +336,15 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
     def left_off(what, *args, **kwargs):
         found = read(what, *args, **kwargs)
         if "weights" in what:
-            found[0].model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
+            found[0].model.layers[3].to(
+                "meta"
+            )  # where accelerate puts what it brings in for each call alone
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
-    with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
+    with pytest.raises(
+        ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"
+    ):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
 
 
@@ -331,13 +354,101 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
     make_tokenizer().save_pretrained(folder)
     whole = load_file(folder / "model.safetensors")
     gone = "model.layers.2.self_attn.o_proj.weight"
-    save_file({k: v for k, v in whole.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in whole.items() if k != gone},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ModelError, match=rf"lack 1 of its weights, {gone} for one.*again"):
         load(str(folder), LoadSpec(device="cpu"))
     packed = {k.replace(gone, gone.replace("weight", "qweight")): v for k, v in whole.items()}
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
+    with pytest.raises(
+        ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"
+    ):
         load(str(folder), LoadSpec(device="cpu"))
+
+
+def shortened(folder, family="llama", *, bare=False):
+    """A checkpoint of four layers whose configuration says two."""
+    make_model(family).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config[key] = 2
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:2]
+    (folder / "config.json").write_text(json.dumps(config))
+    if bare:
+        held = load_file(folder / "model.safetensors")
+        held = {name.removeprefix("transformer."): t for name, t in held.items()}
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "bare"), [("llama", False), ("gemma3", False), ("gpt2", False), ("gpt2", True)]
+)
+def test_layers_beyond_the_configured_are_noted(tmp_path, family, bare):
+    """transformers leaves them out without a word; further prediction layers look the same."""
+    lm = load(shortened(tmp_path, family, bare=bare), tokenizer=False)
+    assert len(lm.layers) == 2
+    (said,) = lm.notes
+    assert "4 layers" in said
+    assert "takes 2" in said
+    assert describe_model(lm, "")["notes"] == [said]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.4.self_attn.rotary_emb.inv_freq"],
+        ["model.mtp.layers.9.mlp.up_proj.weight"] * 20,
+        ["vision_tower.encoder.layers.9.mlp.fc1.weight"] * 20,
+        ["model.layers.1.self_attn.rotary_emb.inv_freq"],
+        ["lm_head.weight"],
+    ],
+)
+def test_what_is_no_layer_of_the_decoder_is_not_noted(names):
+    names = [f"{name}{i or ''}" for i, name in enumerate(names)]
+    assert layers_left_out(make_model("llama"), "model.layers", names) == 0
+
+
+def test_a_model_that_is_whole_has_no_note(model_folder):
+    lm = load(str(model_folder))
+    assert lm.notes == ()
+    assert "notes" not in describe_model(lm, "")
+
+
+def test_commands_say_that_layers_are_left_out(tmp_path, capsys):
+    folder = shortened(tmp_path / "m")
+    make_tokenizer().save_pretrained(folder)
+    main(["inspect", folder])
+    assert " ".join(capsys.readouterr().out.split()).count("note: the files hold 4 layers") == 1
+    main(["inspect", folder, "--json"])
+    assert "4 layers" in json.loads(capsys.readouterr().out)["notes"][0]
+    for words in (["chat", folder, "--prompt", "Hi"], ["run", folder], ["audit", folder]):
+        more = [] if words[0] == "chat" else ["--limit", "2", "--out", str(tmp_path / words[0])]
+        main([*words, *more, "--max-new-tokens", "4"])
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("note: the files hold 4 layers") == 1
+
+
+def test_pickled_weights_alone_are_told_with_the_command_that_converts_them(
+    model_folder, tmp_path, capsys
+):
+    weights = load_file(model_folder / "model.safetensors")
+    (model_folder / "model.safetensors").unlink()
+    torch.save(weights, model_folder / "pytorch_model.bin")
+    told = failing(capsys, "run", model_folder, "--out", tmp_path / "o")[1]
+    assert "pickle weights only (pytorch_model.bin)" in told
+    command = told[told.index("python -c") :]
+    exec(shlex.split(command)[2], {})
+    made = load(f"{model_folder}-safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "pico-safetensors/model.safetensors"), weights)
+    assert made.tokenizer.chat_template == CHAT_TEMPLATE
+    with pytest.raises(ModelError, match="python -c") as bare:
+        load(str(model_folder), tokenizer=False)
+    assert bare.value.remedy in failing(capsys, "diff", model_folder, model_folder)[1]
 
 
 def test_an_index_that_names_a_file_that_is_not_there_is_told(tmp_path):
@@ -349,10 +460,14 @@ def test_an_index_that_names_a_file_that_is_not_there_is_told(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     named = index.read_text()
     index.write_text(named.replace(gone.name, f"../{tmp_path.name}/{gone.name}"))
-    assert fingerprint(load(str(tmp_path), LoadSpec(device="cpu")).model) == fingerprint(whole.model)
+    assert fingerprint(load(str(tmp_path), LoadSpec(device="cpu")).model) == fingerprint(
+        whole.model
+    )
     index.write_text(named)
     gone.unlink()
-    with pytest.raises(ModelError, match=rf"index.json names {gone.name}, which is not in .*Download what"):
+    with pytest.raises(
+        ModelError, match=rf"index.json names {gone.name}, which is not in .*Download what"
+    ):
         load(str(tmp_path), LoadSpec(device="cpu"))
     index.write_text('{"weight_map": {"a": ')
     with pytest.raises(UsageError, match="is not valid JSON"):
@@ -471,11 +586,15 @@ def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
-def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(model_folder, monkeypatch, dtype, told):
+def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(
+    model_folder, monkeypatch, dtype, told
+):
     """Some of transformers multiply float32 states by 16-bit ones, which torch does not."""
 
     def mixed(_lm):
-        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16")
+        raise RuntimeError(
+            "expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16"
+        )
 
     monkeypatch.setattr("saber.lm.load.ignores_padding", mixed)
     with pytest.raises(ModelError if told else RuntimeError) as found:
@@ -507,7 +626,9 @@ def test_a_tokenizer_of_another_model_is_told(model_folder):
     tokenizer = with_more_tokens(model_folder, additional_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = "<|im_start|>" + CHAT_TEMPLATE
     tokenizer.save_pretrained(model_folder)
-    with pytest.raises(ModelError, match=r"writes '<\|im_start\|>' as token 400, and the model has 400"):
+    with pytest.raises(
+        ModelError, match=r"writes '<\|im_start\|>' as token 400, and the model has 400"
+    ):
         load(str(model_folder), LoadSpec(device="cpu"))
 
 

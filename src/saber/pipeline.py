@@ -187,6 +187,8 @@ def begin(
     with clock("load"), removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
+        for text in subject.lm.notes:
+            listener.on_stage(f"note: {text}")
         check(subject)
     identity = {
         "model": subject.mark,

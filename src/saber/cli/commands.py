@@ -127,6 +127,8 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
             listener.on_stage(f"measuring {name}")
             lm = load(*_asked(name, arguments, config.load))
             marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
+            for text in lm.notes:
+                listener.on_stage(f"note: {text}")
             if lm.revision:
                 commits[name] = lm.revision
             if arguments.base:
@@ -186,6 +188,8 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         for name in (*models.values(), arguments.model):
             listener.on_stage(f"running {', '.join(names)} on {name}")
             lm = load(*_asked(name, arguments, config.load))
+            for text in lm.notes:
+                listener.on_stage(f"note: {text}")
             results.append(harness.run_tasks(lm, tasks, limit=config.data.limit))
     record["lm_eval"] = (
         dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
@@ -226,6 +230,8 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         )
         if report["reason"]:
             out.print(report["reason"])
+        for text in report["notes"]:
+            out.print(note(text))
     return 0 if report["proved"] else 1
 
 

@@ -42,13 +42,13 @@ from saber.lm.device import (
 )
 from saber.lm.forward import counts_from_zero
 from saber.lm.headers import gguf_dtype, main_dtype, processor_template
-from saber.lm.layers import find_layers
+from saber.lm.layers import find_layers, layers_left_out
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.offload import is_kept_aside, keep_aside, require_sense
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
 from saber.paths import expanded
-from saber.weight_index import read_index
+from saber.weight_index import PICKLED, conversion, read_index
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         allow_unproven=spec.allow_unproven,
         before=(("system", spec.system),) if spec.system else (),
         response_prefix=spec.response_prefix,
+        notes=_notes(model, layers_path, told),
     )
     if with_tokenizer:
         _require_embeddings(lm)
@@ -303,6 +304,18 @@ def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
         )
 
 
+def _notes(model: Any, layers_path: str, told: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say where the configuration has fewer layers than the files: transformers loads it without a word."""
+    beyond = layers_left_out(model, layers_path, told["unexpected_keys"])
+    if not beyond:
+        return ()
+    count = len(model.get_submodule(layers_path))
+    return (
+        f"the files hold {count + beyond} layers, and the configuration takes {count}; the rest are left "
+        "out, as they should be if they are extra prediction layers (MTP).",
+    )
+
+
 def _refuse_left_off(name: str, model: Any) -> None:
     """Refuse a model of which parts lie elsewhere between their calls, where nothing can be edited."""
     aside = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.is_meta})
@@ -377,8 +390,9 @@ def _locate(
 
 
 def _has_adapter(name: str, revision: str) -> bool:
+    at = {"revision": revision} if revision else {}
     try:
-        return find_adapter_config_file(name, revision=revision or None) is not None
+        return find_adapter_config_file(name, **at) is not None
     except (OSError, ValueError):
         return False  # what is wrong is told when the configuration is read
 
@@ -406,8 +420,13 @@ def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
         hint = "It holds a .gguf file: name that file itself." if has("*.gguf") else ""
         raise ModelError(f"{path} has no config.json, so it is no model folder.", hint)
     if not has("*.safetensors", "*.safetensors.index.json"):
-        hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
-        raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
+        pickled = [file for pattern in PICKLED for file in path.glob(pattern)]
+        if pickled:
+            raise ModelError(
+                f"{path} has pickle weights only ({pickled[0].name}).",
+                conversion(path, tokenizer=with_tokenizer),
+            )
+        raise ModelError(f"{path} has no weights (*.safetensors).", "Download them first.")
     if has(SAFE_WEIGHTS_INDEX_NAME) and not has(SAFE_WEIGHTS_NAME):
         read_index(path / SAFE_WEIGHTS_INDEX_NAME, outside=True)  # as transformers allows
     if with_tokenizer and not has(
