@@ -122,9 +122,7 @@ def test_an_open_think_block_is_closed_empty():
 )
 def test_a_thought_that_the_template_opens_is_closed_empty(opener, empty):
     lm = make_lm("llama")
-    lm.tokenizer.chat_template = (
-        CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
-    )
+    lm.tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opener + "{% endif %}"
     assert render(lm, "x") == "<s><user> x <end> <bot>" + empty
 
 
@@ -145,9 +143,7 @@ def test_a_model_that_thinks_by_itself_gets_an_empty_thought(marks, said, prefix
     lm.tokenizer.add_special_tokens({"additional_special_tokens": marks})
     assert thought.empty_thought(lm) == ""  # it writes what a random model writes
     ids = tuple(lm.tokenizer(said, add_special_tokens=False).input_ids)
-    monkeypatch.setattr(
-        thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked)
-    )
+    monkeypatch.setattr(thought, "generate", lambda _lm, asked, _n: [Completion(ids, said)] * len(asked))
     assert thought.empty_thought(lm) == prefix
 
 
@@ -224,10 +220,7 @@ def test_a_system_prompt_and_an_earlier_exchange_come_before_every_prompt(model_
     assert render(lm, "x") == "<s><user> be brief<s><user> x <end> <bot>"
     longer = replace(lm, before=(("user", "a?"), ("assistant", "b.")))
     assert render(longer, "x") == "<s><user> a?<s><user> b.<s><user> x <end> <bot>"
-    assert (
-        encode(longer, ["x"])[0].prompt_length
-        > encode(replace(lm, before=()), ["x"])[0].prompt_length
-    )
+    assert encode(longer, ["x"])[0].prompt_length > encode(replace(lm, before=()), ["x"])[0].prompt_length
 
 
 def test_a_template_that_leaves_the_system_prompt_out_is_one_clear_error():
@@ -264,19 +257,12 @@ def test_a_template_that_takes_messages_in_parts_gets_them_so():
         "{% for m in messages %}<s><user> {% for part in m['content'] %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} <bot>"
     )
-    assert (
-        render(replace(lm, before=(("system", "brief"),)), "x y")
-        == "<s><user> brief<s><user> x y <bot>"
-    )
+    assert render(replace(lm, before=(("system", "brief"),)), "x y") == "<s><user> brief<s><user> x y <bot>"
     # A list that is written out is no prompt.
-    lm.tokenizer.chat_template = (
-        "<s>{{ messages[-1]['content'] | string | replace('x y', '') }}<bot>"
-    )
+    lm.tokenizer.chat_template = "<s>{{ messages[-1]['content'] | string | replace('x y', '') }}<bot>"
     with pytest.raises(ModelError, match="leaves out the user message"):
         render(lm, "x y")
-    lm.tokenizer.chat_template = (
-        "{% set c = messages[-1]['content'] %}<s>{{ '' if c is string else c }}"
-    )
+    lm.tokenizer.chat_template = "{% set c = messages[-1]['content'] %}<s>{{ '' if c is string else c }}"
     with pytest.raises(ModelError, match="leaves out the user message"):
         render(lm, "x y")
 
@@ -336,15 +322,11 @@ def test_a_model_that_does_not_fit_on_the_devices_is_refused(model_folder, monke
     def left_off(what, *args, **kwargs):
         found = read(what, *args, **kwargs)
         if "weights" in what:
-            found[0].model.layers[3].to(
-                "meta"
-            )  # where accelerate puts what it brings in for each call alone
+            found[0].model.layers[3].to("meta")  # where accelerate puts what it brings in for each call alone
         return found
 
     monkeypatch.setattr(loading, "_read", left_off)
-    with pytest.raises(
-        ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"
-    ):
+    with pytest.raises(ModelError, match=r"does not fit .* model\.layers\.3\.input_layernorm .*--dtype"):
         load(str(model_folder), LoadSpec(device_map="auto", dtype="float32"))
 
 
@@ -354,18 +336,12 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
     make_tokenizer().save_pretrained(folder)
     whole = load_file(folder / "model.safetensors")
     gone = "model.layers.2.self_attn.o_proj.weight"
-    save_file(
-        {k: v for k, v in whole.items() if k != gone},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    save_file({k: v for k, v in whole.items() if k != gone}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=rf"lack 1 of its weights, {gone} for one.*again"):
         load(str(folder), LoadSpec(device="cpu"))
     packed = {k.replace(gone, gone.replace("weight", "qweight")): v for k, v in whole.items()}
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"
-    ):
+    with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
         load(str(folder), LoadSpec(device="cpu"))
 
 
@@ -460,14 +436,10 @@ def test_an_index_that_names_a_file_that_is_not_there_is_told(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     named = index.read_text()
     index.write_text(named.replace(gone.name, f"../{tmp_path.name}/{gone.name}"))
-    assert fingerprint(load(str(tmp_path), LoadSpec(device="cpu")).model) == fingerprint(
-        whole.model
-    )
+    assert fingerprint(load(str(tmp_path), LoadSpec(device="cpu")).model) == fingerprint(whole.model)
     index.write_text(named)
     gone.unlink()
-    with pytest.raises(
-        ModelError, match=rf"index.json names {gone.name}, which is not in .*Download what"
-    ):
+    with pytest.raises(ModelError, match=rf"index.json names {gone.name}, which is not in .*Download what"):
         load(str(tmp_path), LoadSpec(device="cpu"))
     index.write_text('{"weight_map": {"a": ')
     with pytest.raises(UsageError, match="is not valid JSON"):
@@ -586,15 +558,11 @@ def test_an_adapter_alone_is_called_one(model_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "told"), [("bfloat16", True), ("float32", False)])
-def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(
-    model_folder, monkeypatch, dtype, told
-):
+def test_a_model_whose_code_mixes_dtypes_is_told_how_it_runs(model_folder, monkeypatch, dtype, told):
     """Some of transformers multiply float32 states by 16-bit ones, which torch does not."""
 
     def mixed(_lm):
-        raise RuntimeError(
-            "expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16"
-        )
+        raise RuntimeError("expected m1 and m2 to have the same dtype, but got: float != c10::BFloat16")
 
     monkeypatch.setattr("saber.lm.load.ignores_padding", mixed)
     with pytest.raises(ModelError if told else RuntimeError) as found:
@@ -626,9 +594,7 @@ def test_a_tokenizer_of_another_model_is_told(model_folder):
     tokenizer = with_more_tokens(model_folder, additional_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = "<|im_start|>" + CHAT_TEMPLATE
     tokenizer.save_pretrained(model_folder)
-    with pytest.raises(
-        ModelError, match=r"writes '<\|im_start\|>' as token 400, and the model has 400"
-    ):
+    with pytest.raises(ModelError, match=r"writes '<\|im_start\|>' as token 400, and the model has 400"):
         load(str(model_folder), LoadSpec(device="cpu"))
 
 
