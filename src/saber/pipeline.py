@@ -210,6 +210,8 @@ def begin(
                 listener.on_stage(
                     f"leaving out {count} of the {kind} prompts: the behaviour shows there too"
                 )
+        if watch.remark:
+            listener.on_stage(f"note: {watch.remark}")
     if not force:
         try:
             watch.require(model, config.minimum_rate)

@@ -27,6 +27,7 @@ from saber.errors import DataError, ExportInterrupted, OutputError, UsageError
 from saber.evaluation import harness
 from saber.evaluation.divergence import own_head
 from saber.evaluation.judging import describe, make_judge
+from saber.evaluation.language import remark
 from saber.evaluation.measure import compare, measure, summarise
 from saber.gathering import gather
 from saber.inspection import inspect
@@ -121,7 +122,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
     marks, commits = dict[str, str](), dict[str, str]()
     with listening(progress) as listener:
-        heads: list[Any] = []
+        heads, told = list[Any](), list[str]()
 
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
@@ -133,7 +134,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 commits[name] = lm.revision
             if arguments.base:
                 heads.append(lm.head)
-            return measure(
+            found = measure(
                 lm,
                 data,
                 config.evaluation,
@@ -142,6 +143,12 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 head=own_head(*heads) if untouched else None,
                 progress=listener.progress,
             )
+            shown = found.target
+            text = remark(judge, shown.prompts.texts, shown.texts, shown.labels)
+            if text and text not in told:
+                told.append(text)
+                listener.on_stage(f"note: {text}")
+            return found
 
         if not arguments.base:
             only = summarise(measured(arguments.model))

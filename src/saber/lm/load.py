@@ -390,7 +390,7 @@ def _locate(
 
 
 def _has_adapter(name: str, revision: str) -> bool:
-    at = {"revision": revision} if revision else {}
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         return find_adapter_config_file(name, **at) is not None
     except (OSError, ValueError):

@@ -112,7 +112,8 @@ def sweep(
         job = Job(model, base, out / journal.SHARED, force, plan.workers)
         with closing(_crew(job, plan, listener)) as crew:
             about = crew.about()
-            for text in about["model"].get("notes", ()):
+            notes = about["model"].get("notes", ())
+            for text in (*notes, *filter(None, [about["remark"]])):
                 listener.on_stage(f"note: {text}")
             ready = monotonic()
             study = _study(out, about, plan)
