@@ -7,11 +7,12 @@ from pathlib import Path
 import hubs
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
+from conftest import CHAT_TEMPLATE, fewer_capabilities, make_model, make_tokenizer
 from huggingface_hub import constants, snapshot_download
 from test_apply import assert_same, plan_of
 from test_cli import failing
 from test_export import MEASURED
+from test_pipeline import small
 
 from saber import artifacts
 from saber.checkpoint import carry, plan_on_disk
@@ -28,6 +29,7 @@ from saber.conversation import Partner
 from saber.errors import SaberError
 from saber.lm.load import LoadSpec, as_stored, load, skeleton
 from saber.lm.model import fingerprint
+from saber.pipeline import run
 from saber.record import describe_model
 from saber.sweep.journal import TRIALS, write_study
 
@@ -342,6 +344,21 @@ def test_code_is_of_the_revision(versions, tmp_path, monkeypatch):
     assert skeleton(NAME, spec).version == "old"
     assert load(NAME, spec).model.version == "old"
     assert skeleton(NAME, spec).version == "old"
+
+
+def test_a_run_of_a_revision_is_of_its_commit_in_all_it_leaves(versions, few, tmp_path, capsys):
+    out, config = tmp_path / "run", small("orthogonal", data=few, load={"revision": "v1"})
+    with fewer_capabilities():
+        made = run(NAME, out, config, export=("merged",), force=True).record["model"]
+    assert (made["revision"], made["layers"], made["license"]) == ("a" * 40, 2, "mit")
+    assert artifacts.read_json(out / "model" / "config.json")["num_hidden_layers"] == 2
+    assert verify(out / "model", out, NAME).passed
+    load(NAME)
+    assert main(["chat", str(out), "--prompt", "Hi", "--max-new-tokens", "4", "--json"]) == 0
+    words = ["export", str(out), "--format", "lora", "--out", str(tmp_path / "lora"), "--partial"]
+    assert main(words) == 0
+    assert main(["apply", str(out), NAME, "--out", str(tmp_path / "applied")]) == 0
+    assert_same(tmp_path / "applied", out / "model")
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,9 @@ def test_no_labelled_answers_and_no_bundled_prompts_are_taken_for_another_langua
     assert all(in_english(texts) for key, texts in groups.items() if len(texts) >= 20)
 
 
-def test_no_ten_labelled_answers_are_taken_for_another_language():
+def test_no_labelled_answer_and_no_ten_of_them_are_taken_for_another_language():
     texts, draw = [row["text"] for row in ANSWERS], random.Random(0)
+    assert not any(in_english([text]) is False for text in texts)
     assert not any(in_english(draw.sample(texts, 10)) is False for _ in range(2000))
 
 
