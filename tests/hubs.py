@@ -23,10 +23,15 @@ class Repo:
     commits: list[dict] = field(default_factory=list)
     past: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Files of earlier commits that are still asked for."""
+    refs: dict[str, str] = field(default_factory=dict)
+    """Branch or tag other than main -> its commit."""
 
     @property
     def head(self) -> str:
         return self.commits[-1]["oid"] if self.commits else "0" * 40
+
+    def commit(self, revision: str) -> str:
+        return self.head if revision == "main" else self.refs.get(revision, revision)
 
 
 class Hub:
@@ -158,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, owner: str, name: str, _resolve: str, revision: str, file: str) -> None:
         repo = self._repo(f"{owner}/{name}")
-        commit = repo.head if revision == "main" else revision
+        commit = repo.commit(revision)
         if commit != repo.head and commit not in repo.past:
             self._refuse(404, "Invalid rev id", "RevisionNotFound")
         files = repo.past.get(commit, repo.files)

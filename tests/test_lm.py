@@ -1,6 +1,7 @@
 """Devices and dtypes by what is fast, chat templates, loading, fingerprints."""
 
 import json
+import shlex
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, make_lm, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from test_cli import failing
 
+from saber.cli.main import main
 from saber.errors import ModelError, UsageError
 from saber.evaluation.judge import PhraseJudge
 from saber.lm import device as devices
@@ -17,10 +20,12 @@ from saber.lm import thought
 from saber.lm.chat import encode, render
 from saber.lm.generate import Completion, generate
 from saber.lm.headers import main_dtype
+from saber.lm.layers import layers_left_out
 from saber.lm.load import LoadSpec, load, skeleton
 from saber.lm.marks import decoded
 from saber.lm.model import fingerprint
 from saber.openings import late_opening
+from saber.record import describe_model
 
 CPU = torch.device("cpu")
 
@@ -338,6 +343,88 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path):
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 .* They hold 1 others, \S+o_proj\.qweight .*not quantised"):
         load(str(folder), LoadSpec(device="cpu"))
+
+
+def shortened(folder, family="llama", *, bare=False):
+    """A checkpoint of four layers whose configuration says two."""
+    make_model(family).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    config[key] = 2
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:2]
+    (folder / "config.json").write_text(json.dumps(config))
+    if bare:
+        held = load_file(folder / "model.safetensors")
+        held = {name.removeprefix("transformer."): t for name, t in held.items()}
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "bare"), [("llama", False), ("gemma3", False), ("gpt2", False), ("gpt2", True)]
+)
+def test_layers_beyond_the_configured_are_noted(tmp_path, family, bare):
+    """transformers leaves them out without a word; further prediction layers look the same."""
+    lm = load(shortened(tmp_path, family, bare=bare), tokenizer=False)
+    assert len(lm.layers) == 2
+    (said,) = lm.notes
+    assert "4 layers" in said
+    assert "takes 2" in said
+    assert describe_model(lm, "")["notes"] == [said]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.4.self_attn.rotary_emb.inv_freq"],
+        ["model.mtp.layers.9.mlp.up_proj.weight"] * 20,
+        ["vision_tower.encoder.layers.9.mlp.fc1.weight"] * 20,
+        ["model.layers.1.self_attn.rotary_emb.inv_freq"],
+        ["lm_head.weight"],
+    ],
+)
+def test_what_is_no_layer_of_the_decoder_is_not_noted(names):
+    names = [f"{name}{i or ''}" for i, name in enumerate(names)]
+    assert layers_left_out(make_model("llama"), "model.layers", names) == 0
+
+
+def test_a_model_that_is_whole_has_no_note(model_folder):
+    lm = load(str(model_folder))
+    assert lm.notes == ()
+    assert "notes" not in describe_model(lm, "")
+
+
+def test_commands_say_that_layers_are_left_out(tmp_path, capsys):
+    folder = shortened(tmp_path / "m")
+    make_tokenizer().save_pretrained(folder)
+    main(["inspect", folder])
+    assert " ".join(capsys.readouterr().out.split()).count("note: the files hold 4 layers") == 1
+    main(["inspect", folder, "--json"])
+    assert "4 layers" in json.loads(capsys.readouterr().out)["notes"][0]
+    for words in (["chat", folder, "--prompt", "Hi"], ["run", folder], ["audit", folder]):
+        more = [] if words[0] == "chat" else ["--limit", "2", "--out", str(tmp_path / words[0])]
+        main([*words, *more, "--max-new-tokens", "4"])
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("note: the files hold 4 layers") == 1
+
+
+def test_pickled_weights_alone_are_told_with_the_command_that_converts_them(
+    model_folder, tmp_path, capsys
+):
+    weights = load_file(model_folder / "model.safetensors")
+    (model_folder / "model.safetensors").unlink()
+    torch.save(weights, model_folder / "pytorch_model.bin")
+    told = failing(capsys, "run", model_folder, "--out", tmp_path / "o")[1]
+    assert "pickle weights only (pytorch_model.bin)" in told
+    command = told[told.index("python -c") :]
+    exec(shlex.split(command)[2], {})
+    made = load(f"{model_folder}-safetensors")
+    torch.testing.assert_close(load_file(tmp_path / "pico-safetensors/model.safetensors"), weights)
+    assert made.tokenizer.chat_template == CHAT_TEMPLATE
+    with pytest.raises(ModelError, match="python -c") as bare:
+        load(str(model_folder), tokenizer=False)
+    assert bare.value.remedy in failing(capsys, "diff", model_folder, model_folder)[1]
 
 
 def test_an_index_that_names_a_file_that_is_not_there_is_told(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from saber.ablation import EditPlan, applied
+from saber.checkpoint.plan_on_disk import cached_commit, commit_of
 from saber.checkpoint.runs import RUN, base_of, read_plan, read_record
 from saber.errors import UsageError
 from saber.lm.chat import encode
@@ -47,6 +48,10 @@ class Partner:
     """The run's system prompt."""
     dequantize: bool = False
     """Whether the run took quantised weights as plain ones."""
+    commit: str = ""
+    """The commit of a hub model that the run was made on."""
+    revision: str = ""
+    """The same where the cache has it, so that it is loaded."""
 
     @classmethod
     def of(cls, name: str, base: str = "") -> Partner:
@@ -62,11 +67,19 @@ class Partner:
         model = record["model"]
         system = dig(record, "config", "load", "system") or ""
         unpack = bool(dig(record, "config", "load", "dequantize"))
-        plan = read_plan(folder, record)
-        return cls(base or base_of(folder, model), plan, model["fingerprint"], system, unpack)
+        plan, its = read_plan(folder, record), base or base_of(folder, model)
+        return cls(
+            its,
+            plan,
+            model["fingerprint"],
+            system,
+            unpack,
+            commit_of(record, its) or "",
+            cached_commit(record, its),
+        )
 
     def loaded(self, spec: LoadSpec) -> LanguageModel:
-        """Load the model, with the run's system prompt where `spec` has none.
+        """Load the model, with the run's system prompt and revision where `spec` has none.
 
         Raises what `load` does, and `UsageError` where it is not the model that the run was made on.
         """
@@ -74,12 +87,14 @@ class Partner:
             spec,
             system=spec.system or self.system,
             dequantize=spec.dequantize or self.dequantize,
+            revision=spec.revision or self.revision,
         )
         lm = load(self.name, spec)
         if self.mark is not None and not is_of(self.mark, as_stored(lm, spec)):
             raise UsageError(
                 f"{self.name} is not the model that the run was made on (another fingerprint).",
-                "Give the one that it was made on with --base.",
+                "Give the one that it was made on with "
+                + (f"--revision {self.commit}." if self.commit else "--base."),
             )
         return lm
 

@@ -63,6 +63,7 @@ def inspect(lm: LanguageModel) -> dict[str, Any]:
         "laws": {"zeroed": zeroed, "ablated": ablated},
         "proved": bool(writers) and not reason and zeroed < LAW_LIMIT and ablated < limit,
         "reason": reason,
+        "notes": list(lm.notes),
     }
 
 

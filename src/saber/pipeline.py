@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from pathlib import Path
@@ -188,10 +188,13 @@ def begin(
     with clock("load"), removed_if_empty(out):
         listener.on_stage(f"loading {model}")
         subject = Subject.load(model, config)
+        for text in subject.lm.notes:
+            listener.on_stage(f"note: {text}")
         check(subject)
     identity = {
         "model": subject.mark,
-        "config": resolved(config),
+        # Of a revision the fingerprint tells: it may be named in more than one way.
+        "config": resolved(replace(config, load=replace(config.load, revision=""))),
         "judge": judged_by,
         "prompts": describe_data(data),
         "template": subject.template,
@@ -208,6 +211,8 @@ def begin(
                 listener.on_stage(
                     f"leaving out {count} of the {kind} prompts: the behaviour shows there too"
                 )
+        if watch.remark:
+            listener.on_stage(f"note: {watch.remark}")
     if not force:
         try:
             watch.require(model, config.minimum_rate)
@@ -308,7 +313,7 @@ def run(
         "command": command,
         "model": {
             **describe_model(lm, mark),
-            **licence(lm.name, lm.source),
+            **licence(lm.name, lm.source, config.load.revision),
             **way_back(out, lm.name, lm.source),
         },
         "environment": environment(started),

@@ -59,6 +59,7 @@ def describe_model(lm: LanguageModel, mark: str) -> dict[str, Any]:
         "storage_dtype": str(lm.stored_dtype).removeprefix("torch."),
         "device": lm.device.type,
         "response_prefix": lm.response_prefix,
+        **({"notes": list(lm.notes)} if lm.notes else {}),
     }
 
 

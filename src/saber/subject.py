@@ -16,6 +16,7 @@ from saber.errors import WeakBehaviour
 from saber.evaluation.divergence import exact
 from saber.evaluation.judge import Judge, Label, PhraseJudge
 from saber.evaluation.judging import label_all
+from saber.evaluation.language import remark
 from saber.inspection import require_ablated
 from saber.lm.chat import encode
 from saber.lm.forward import Progress, silent
@@ -88,6 +89,7 @@ class Watch:
         self.own: dict[str, Completion] = {}
         """Answers of the untouched model that a selective edit is measured by, as far as they are there."""
         self._known: dict[str, Label] = {}
+        self._texts: dict[str, str] = {}
         stay = [selecting.neutral_validation, *selecting.keep_validation]
         brief = [selecting.target_validation]
         if self._strict(config.edit):
@@ -96,7 +98,10 @@ class Watch:
         elif self._narrow:
             brief += [selecting.target]
         self._answer(_texts(stay), _texts(brief))
+        targets = selecting.target_validation.texts
         found = self._untouched(selecting.target_validation)
+        self.remark = remark(judge, targets, [self._texts.get(t, "") for t in targets], found)
+        """What to say of answers that the judge does not read; empty where it reads them."""
         self._asked = len(found)
         self.rate = found.count("refusal") / len(found)
         """Share of validation targets that shows the behaviour."""
@@ -173,6 +178,7 @@ class Watch:
             answers = dict(zip(asked, tried, strict=True))
             self.own.update({text: answers[text] for text in stay})
         self._known.update(zip(asked, self._judged(list(asked), tried), strict=True))
+        self._texts.update(zip(asked, (c.text for c in tried), strict=True))
 
     def _untouched(self, prompts: PromptSet) -> list[Label]:
         """Return what the untouched model's answers to prompts show; asked once for each."""

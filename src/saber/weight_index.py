@@ -1,4 +1,4 @@
-"""The index of a checkpoint: which of its files holds which tensor."""
+"""The files of a checkpoint's weights: which of them holds which tensor, and what to do with pickled ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,24 @@ from pathlib import Path, PurePosixPath
 
 from saber import artifacts
 from saber.errors import ModelError
+
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""What files of pickled weights are called."""
+
+
+def conversion(folder: Path, *, tokenizer: bool = False) -> str:
+    """Return how to convert a folder of pickled weights to safetensors, with its tokenizer if wanted."""
+    to = f"'{folder}-safetensors'"
+    more, also = (
+        (", AutoTokenizer as T", f"; T.from_pretrained('{folder}').save_pretrained({to})")
+        if tokenizer
+        else ("", "")
+    )
+    return (
+        "Pickle files can run code when they are read. Convert them first: python -c "
+        f'"from transformers import AutoModelForCausalLM as M{more}; '
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained({to}){also}\""
+    )
 
 
 def read_index(path: Path, *, outside: bool = False) -> dict[str, str]:

@@ -45,7 +45,7 @@ def export_card(
     """
     from saber.report import card, reading  # late: the plots' library comes with it
 
-    model, name = record["model"], reading.model_name(record)
+    name = reading.model_name(record)
     base = card.base_model(record)
     head = card.metadata(record, library=_LIBRARY[kind], relation=_RELATION[kind])
     lead = (
@@ -58,7 +58,7 @@ def export_card(
         f"{lead} {reading.finding(record)}." if both else lead,
         f"> [!WARNING]\n> {card.warning(record)}",
         "\n".join(f"- {note}" for note in notes),
-        f"## Use\n\n{_use(kind, file, model)}",
+        f"## Use\n\n{_use(kind, file, record)}",
         *(_measured(record) if both else ()),
         _rounding(table),
         card.limits(record) if both else "",
@@ -94,8 +94,10 @@ def published(content: bytes, repo: str) -> bytes:
     return content.replace(json.dumps(HERE).encode(), json.dumps(repo).encode())
 
 
-def _use(kind: str, file: Path, model: Mapping[str, Any]) -> str:
-    from saber.report import card
+def _use(kind: str, file: Path, record: Mapping[str, Any]) -> str:
+    from saber.report import card, reading
+
+    model = record["model"]
 
     if kind == "merged":
         return card.loading(HERE)
@@ -109,7 +111,10 @@ def _use(kind: str, file: Path, model: Mapping[str, Any]) -> str:
     demo = model.get("source") == "demo"
     read = "import saber" if demo else "from transformers import AutoModelForCausalLM"
     name = called(model)
-    base = 'saber.load("demo").model' if demo else f'AutoModelForCausalLM.from_pretrained("{name}")'
+    where = f'"{name}"'
+    if reading.dig(record, "config", "load", "revision") and model.get("revision"):
+        where += f', revision="{model["revision"]}"'
+    base = 'saber.load("demo").model' if demo else f"AutoModelForCausalLM.from_pretrained({where})"
     return (
         f"```python\n{read}\nfrom peft import PeftModel\n\n"
         f"model = {base}\n"

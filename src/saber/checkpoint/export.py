@@ -25,7 +25,7 @@ from saber.checkpoint.gguf_rewrite import Rounding, rewrite
 from saber.checkpoint.lora import layout, placeless, read_lora, require_peft, write_lora
 from saber.checkpoint.merged import Files, files_of, save_merged, write_merged
 from saber.checkpoint.origin import origin
-from saber.checkpoint.plan_on_disk import commit_of, files_folder
+from saber.checkpoint.plan_on_disk import cached_commit, commit_of, files_folder
 from saber.checkpoint.provenance import behind
 from saber.checkpoint.runs import Run, place_of
 from saber.checkpoint.sketch import take
@@ -39,7 +39,7 @@ from saber.errors import (
 )
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
-from saber.lm.load import LoadSpec, as_stored, load, read_template, skeleton
+from saber.lm.load import LoadSpec, as_stored, load, read_template, require_hub, skeleton
 from saber.lm.model import LanguageModel, is_of
 from saber.lm.writers import Writer
 from saber.paths import expanded
@@ -147,6 +147,10 @@ def export(
     # Nothing is computed with what is loaded here, so it is in a dtype that holds it.
     unpack = spec.load.dequantize or bool(_loading(run).get("dequantize"))
     spec = replace(spec, load=replace(spec.load, dtype="auto", dequantize=unpack))
+    if lm is None:
+        _require_sense(run, kind, spec)
+    else:
+        spec = replace(spec, load=replace(spec.load, revision=lm.revision or ""))
     single = out.suffix == ".gguf" and not out.is_dir()
     if single and not kind.startswith("gguf"):
         raise UsageError(f"--format {kind} writes a folder, and {out} names a file.")
@@ -184,6 +188,21 @@ def export(
         written.notes,
         written.tensors,
     )
+
+
+def _require_sense(run: Run, kind: Format, spec: ExportSpec) -> None:
+    """Raise children of `UsageError` for a revision of what is no hub model."""
+    if spec.load.revision and kind.startswith("gguf"):
+        raise UsageError(
+            f"--revision does nothing with --format {kind}, which builds on a file.",
+            "Leave it out.",
+        )
+    require_hub(spec.base or str(run.model["name"]), spec.load.revision)
+
+
+def _at_commit(run: Run, name: str, spec: LoadSpec) -> LoadSpec:
+    """Return how to load a model: the run's own as it was for the run, where the cache has that commit."""
+    return replace(spec, revision=spec.revision or cached_commit(run.record, name))
 
 
 def _require_free(out: Path, card: Path, single: bool) -> None:
@@ -275,9 +294,11 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
     if is_of(run.model["fingerprint"], lm):
         return ()
     if not force:
+        commit = commit_of(run.record, lm.name)
+        way = f"--revision {commit}" if commit else "--base"
         raise ModelError(
             f"{lm.name} is not the model that the run was made on (another fingerprint).",
-            "Give that model with --base, or --force to build on this one all the same.",
+            f"Give that model with {way}, or --force to build on this one all the same.",
         )
     note = f"Built on {lm.name}, which is NOT the model of the run (another fingerprint)."
     return (_placeless(note, Path(lm.name)),)
@@ -286,9 +307,9 @@ def _same_model(run: Run, lm: LanguageModel, force: bool) -> tuple[str, ...]:
 def _merged(run: Run, out: Path, spec: ExportSpec, lm: LanguageModel | None) -> _Written:
     name = spec.base or str(run.model["name"])
     notes: tuple[str, ...] = ()
-    files, reason = _files(run, name, out, lm)
+    files, reason = (None, "") if spec.load.revision and lm is None else _files(run, name, out, lm)
     if lm is None and not (files and files.same):
-        lm = load(name, spec.load)
+        lm = load(name, _at_commit(run, name, spec.load))
         notes = _same_model(run, lm, spec.force)
         files, reason = _files(run, name, out, lm)  # they may be there only now
     elif files and not files.same:
@@ -362,13 +383,15 @@ def _weights_of(model: Any, plan: EditPlan) -> None:
 def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) -> _Written:
     name = spec.base or run.model["name"]
     notes: tuple[str, ...] = ()
-    if spec.base and not spec.force:
+    at = _at_commit(run, name, spec.load)
+    named = spec.base or at.revision not in ("", run.model.get("revision"))
+    if named and not spec.force:
         # A base that the user names is held against the run; its own is taken at its word.
-        notes = _same_model(run, load(name, spec.load, tokenizer=False), spec.force)
-    elif spec.base:
+        notes = _same_model(run, load(name, at, tokenizer=False), spec.force)
+    elif named:
         note = f"{name} was not held against the model of the run (--force)."
         notes = (_placeless(note, Path(name)),)
-    model = skeleton(name, spec.load)
+    model = skeleton(name, at)
     where = layout(model, run.plan, placeless(model))
     if where.lost:
         notes += (_lost("a PEFT LoRA adapter", where.lost, spec.partial),)
@@ -378,7 +401,8 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
         )
     meta = origin(run.record, run.plan)
     base = str(name if run.model.get("source") == "demo" else run.model.get("base") or name)
-    write_lora(model, run.plan, where, folder, base, meta)
+    commit = str(run.model.get("revision") or "") if _loading(run).get("revision") else ""
+    write_lora(model, run.plan, where, folder, base, meta, commit)
     return _Written(export_card("lora", folder, run.record, meta, notes), notes)
 
 
@@ -471,7 +495,8 @@ def _matches(
     sketch = run.sketch
     if sketch is None:
         # A run of an older version kept no samples: its model is asked.
-        lm = load(run.model["name"], replace(spec.load, device="cpu"), tokenizer=False)
+        name, there = run.model["name"], replace(spec.load, device="cpu")
+        lm = load(name, _at_commit(run, name, there), tokenizer=False)
         _same_model(run, lm, False)
         sketch = take(lm.model, run.plan)
     gguf_fit.require_alike(file, edits, sketch)

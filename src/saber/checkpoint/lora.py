@@ -128,12 +128,13 @@ def write_lora(
     folder: Path,
     base: str,
     metadata: Mapping[str, str],
+    revision: str = "",
 ) -> None:
     """Write the adapter of a plan into a folder, in float32.
 
     `model` is a skeleton (`saber.lm.load.skeleton`), and is changed. `metadata` stands in the config
     under `auto_mapping.saber`, the one free place that PEFT reads without a warning, and in the
-    `__metadata__` of the weights.
+    `__metadata__` of the weights. `revision` is that of the base on the hub where it is not its main.
     """
     peft = require_peft()
     config = _config(peft, model, plan, where)
@@ -154,6 +155,7 @@ def write_lora(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
     # PEFT has put the skeleton's own name there, which may be a path of this machine.
     config.base_model_name_or_path = base
+    config.revision = revision or None
     config.inference_mode = True
     config.save_pretrained(folder, auto_mapping_dict={"saber": dict(metadata)})
 

@@ -112,6 +112,13 @@ def commit_of(record: Mapping[str, Any], name: str) -> str | None:
     return str(commit) if commit else None
 
 
+def cached_commit(record: Mapping[str, Any], name: str) -> str:
+    """Return the commit of a hub model that a run with this record was made on, empty where it is not in the
+    cache, or the run was made on another model."""
+    commit = commit_of(record, name)
+    return commit if commit and files_folder(name, commit) else ""
+
+
 def hub_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the cached folder of a hub model, None when there is none."""
     from huggingface_hub import try_to_load_from_cache

@@ -16,10 +16,9 @@ from saber import artifacts
 from saber.checkpoint.shards import CONFIG, DTYPES, INDEX, WEIGHTS, read_shard
 from saber.errors import ModelError
 from saber.paths import expanded
-from saber.weight_index import read_index
+from saber.weight_index import PICKLED, conversion, read_index
 
 OPEN_FILES = 4
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLOATS = {code: dtype for code, dtype in DTYPES.items() if dtype.itemsize > 1}
 """Stored dtypes whose values are plain numbers, by their name in the files."""
 
@@ -120,16 +119,8 @@ def _file_hint(path: Path) -> str:
     if path.suffix == ".gguf":
         return "Give the safetensors checkpoints that the .gguf files were made from."
     if any(path.match(pattern) for pattern in PICKLED):
-        return _convert(path.parent)
+        return conversion(path.parent)
     return "Give a model folder, a .safetensors file, a hub id, or demo."
-
-
-def _convert(folder: Path) -> str:
-    return (
-        "Pickle files can run code when they are read. Convert them first: python -c "
-        f'"from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
-    )
 
 
 def _folder(name: str, folder: Path) -> Checkpoint:
@@ -162,7 +153,9 @@ def _shards(folder: Path) -> list[Path]:
         return files
     pickled = [f for pattern in PICKLED for f in folder.glob(pattern)]
     if pickled:
-        raise ModelError(f"{folder} has pickle weights only ({pickled[0].name}).", _convert(folder))
+        raise ModelError(
+            f"{folder} has pickle weights only ({pickled[0].name}).", conversion(folder)
+        )
     raise ModelError(f"{folder} has no weights (*.safetensors).", "Check the path, or download it.")
 
 

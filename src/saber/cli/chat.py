@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from saber.cli.console import console, no_thoughts
+from saber.cli.console import console, no_thoughts, note
 from saber.config import RunConfig
 from saber.conversation import NOTHING, Partner, answer
 from saber.errors import UsageError
@@ -29,10 +29,13 @@ def chat_command(arguments: argparse.Namespace, config: RunConfig, limit: int) -
                 f"--{option} needs a run folder.", "Give the folder that saber run wrote."
             )
     out = console()
-    with console(stderr=True, quiet=arguments.json).status(Text(f"loading {partner.name}")):
+    told = console(stderr=True, quiet=arguments.json)
+    with told.status(Text(f"loading {partner.name}")):
         lm = partner.loaded(config.load)
     if lm.thinking and not thinks(lm):
         console(stderr=True).print(no_thoughts(lm.name), soft_wrap=True)
+    for text in lm.notes:
+        told.print(note(text))
     talking = not arguments.prompt and sys.stdin is not None and sys.stdin.isatty()
     said = NOTHING
     for prompt in arguments.prompt or _typed(out, talking):

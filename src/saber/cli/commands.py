@@ -27,11 +27,12 @@ from saber.errors import DataError, ExportInterrupted, OutputError, UsageError
 from saber.evaluation import harness
 from saber.evaluation.divergence import own_head
 from saber.evaluation.judging import describe, make_judge
+from saber.evaluation.language import remark
 from saber.evaluation.measure import compare, measure, summarise
 from saber.gathering import gather
 from saber.inspection import inspect
 from saber.lm.device import keep_freed_memory
-from saber.lm.load import load
+from saber.lm.load import LoadSpec, at_revision, load
 from saber.lm.model import fingerprint
 from saber.lm.thought import thinks
 from saber.record import describe_reporting, environment
@@ -120,20 +121,24 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     started = datetime.datetime.now(datetime.timezone.utc)
     data = gather(config).reporting
     judge = make_judge(config.evaluation.judge, config.judging, config.data.behaviour)
-    marks: dict[str, str] = {}
+    marks, commits = dict[str, str](), dict[str, str]()
     with listening(progress) as listener:
-        heads: list[Any] = []
+        heads, told = list[Any](), list[str]()
 
         def measured(name: str, untouched: Any = None) -> Any:
             listener.on_stage(f"measuring {name}")
-            lm = load(name, config.load)
+            lm = load(*_asked(name, arguments, config.load))
             if lm.thinking and not thinks(lm):
-                told = console(stderr=True) if arguments.json else progress
-                told.print(no_thoughts(name), soft_wrap=True)
+                errors = console(stderr=True) if arguments.json else progress
+                errors.print(no_thoughts(name), soft_wrap=True)
             marks[name] = fingerprint(lm.model, dtype=lm.stored_dtype)
+            for text in lm.notes:
+                listener.on_stage(f"note: {text}")
+            if lm.revision:
+                commits[name] = lm.revision
             if arguments.base:
                 heads.append(lm.head)
-            return measure(
+            found = measure(
                 lm,
                 data,
                 config.evaluation,
@@ -142,6 +147,12 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
                 head=own_head(*heads) if untouched else None,
                 progress=listener.progress,
             )
+            shown = found.target
+            text = remark(judge, shown.prompts.texts, shown.texts, shown.labels)
+            if text and text not in told:
+                told.append(text)
+                listener.on_stage(f"note: {text}")
+            return found
 
         if not arguments.base:
             only = summarise(measured(arguments.model))
@@ -162,6 +173,7 @@ def eval_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     record |= {
         "judge": describe(config.evaluation.judge, judge),
         "fingerprints": marks,
+        **({"revisions": commits} if commits else {}),
         "prompts": describe_reporting(data),
         "config": {name: settings[name] for name in MEASURED_BY},
         "saber_version": __version__,
@@ -186,7 +198,9 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     with listening(progress) as listener:
         for name in (*models.values(), arguments.model):
             listener.on_stage(f"running {', '.join(names)} on {name}")
-            lm = load(name, config.load)
+            lm = load(*_asked(name, arguments, config.load))
+            for text in lm.notes:
+                listener.on_stage(f"note: {text}")
             results.append(harness.run_tasks(lm, tasks, limit=config.data.limit))
     record["lm_eval"] = (
         dict(zip(("baseline", "edited"), results, strict=True)) if models else results[0]
@@ -196,6 +210,11 @@ def tasks_command(arguments: argparse.Namespace, config: RunConfig) -> int:
     else:
         out.print(tables.tasks_table(results))
     return 0
+
+
+def _asked(name: str, arguments: argparse.Namespace, spec: LoadSpec) -> tuple[str, LoadSpec]:
+    """Return the name of what `saber eval` loads, and how: --revision is that of its model, not its base."""
+    return (name, spec) if name == arguments.model else at_revision(name, spec)
 
 
 def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
@@ -229,6 +248,8 @@ def inspect_command(arguments: argparse.Namespace, config: RunConfig) -> int:
         )
         if report["reason"]:
             out.print(report["reason"])
+        for text in report["notes"]:
+            out.print(note(text))
     return 0 if report["proved"] else 1
 
 

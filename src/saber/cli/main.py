@@ -192,7 +192,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(evaluate, edits=False, thoughts=True)
     _config_options(evaluate, edits=False, thoughts=True)
     evaluate.add_argument(
-        "--base", metavar="MODEL", help="the untouched model, for divergence and paired tests"
+        "--base",
+        metavar="MODEL",
+        help="the untouched model, for divergence and paired tests; of the hub also OWNER/NAME@REVISION",
     )
     evaluate.add_argument(
         "--lm-eval",
@@ -442,6 +444,11 @@ def _load_options(
         "--layers-path", metavar="PATH", help="dotted path of the decoder's layer list"
     )
     model.add_argument(
+        "--revision",
+        metavar="NAME",
+        help="branch, tag or commit of a model on the hub (default: main; of a run, its own commit)",
+    )
+    model.add_argument(
         "--trust-remote-code",
         action="store_true",
         default=None,
@@ -659,6 +666,7 @@ FLAGS = {
     "response_prefix": "load.response_prefix",
     "thinking": "load.thinking",
     "layers_path": "load.layers_path",
+    "revision": "load.revision",
     "trust_remote_code": "load.trust_remote_code",
     "dequantize": "load.dequantize",
     "allow_unproven": "load.allow_unproven",
@@ -667,7 +675,7 @@ FLAGS = {
 _NAMES = (
     *("data.target", "data.neutral", "data.eval_target", "data.eval_neutral", "data.borderline"),
     *("data.everyday", "data.keep", "data.retain", "evaluation.lengths"),
-    *("load.chat_template", "load.layers_path", "load.device_map"),
+    *("load.chat_template", "load.layers_path", "load.device_map", "load.revision"),
 )
 """Settings whose options name something: without a name they would be left out without a word."""
 
@@ -700,6 +708,7 @@ _TASKS = (
     "load.chat_template",
     "load.system",
     "load.layers_path",
+    "load.revision",
     "load.trust_remote_code",
     "load.dequantize",
 )

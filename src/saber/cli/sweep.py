@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from saber.checkpoint.plan_on_disk import cached_commit
 from saber.cli.commands import consoles, run_command, slug
 from saber.cli.console import note
 from saber.cli.main import FLAGS, require_used
@@ -174,7 +175,10 @@ def build_trial(arguments: argparse.Namespace) -> int:
         raise DataError(f"trial {number} of {folder} {fate}.", f"Measured ones: {known or 'none'}.")
     base = override(preset(study["config"]["preset"]), study["config"])
     load = {path: getattr(arguments, f, None) for f, path in FLAGS.items() if "load." in path}
-    config = changed(base, {**row.values, **{k: v for k, v in load.items() if v is not None}})
+    load = {path: value for path, value in load.items() if value is not None}
+    if commit := cached_commit(study, arguments.model):
+        load.setdefault("load.revision", commit)
+    config = changed(base, {**row.values, **load})
     if arguments.out is None:
         arguments.out = Path("runs") / f"{slug(arguments.model)}-trial-{number}"
     origin = Origin(folder.resolve().name, number, study["model"]["fingerprint"], row.plan)

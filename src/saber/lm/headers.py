@@ -25,13 +25,16 @@ PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 """Where a processor keeps a chat template, in files that are no tokenizer's."""
 
 
-def weight_files(location: str) -> list[str]:
-    """Return the weights of a folder or hub id, which are fetched where they are not there yet."""
-    whole = _file(location, SAFE_WEIGHTS_NAME)
+def weight_files(location: str, revision: str = "") -> list[str]:
+    """Return the weights of a folder, or of a hub id at a revision (empty: main), fetched where they are
+    not there yet."""
+    whole = _file(location, SAFE_WEIGHTS_NAME, revision)
     if whole is not None:
         return [whole]  # what transformers reads, whatever an index beside it says
-    index = _file(location, SAFE_WEIGHTS_INDEX_NAME)
-    return [] if index is None else list(get_checkpoint_shard_files(location, index)[0])
+    index = _file(location, SAFE_WEIGHTS_INDEX_NAME, revision)
+    if index is None:
+        return []
+    return list(get_checkpoint_shard_files(location, index, revision=revision or None)[0])
 
 
 def gguf_dtype(path: str) -> torch.dtype:
@@ -44,17 +47,19 @@ def gguf_dtype(path: str) -> torch.dtype:
     return FLOATS.get(max(entries, key=lambda code: entries[code]), torch.float16)
 
 
-def _file(location: str, name: str) -> str | None:
-    return cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+def _file(location: str, name: str, revision: str) -> str | None:
+    return cached_file(
+        location, name, revision=revision or None, _raise_exceptions_for_missing_entries=False
+    )
 
 
-def main_dtype(location: str) -> torch.dtype | None:
+def main_dtype(location: str, revision: str = "") -> torch.dtype | None:
     """Return the dtype that most entries of the weights are stored in, None where none are plain floats.
 
     Raises `OSError` and `SafetensorError` for files that cannot be read.
     """
     entries: Counter[str] = Counter()
-    for path in weight_files(location):
+    for path in weight_files(location, revision):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
@@ -63,12 +68,12 @@ def main_dtype(location: str) -> torch.dtype | None:
     return FLOATS[most] if entries[most] else None
 
 
-def cut_weight(location: str, block: Sequence[int]) -> str | None:
+def cut_weight(location: str, block: Sequence[int], revision: str = "") -> str | None:
     """Return an 8-bit weight of several blocks of which the last is cut off, None where there is none.
 
     Raises `OSError` and `SafetensorError` for files that cannot be read.
     """
-    for path in weight_files(location):
+    for path in weight_files(location, revision):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_slice(name)
@@ -78,7 +83,7 @@ def cut_weight(location: str, block: Sequence[int]) -> str | None:
     return None
 
 
-def processor_template(location: str) -> str | None:
+def processor_template(location: str, revision: str = "") -> str | None:
     """Return the chat template that lies with a model's processor, None where there is none.
 
     Models with images of some years have theirs there alone, where tokenizers do not look. Raises
@@ -88,6 +93,7 @@ def processor_template(location: str) -> str | None:
         path = cached_file(
             location,
             name,
+            revision=revision or None,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -86,6 +89,21 @@ def _why_none(
                 "does not take apart."
             )
     return "no list of decoder layers found."
+
+
+def layers_left_out(model: Any, path: str, unexpected: Iterable[str]) -> int:
+    """Return how many whole layers the files hold beyond those of the list at `path`.
+
+    `unexpected` are names in the files that the model has no place for. A layer counts as whole with half as
+    many tensors as the last one has: files may split or join them.
+    """
+    layers, parts = model.get_submodule(path), path.split(".")
+    # Files of the decoder alone leave out what holds it in memory.
+    ends = "|".join(re.escape(".".join(parts[i:])) for i in range(len(parts)))
+    numbered = (re.match(rf"(?:{ends})\.(\d+)\.", name) for name in unexpected)
+    found = Counter(int(match[1]) for match in numbered if match)
+    whole = len(layers[-1].state_dict())
+    return sum(n >= len(layers) and 2 * count >= whole for n, count in found.items())
 
 
 def _parameters(module: nn.Module) -> int:

@@ -42,13 +42,13 @@ from saber.lm.device import (
 )
 from saber.lm.forward import counts_from_zero
 from saber.lm.headers import cut_weight, gguf_dtype, main_dtype, processor_template
-from saber.lm.layers import find_layers
+from saber.lm.layers import find_layers, layers_left_out
 from saber.lm.model import LanguageModel, Source, Work
 from saber.lm.offload import is_kept_aside, keep_aside, require_sense
 from saber.lm.padding import ignores_padding
 from saber.lm.thought import empty_thought
 from saber.paths import expanded
-from saber.weight_index import read_index
+from saber.weight_index import PICKLED, conversion, read_index
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class LoadSpec:
     """Let the model think before it answers, as its chat template has it; saber eval, chat and ui alone."""
     layers_path: str = ""
     """Dotted path of the decoder's layer list; empty finds it by tracing."""
+    revision: str = ""
+    """Branch, tag or commit of a hub model; empty takes what its main branch has now."""
     trust_remote_code: bool = False
     """Run modelling code that comes with the checkpoint."""
     dequantize: bool = False
@@ -101,6 +103,7 @@ def as_stored(lm: LanguageModel, spec: LoadSpec) -> LanguageModel:
     if lm.dtype == torch.float32 or holds(lm.dtype, lm.stored_dtype):
         return lm
     there = replace(spec, device="cpu", device_map="", offload=False, dtype="float32")
+    there = replace(there, revision=lm.revision or spec.revision)  # a branch may have moved on
     return load(lm.name, there, tokenizer=lm.tokenizer is not None)
 
 
@@ -112,35 +115,52 @@ def skeleton(name: str, spec: LoadSpec = LoadSpec()) -> Any:
     """
     gguf_source = name == "demo" or names_gguf(name)
     with quiet_transformers(gguf=gguf_source), _parsed_once() if gguf_source else nullcontext():
-        _, location, gguf = _locate(name, with_tokenizer=False)
+        _, location, gguf = _locate(name, spec.revision, with_tokenizer=False)
         options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        at = {"revision": spec.revision} if spec.revision else {}
         files = {"gguf_file": gguf} if gguf else {}
         config = _read(
-            f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **options
+            f"the configuration of {name!r}",
+            transformers.AutoConfig,
+            location,
+            **files,
+            **options,
+            **at,
         )
+        auto_class = _auto_class(name, config)
+        if at and spec.trust_remote_code and _has_own_code(auto_class, config):
+            options["code_revision"] = spec.revision
         with torch.device("meta"):
-            return _auto_class(name, config).from_config(config, **options).eval()
+            return auto_class.from_config(config, **options).eval()
+
+
+def _has_own_code(auto_class: Any, config: Any) -> bool:
+    """Whether a model's code comes with its checkpoint, and is not in memory already."""
+    own = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    return own and type(config) not in auto_class._model_mapping
 
 
 def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
-    source, location, gguf = _locate(name, with_tokenizer=with_tokenizer)
+    source, location, gguf = _locate(name, spec.revision, with_tokenizer=with_tokenizer)
     device = choose_device(spec.device)
     if spec.offload:
         require_sense(device, spec.device_map)
     share_keys_on_cpu(device)
     files: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    trusted = {"trust_remote_code": spec.trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.revision:
+        trusted["revision"] = spec.revision
     config = _read(
         f"the configuration of {name!r}", transformers.AutoConfig, location, **files, **trusted
     )
     auto_class = _auto_class(name, config)
     packed = _packing(name, config, dequantize=spec.dequantize)
     if block := getattr(packed, "weight_block_size", None):
-        _refuse_cut_blocks(name, location, block)
+        _refuse_cut_blocks(name, location, block, spec.revision)
     if gguf:
         stored = gguf_dtype(str(Path(location) / gguf))
     else:
-        stored = _stored_dtype(config) or _main_dtype(name, location)
+        stored = _stored_dtype(config) or _main_dtype(name, location, spec.revision)
     dtype = choose_dtype(spec.dtype, device, stored)
     tokenizer = None
     if with_tokenizer:
@@ -164,7 +184,9 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
     if packed:
         _forget_quantization(model)
     if source == "hub":
-        model.config._commit_hash = _commit(name)  # as transformers did up to version 5
+        model.config._commit_hash = _commit(
+            name, spec.revision
+        )  # as transformers did up to version 5
     if source == "demo":
         demo.merge_adapter(model)
     model.eval().requires_grad_(False)
@@ -191,6 +213,7 @@ def _load(name: str, spec: LoadSpec, *, with_tokenizer: bool) -> LanguageModel:
         before=(("system", spec.system),) if spec.system else (),
         response_prefix=spec.response_prefix,
         thinking=spec.thinking,
+        notes=_notes(model, layers_path, told),
     )
     if with_tokenizer:
         _require_embeddings(lm)
@@ -239,7 +262,7 @@ def _tokenizer(name: str, location: str, spec: LoadSpec, options: dict[str, Any]
     if spec.chat_template:
         tokenizer.chat_template = read_template(Path(spec.chat_template))
     elif not tokenizer.chat_template and "gguf_file" not in options:
-        tokenizer.chat_template = processor_template(location)
+        tokenizer.chat_template = processor_template(location, spec.revision)
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, as is usual for a base model.",
@@ -276,10 +299,10 @@ def _packing(name: str, config: Any, *, dequantize: bool) -> Any:
     return None
 
 
-def _refuse_cut_blocks(name: str, location: str, block: Sequence[int]) -> None:
+def _refuse_cut_blocks(name: str, location: str, block: Sequence[int], revision: str) -> None:
     """Refuse 8-bit weights that are no whole blocks: transformers gives other values for them, unasked."""
     try:
-        cut = cut_weight(location, block)
+        cut = cut_weight(location, block, revision)
     except LOAD_ERRORS as error:
         raise _unreadable(f"the weights of {name!r}", error) from error
     if cut:
@@ -301,6 +324,18 @@ def _refuse_incomplete(name: str, model: Any, told: Mapping[str, Any]) -> None:
             f"the files of {name!r} lack {len(lacking)} of its weights, {lacking[0]} for one.",
             remedy + "Download the checkpoint again, or give one that is whole and not quantised.",
         )
+
+
+def _notes(model: Any, layers_path: str, told: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say where the configuration has fewer layers than the files: transformers loads it without a word."""
+    beyond = layers_left_out(model, layers_path, told["unexpected_keys"])
+    if not beyond:
+        return ()
+    count = len(model.get_submodule(layers_path))
+    return (
+        f"the files hold {count + beyond} layers, and the configuration takes {count}; the rest are left "
+        "out, as they should be if they are extra prediction layers (MTP).",
+    )
 
 
 def _refuse_left_off(name: str, model: Any) -> None:
@@ -325,8 +360,31 @@ _DEQUANTIZE = {
 }
 
 
-def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str]:
+def require_hub(name: str, revision: str) -> None:
+    """Raise `ModelError` for a revision of what lies on this machine."""
+    if revision and (name == "demo" or names_gguf(name) or expanded(name).exists()):
+        raise ModelError(
+            f"--revision {revision} is of a model on the hub, and {name} is none.",
+            "Leave it out (a --base of saber eval has its own: --base OWNER/NAME@REVISION).",
+        )
+
+
+def at_revision(name: str, spec: LoadSpec) -> tuple[str, LoadSpec]:
+    """Return the hub id in `OWNER/NAME@REVISION`, and how it is loaded: of that revision, or of main.
+
+    A name without a revision, and that of a folder, stays as it is.
+    """
+    plain, _, revision = name.partition("@")
+    if not revision or expanded(name).exists():
+        return name, replace(spec, revision="")
+    return plain, replace(spec, revision=revision)
+
+
+def _locate(
+    name: str, revision: str = "", *, with_tokenizer: bool = True
+) -> tuple[Source, str, str]:
     """Return the source, the folder or hub id, and the GGUF file name (empty when none)."""
+    require_hub(name, revision)
     if name == "demo":
         path = demo.base_gguf()
         return "demo", str(path.parent), path.name
@@ -345,16 +403,18 @@ def _locate(name: str, *, with_tokenizer: bool = True) -> tuple[Source, str, str
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or name.startswith((".", "/", "~")):
         raise ModelError(
             f"no such model: {name!r} is no folder here and no hub id.",
-            "Give a folder, a .gguf file, a hub id like owner/name, or demo.",
+            "Give a folder, a .gguf file, a hub id like owner/name, or demo."
+            + (" A revision of a model is given by --revision." if "@" in name else ""),
         )
-    if _has_adapter(name):
+    if _has_adapter(name, revision):
         raise ModelError(f"{name!r} is or holds a LoRA adapter, which is not edited.", _MERGE)
     return "hub", name, ""
 
 
-def _has_adapter(name: str) -> bool:
+def _has_adapter(name: str, revision: str) -> bool:
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        return find_adapter_config_file(name) is not None
+        return find_adapter_config_file(name, **at) is not None
     except (OSError, ValueError):
         return False  # what is wrong is told when the configuration is read
 
@@ -382,8 +442,13 @@ def _check_folder(path: Path, *, with_tokenizer: bool) -> None:
         hint = "It holds a .gguf file: name that file itself." if has("*.gguf") else ""
         raise ModelError(f"{path} has no config.json, so it is no model folder.", hint)
     if not has("*.safetensors", "*.safetensors.index.json"):
-        hint = "It has .bin weights: convert them to safetensors first." if has("*.bin") else ""
-        raise ModelError(f"{path} has no weights (*.safetensors).", hint or "Download them first.")
+        pickled = [file for pattern in PICKLED for file in path.glob(pattern)]
+        if pickled:
+            raise ModelError(
+                f"{path} has pickle weights only ({pickled[0].name}).",
+                conversion(path, tokenizer=with_tokenizer),
+            )
+        raise ModelError(f"{path} has no weights (*.safetensors).", "Download them first.")
     if has(SAFE_WEIGHTS_INDEX_NAME) and not has(SAFE_WEIGHTS_NAME):
         read_index(path / SAFE_WEIGHTS_INDEX_NAME, outside=True)  # as transformers allows
     if with_tokenizer and not has(
@@ -420,17 +485,22 @@ def _stored_dtype(config: Any) -> torch.dtype | None:
     return None
 
 
-def _commit(name: str) -> str | None:
+def _commit(name: str, revision: str) -> str | None:
     """Return the commit of a hub model whose files were just read, None where they are not in a cache."""
-    found = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        name,
+        CONFIG_NAME,
+        revision=revision or None,
+        _raise_exceptions_for_missing_entries=False,
+    )
     folder = Path(found).parent if found else None
     return folder.name if folder and folder.parent.name == "snapshots" else None
 
 
-def _main_dtype(name: str, location: str) -> torch.dtype:
+def _main_dtype(name: str, location: str, revision: str) -> torch.dtype:
     """Return the dtype of most of the weights, for a configuration that names none."""
     try:
-        return main_dtype(location) or torch.float32
+        return main_dtype(location, revision) or torch.float32
     except LOAD_ERRORS as error:
         raise _unreadable(f"the weights of {name!r}", error) from error
 
@@ -489,6 +559,8 @@ def _unreadable(what: str, error: Exception) -> ModelError:
     elif "valid model identifier" in first:
         first += "."
         remedy = UNKNOWN
+    elif "valid git identifier" in first:
+        remedy = "Give a branch, tag or commit of it to --revision."
     elif "trust_remote_code" in str(error):
         remedy = "Pass --trust-remote-code to run it, if you trust where it comes from."
     return ModelError(f"cannot read {what}: {first.rstrip('.')}.", remedy)

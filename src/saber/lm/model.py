@@ -56,6 +56,8 @@ class LanguageModel:
     """Whether padding is nothing to the model: prompts of all lengths are answered together."""
     told: bool = True
     """Whether the model is told the tokens' positions, from 0 on; else it numbers them itself."""
+    notes: tuple[str, ...] = ()
+    """What a user has to know of how it was loaded, each a line."""
     work: Work = field(default_factory=Work)
     """Forward work done so far."""
 

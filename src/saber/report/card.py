@@ -268,6 +268,7 @@ def provenance(run: Run) -> str:
         ("computed in", model.get("compute_dtype")),
         ("stored in", model.get("storage_dtype")),
         ("device", model.get("device")),
+        ("loaded with a note", " ".join(model.get("notes") or ()) or None),
         ("SABER", run.get("saber_version")),
         ("command", run.get("command")),
         ("settings", _origin(run)),

@@ -113,6 +113,9 @@ def sweep(
         job = Job(model, base, out / journal.SHARED, force, plan.workers)
         with closing(_crew(job, plan, listener)) as crew:
             about = crew.about()
+            notes = about["model"].get("notes", ())
+            for text in (*notes, *filter(None, [about["remark"]])):
+                listener.on_stage(f"note: {text}")
             ready = monotonic()
             study = _study(out, about, plan)
             book = Journal(out / journal.TRIALS)

@@ -229,6 +229,7 @@ class Bench:
             "prompts": self._prompts,
             "template": self.subject.template,
             "version": __version__,
+            "remark": self.watch.remark,
             "baseline": summarise(before),
             "baseline_tokens": baseline_tokens,
             "tokens": tokens,
