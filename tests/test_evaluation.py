@@ -88,6 +88,18 @@ def test_a_base_with_another_output_head_is_read_by_its_own(family, dtype):
         own_head(make_lm("llama", d_model=64).head, lm.head)
 
 
+def test_output_heads_differ_by_more_than_their_weights():
+    plain, other = (torch.nn.Linear(2, 3) for _ in range(2))
+    other.weight.data = plain.weight.data.clone()
+    assert own_head(plain, other) is plain
+    other.bias.data = plain.bias.data.clone()
+    assert own_head(plain, other) is None
+    odd = [torch.nn.Bilinear(2, 2, 3) for _ in range(2)]
+    assert own_head(odd[0], odd[0]) is None
+    with pytest.raises(UsageError, match="no linear maps"):
+        own_head(*odd)
+
+
 def test_logits_are_not_rounded_where_the_model_is(lm):
     lm.model.to(torch.bfloat16)
     rows = encode(lm, ["How are you?", "No"], encode_answers(lm, ["fine", "yes"]))

@@ -223,7 +223,8 @@ def diverge(
 def own_head(base: nn.Module, edited: nn.Module) -> nn.Linear | None:
     """Return the untouched model's output head where it is another than the edited one's.
 
-    Raises `UsageError` where the two are of different sizes, so that one model is no edit of the other.
+    Raises `UsageError` where the two are of different sizes, so that one model is no edit of the other, and
+    where they differ and are no linear maps, which could not be put in each other's place.
     """
     first, second = (getattr(head, "weight", None) for head in (base, edited))
     if first is None or second is None:
@@ -234,8 +235,17 @@ def own_head(base: nn.Module, edited: nn.Module) -> nn.Linear | None:
             f"{tuple(first.shape)}.",
             "Give the model that it was made from, or measure each without --base.",
         )
-    same = torch.equal(first.to(second), second)
-    return None if same or not isinstance(base, nn.Linear) else base
+    mine, its = dict(edited.named_parameters()), dict(base.named_parameters())
+    if mine.keys() == its.keys() and all(
+        torch.equal(p.to(mine[n]), mine[n]) for n, p in its.items()
+    ):
+        return None
+    if not isinstance(base, nn.Linear):
+        raise UsageError(
+            "the output heads of model and --base differ and are no linear maps: no divergence can be told.",
+            "Measure each without --base.",
+        )
+    return base
 
 
 def rounding(
