@@ -354,7 +354,9 @@ def test_ctrl_c_while_workers_begin_ends_them_without_a_word(after):
 
 
 def test_the_driver_itself_hears_of_ctrl_c():
-    asked = "import signal, saber.cli.sweep, saber.sweep.cluster, saber.sweep.drive\n"
+    # Also where these tests themselves run in the background, which ignores it.
+    asked = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    asked += "import saber.cli.sweep, saber.sweep.cluster, saber.sweep.drive\n"
     asked += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
