@@ -4,23 +4,20 @@ import json
 from dataclasses import replace
 
 import pytest
+import test_merged
 import torch
 from conftest import make_tokenizer
 from safetensors.torch import load_file, save_file
-from test_apply import MODELS, dequantised, plan_of, quantised, same_bits, tensors
-from test_export import MEASURED
+from test_apply import MODELS, dequantised, quantised, same_bits, tensors
 
 from saber import artifacts
 from saber.ablation import apply
-from saber.checkpoint import plan_on_disk
 from saber.checkpoint.export import ExportSpec, export
-from saber.checkpoint.runs import Run
 from saber.checkpoint.shards import WEIGHTS
 from saber.cli.main import main
 from saber.conversation import Partner
 from saber.errors import ModelError
 from saber.lm.load import LoadSpec, load
-from saber.lm.model import fingerprint
 
 UNPACKED = LoadSpec(device="cpu", dequantize=True)
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -64,26 +61,7 @@ def packed(folder, method, size=16):
 
 def ran(folder, run, dtype="float32"):
     """The run folder that a run on it leaves, and its model in memory."""
-    lm = load(str(folder), replace(UNPACKED, dtype=dtype))
-    plan, mark = plan_of(lm), fingerprint(lm.model, dtype=lm.stored_dtype)
-    plan_on_disk.save(run / "plan", lm, plan)
-    plan.save(run / "plan", {"fingerprint": mark, "config": {"seed": 7}, "saber_version": "0"})
-    record = {
-        "schema": 1,
-        "saber_version": "0",
-        "command": "saber run x --dequantize",
-        "model": {
-            "name": str(folder),
-            "source": "folder",
-            "fingerprint": mark,
-            "storage_dtype": str(lm.stored_dtype).removeprefix("torch."),
-        },
-        "config": {"seed": 7, "load": {"dequantize": True}},
-        "baseline": MEASURED,
-        "edited": MEASURED,
-    }
-    artifacts.write_json(run / "run.json", record)
-    return Run.load(run), lm
+    return test_merged.ran(folder, run, replace(UNPACKED, dtype=dtype), load={"dequantize": True})
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8"])

@@ -60,10 +60,10 @@ def published(folder):
     return folder
 
 
-def ran(folder, run, spec=FLOAT32):
+def ran(folder, run, spec=FLOAT32, **settings):
     """The run folder that a run on a checkpoint leaves, and its model in memory."""
     lm = load(str(folder), spec)
-    plan, mark = plan_of(lm), fingerprint(lm.model)
+    plan, mark = plan_of(lm), fingerprint(lm.model, dtype=lm.stored_dtype)
     plan_on_disk.save(run / "plan", lm, plan)
     plan.save(run / "plan", {"fingerprint": mark, "config": {"seed": 7}, "saber_version": "0"})
     record = {
@@ -76,7 +76,7 @@ def ran(folder, run, spec=FLOAT32):
             "fingerprint": mark,
             "storage_dtype": str(lm.stored_dtype).removeprefix("torch."),
         },
-        "config": {"seed": 7},
+        "config": {"seed": 7, **settings},
         "baseline": MEASURED,
         "edited": MEASURED,
     }

@@ -41,6 +41,14 @@ def addresses(module):
     return [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
 
 
+def alone(layer):
+    """Return a layer that waits in main memory, the only one of its model."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([layer])
+    keep_aside(model, CPU)
+    return layer
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_model_computes_as_before_and_its_layers_stay_where_they_are(family, copied):
     model = make_model(family).eval().requires_grad_(False)
@@ -81,10 +89,7 @@ class Bad(nn.Module):
 
 @pytest.mark.parametrize("full", [False, True], ids=["the call fails", "no room on the device"])
 def test_a_failure_leaves_the_originals(full, monkeypatch):
-    model = nn.Module()
-    model.layers = nn.ModuleList([Bad()])
-    keep_aside(model, CPU)
-    (layer,) = model.layers
+    layer = alone(Bad())
     before = addresses(layer)
     if full:
         copies = iter([torch.zeros(2, 2), torch.zeros(2)])
@@ -193,10 +198,7 @@ def test_a_layer_that_is_called_several_times_goes_back_each_time():
 
 def test_a_layer_goes_back_though_its_call_before_was_interrupted():
     """Hooks do not hear of Ctrl-C, behind which a notebook goes on with the same model."""
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.Linear(2, 2)])
-    keep_aside(model, CPU)
-    (layer,) = model.layers
+    layer = alone(nn.Linear(2, 2))
     before = addresses(layer)
 
     def interrupt(_module, _args):
@@ -211,10 +213,7 @@ def test_a_layer_goes_back_though_its_call_before_was_interrupted():
 
 
 def test_a_call_that_fails_before_the_layer_comes_takes_it_from_nobody():
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.Linear(2, 2)])
-    keep_aside(model, CPU)
-    (layer,) = model.layers
+    layer = alone(nn.Linear(2, 2))
     with at_home(layer):
         there = addresses(layer)
 

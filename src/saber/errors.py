@@ -153,3 +153,9 @@ class MissingExtra(UsageError):
             f"this needs the package {package!r}, which is not installed.",
             f"In a checkout run: pip install '.[{extra}]' (elsewhere: pip install 'saber-llm[{extra}]').",
         )
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

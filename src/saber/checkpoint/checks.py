@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from saber.errors import few
+
 
 @dataclass(frozen=True)
 class Check:
@@ -30,5 +32,4 @@ class Held(NamedTuple):
 
 def none_of(what: str, names: Sequence[str], lead: str) -> Check:
     """Return a check that holds where no name is left; its detail tells the first few."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return Check(what, not names, f"{lead} {', '.join(names[:3])}{more}" if names else "")
+    return Check(what, not names, f"{lead} {few(names)}" if names else "")

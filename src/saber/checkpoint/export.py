@@ -36,6 +36,7 @@ from saber.errors import (
     SaberError,
     UnknownName,
     UsageError,
+    few,
 )
 from saber.lm import demo
 from saber.lm.forward import Progress, silent
@@ -407,10 +408,9 @@ def _lora(run: Run, _kind: str, folder: Path, spec: ExportSpec, _progress: Any) 
 
 
 def _lost(what: str, names: Sequence[str], partial: bool) -> str:
-    shown = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if not partial:
         raise UsageError(
-            f"{what} cannot hold the change of {shown}.",
+            f"{what} cannot hold the change of {few(names)}.",
             "Use --format merged, or --partial to write all the rest.",
         )
     return f"NOT in it, as the format has no place for them: {', '.join(names)}."

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saber.errors import UsageError
+from saber.errors import UsageError, few
 
 PLOTS = (".png", ".svg")
 
@@ -126,8 +126,7 @@ def closing(found: Mapping[str, Any]) -> list[str]:
     for key in ("added", "removed", "reshaped", "unmeasured"):
         names = tensors[key]
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  {key}: {', '.join(names[:3])}{more}")
+            lines.append(f"  {key}: {few(names)}")
     damaged = [c["name"] for c in found["changes"] if not c["finite"]]
     if damaged:
         lines.append(f"  NaN or infinity in {damaged[0]} ({len(damaged)} in all): not judged")

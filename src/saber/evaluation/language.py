@@ -17,7 +17,7 @@ LEAST = 0.05
 """Share of the words in `FREQUENT` below which a text is in another language than English: English answers
 and prompts have 0.1 to 0.25, other languages in Latin script next to none."""
 FREQUENT = frozenset(
-    {
+    [
         "about",
         "and",
         "be",
@@ -31,8 +31,6 @@ FREQUENT = frozenset(
         "not",
         "should",
         "than",
-    }
-    | {
         "that",
         "the",
         "their",
@@ -45,8 +43,11 @@ FREQUENT = frozenset(
         "when",
         "which",
         "who",
-    }
-    | {"with", "would", "you", "your"}
+        "with",
+        "would",
+        "you",
+        "your",
+    ]
 )
 """Frequent words of English that are not such of another language in Latin script."""
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
